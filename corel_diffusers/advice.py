@@ -1,0 +1,53 @@
+"""What a run's own measurements say to do next: history -> one line for each trouble, none where all is well."""
+
+import math
+
+from corel_diffusers.arguments import TrainingArguments, VAEArguments
+
+COLLAPSED_DB = 1.5  # reconstructions this little above the mean picture carry nothing of the photo
+HIGH_KL_PER_VALUE = 8.0  # nats a latent value: the posterior is then some e^-8 wide, a point and not a distribution
+
+
+def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str]:
+    """A training loss that has not fallen by a twentieth from the first tenth of the epochs to the last."""
+    values = [record[name] for record in history if name in record]
+    if len(values) < 5:
+        return []
+    tenth = max(1, len(values) // 10)
+    first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    if last < 0.95 * first:
+        return []
+    rate = args.learning_rate
+    if last > first:
+        way_out = f"the learning rate is too high: try --lr {rate / 2:.1g} (was {rate:g})"
+    else:
+        way_out = f"train longer (--epochs {2 * len(values)}) or try --lr {rate * 2:.1g} (was {rate:g})"
+    return [f"the loss is not falling ({name} {first:.4g} in the first epochs, {last:.4g} in the last): {way_out}"]
+
+
+def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...], mean_picture_psnr: float) -> list[str]:
+    """A KL that has collapsed the posterior, has run away, or is not at its target.
+
+    latent_shape: (C, h, w). mean_picture_psnr: PSNR of the mean training photo on the held-out ones.
+    """
+    latent_values = math.prod(latent_shape)
+    last = next((record for record in reversed(history) if "val_kl" in record), None)
+    if last is None:
+        return []
+    kl, psnr, weight = last["val_kl"], last["val_psnr"], last["kl_weight"]
+    measured = (
+        f"KL {kl:.0f} nats a photo at weight {weight:.2g}, held-out PSNR {psnr:.1f} dB, the mean picture's is {mean_picture_psnr:.1f}"
+    )
+    if psnr < mean_picture_psnr + COLLAPSED_DB and kl < 0.1 * latent_values:
+        flag = (
+            f"raise --kl-target (was {args.kl_target:g})"
+            if args.kl_target
+            else f"lower --kl-weight (was {args.kl_weight:g}; 1e-6 suits most)"
+        )
+        return [f"the KL is too low, the latents carry almost nothing ({measured}): {flag} or lengthen --kl-warmup"]
+    if args.kl_target and not 0.8 < kl / args.kl_target < 1.25:
+        return [f"the KL is not at its target of {args.kl_target:g} ({measured}): train longer, or set --kl-target nearer to {kl:.0f}"]
+    if kl > HIGH_KL_PER_VALUE * latent_values:
+        way_out = f"raise --kl-weight (was {args.kl_weight:g}) or set --kl-target {4 * latent_values}"
+        return [f"the KL is too high, {kl / latent_values:.1f} nats a latent value ({measured}): {way_out}"]
+    return []

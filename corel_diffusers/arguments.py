@@ -1,0 +1,295 @@
+"""The flags of the two training scripts: one dataclass a script, what both share in one place.
+
+Parsing needs no torch, so that `--help` and a refused flag answer at once. `parse` checks what can be checked without loading
+a photo or a model, and resolves relative paths against `--base-dir`.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from corel_diffusers.files import UserError
+
+SCENES = "scenes"
+LR_SCHEDULERS = Literal[
+    "cosine", "cosine_warm_restarts", "plateau", "none",
+    "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+]  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """What train_vae.py and train_unet.py have in common."""
+
+    # photos
+    data_dir: Annotated[str, tyro.conf.arg(aliases=["--image-dir"])] = SCENES
+    """Folder of photos: prepared, raw Corel, one folder a class, or flat. "scenes" is drawn by this package."""
+    dataset_name: str | None = None
+    """Hub dataset id, in place of --data-dir."""
+    classes: tuple[str, ...] = ()
+    """Train on these classes only, by name or number (default: all)."""
+    max_train_samples: int | None = None
+    """Use at most this many training photos."""
+    image_size: str | None = None
+    """Pixels: 128, or 96x144 (height x width)."""
+    num_workers: int = 0
+    """Processes that read ahead. Pixels and latents are memory-mapped: 0 is fastest on most machines."""
+
+    # where things are
+    output_dir: str = "."
+    """Folder of the run: the model, metrics.jsonl, plots, pictures, checkpoints."""
+    base_dir: str = "."
+    """Relative paths start here."""
+
+    # model
+    config: str = "base"
+    """tiny, base, large, or the path of a diffusers config JSON."""
+
+    # optimisation
+    epochs: int = 300
+    """Passes over the training photos."""
+    max_train_steps: int | None = None
+    """Optimizer steps, in place of --epochs."""
+    batch_size: int = 16
+    """Photos a forward pass, on each device."""
+    grad_accum: int = 1
+    """Forward passes an optimizer step: the effective batch is batch size x this x devices."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: LR_SCHEDULERS = "cosine"
+    """Course of the learning rate: the first four end at --lr-min, the others are diffusers' own."""
+    lr_min: float = 1e-5
+    """Lowest learning rate of cosine, cosine_warm_restarts and plateau."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises to its peak."""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    ema: bool = True
+    """Validate, sample and save with an exponential moving average of the weights."""
+    ema_decay: float = 0.995
+    """Ceiling of the average's decay, reached after a warm-up."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """auto is fp16 on CUDA, bf16 where the CPU has it in hardware, else no."""
+    no_mixed_precision: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The same as --mixed-precision no."""
+    seed: int = 42
+    """Everything random in a step derives from this and the step's number."""
+
+    # what is written when, in epochs
+    sample_every: int = 10
+    """Epochs between pictures."""
+    checkpoint_every: int = 10
+    """Epochs between checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep (0 keeps all)."""
+    resume: str | None = None
+    """"latest", or the path of a checkpoint of this --output-dir. "latest" starts afresh where there is none."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also send the metrics to this tracker."""
+
+    def path(self, value: str) -> Path:
+        """A path as the user gave it, from --base-dir."""
+        return Path(self.base_dir) / value
+
+    @property
+    def size_px(self) -> tuple[int, int] | None:
+        """(height, width) of --image-size, None when not given."""
+        return parse_size(self.image_size) if self.image_size else None
+
+    @property
+    def photo_source(self) -> str | Path:
+        """What load_photos takes: a folder as a Path, "scenes" or a Hub id as a string."""
+        return self.dataset_name or (SCENES if self.data_dir == SCENES else self.path(self.data_dir))
+
+    @property
+    def run_dir(self) -> Path:
+        return self.path(self.output_dir)
+
+    def settings(self) -> dict:
+        """What a resumed run must share with the interrupted one, as JSON values."""
+        free = {"output_dir", "base_dir", "epochs", "max_train_steps", "num_workers", "sample_every", "checkpoint_every",
+                "keep_checkpoints", "resume", "report_to", "no_mixed_precision"}  # fmt: skip
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name not in free}
+
+    def command(self, script: str) -> str:
+        """The command line that gives these settings, without folders of the user's machine: it goes into model cards."""
+        words = ["python", script]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default or field.name in {"base_dir", "resume", "report_to", "num_workers"}:
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+                continue
+            values = value if isinstance(value, tuple) else (value,)
+            shown = [Path(str(v)).name if Path(str(v)).is_absolute() else str(v) for v in values]
+            words += [flag, *(f'"{v}"' if " " in v else v for v in shown)]
+        return " ".join(words)
+
+    def check(self) -> None:
+        """Refuses values that no run can take."""
+        for name in ("epochs", "batch_size", "grad_accum", "sample_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        for name in ("max_train_steps", "max_train_samples"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "give 1 or more")
+        for name in ("num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, name, value, "give a number above 0")
+        require(self.lr_min <= self.learning_rate, "lr_min", self.lr_min, f"give at most --learning-rate {self.learning_rate:g}")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "give a number from 0 to below 1")
+        if self.image_size:
+            parse_size(self.image_size)
+        if self.dataset_name and self.data_dir != SCENES:
+            raise UserError("--dataset-name and --data-dir exclude each other: give one of them")
+        if self.no_mixed_precision:
+            require(self.mixed_precision in ("auto", "no"), "mixed_precision", self.mixed_precision, "leave out --no-mixed-precision")
+            self.mixed_precision = "no"
+        if not self.dataset_name and self.data_dir != SCENES and not self.path(self.data_dir).is_dir():
+            raise UserError(f"--data-dir {self.path(self.data_dir)} is no folder: check the path (relative ones start at --base-dir)")
+        if self.config.endswith(".json"):
+            self.config = str(self.path(self.config))
+            if not Path(self.config).is_file():
+                raise UserError(f"--config {self.config} does not exist: give tiny, base, large or a JSON file")
+        elif self.config not in ("tiny", "base", "large"):
+            raise UserError(f"--config {self.config} is unknown: give tiny, base, large or a JSON file")
+
+
+@dataclass(kw_only=True)
+class VAEArguments(TrainingArguments):
+    """Train an AutoencoderKL from scratch."""
+
+    output_dir: str = "vae_models"
+    checkpoint_every: int = 20
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-4
+
+    # model
+    latent_dim: int | None = None
+    """Latent channels (default: the config's)."""
+    downsample: Literal[4, 8, 16] | None = None
+    """Pixels a latent position, in each direction (default: the config's)."""
+
+    # loss
+    reconstruction: Literal["l1", "mse"] = "l1"
+    """Distance between photo and reconstruction, averaged over values."""
+    perceptual: bool = True
+    """Add the distance in a frozen network's features."""
+    perceptual_weight: float = 0.3
+    """Weight of that term."""
+    perceptual_network: Literal["efficientnet-lite0", "vgg16"] = "efficientnet-lite0"
+    """vgg16 needs torchvision and its weights."""
+    kl_weight: float = 1e-6
+    """Final weight of the KL divergence in nats per photo."""
+    kl_warmup: int = 10
+    """Epochs over which the KL weight rises to its value."""
+    kl_target: float | None = None
+    """Steer the KL weight so that the KL reaches this many nats per photo."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("perceptual_weight", "kl_weight", "kl_warmup"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")
+        require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "give a number above 0")
+
+
+@dataclass(kw_only=True)
+class UNetArguments(TrainingArguments):
+    """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline."""
+
+    output_dir: str = "diffusion_models"
+    epochs: int = 500
+    lr_scheduler: LR_SCHEDULERS = "cosine_warm_restarts"
+
+    # model
+    vae_checkpoint: str = "vae_models"
+    """Folder that train_vae.py wrote, or the Hub id of an AutoencoderKL."""
+    unconditional: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave the class labels out."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label, for guidance."""
+
+    # diffusion
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule over the 1000 timesteps."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    """What the UNet predicts."""
+
+    # early stopping, on the validation loss at fixed noise and timesteps
+    early_stopping_patience: int = 30
+    """Epochs without a new best before the run stops (0: never stops early)."""
+    early_stopping_delta: float = 1e-5
+    """A new best is lower by at least this."""
+    oscillation_window: int = 10
+    """Epochs in which the loss may swing without falling before the run stops (0: not looked at)."""
+    oscillation_threshold: float = 0.0005
+    """A mean that falls by less than this from one half of the window to the other does not count as falling."""
+
+    # the Hub
+    push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Push the pipeline when training ends."""
+    hub_model_id: str | None = None
+    """user/name on the Hub."""
+
+    def check(self) -> None:
+        super().check()
+        require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "give a number from 0 to below 1")
+        for name in ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        if self.push_to_hub and not self.hub_model_id:
+            raise UserError("--push-to-hub needs --hub-model-id user/name")
+        if self.hub_model_id:
+            check_repo_id(self.hub_model_id, "--hub-model-id")
+        self.vae_checkpoint = str(model_location(self.vae_checkpoint, Path(self.base_dir), "--vae-checkpoint"))
+
+
+def parse(kind: type[TrainingArguments]) -> TrainingArguments:
+    """The command line as checked arguments of `kind`. Raises UserError on a value that no run can take."""
+    arguments = tyro.cli(kind, description=kind.__doc__)
+    arguments.check()
+    return arguments
+
+
+def require(holds: bool, name: str, value: object, way_out: str) -> None:
+    """Refuses a flag's value."""
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {value}: {way_out}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "128" or "96x144" -> (height, width) in pixels."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())
+    if not match or not int(match[1]) or match[2] and not int(match[2]):
+        raise UserError(f"--image-size {text}: give pixels as 128, or as 96x144 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def check_repo_id(repo_id: str, flag: str) -> None:
+    """Refuses what is no `user/name` before anything is built or sent."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise UserError(f"{flag} {repo_id}: give user/name")
+
+
+def model_location(given: str, base_dir: Path, flag: str) -> Path | str:
+    """A model's folder as a Path, or its Hub id as a string.
+
+    A path to a file in a model's folder (`vae_models/best_model.pt` of older scripts) stands for that folder.
+    """
+    folder = base_dir / given
+    if folder.is_dir():
+        return folder
+    if Path(given).suffix in {".pt", ".pth", ".safetensors", ".json"} and folder.parent.is_dir():
+        return folder.parent
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not folder.parent.is_dir():
+        return given
+    trainer = "train_vae.py" if flag == "--vae-checkpoint" else "train_unet.py"
+    raise UserError(f"{flag} {folder} is no folder: train with {trainer} first, or give its --output-dir or a Hub id")

@@ -1,0 +1,1 @@
+"""Photos: any source -> DatasetDict -> memory-mapped pixels."""

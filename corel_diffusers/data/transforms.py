@@ -1,0 +1,157 @@
+"""Photos -> pixels: RGB, resized and cropped once into a memory-mapped uint8 cache, read as float batches.
+
+Photos come in every state: rotated by EXIF, with alpha, CMYK, 16-bit, truncated. `open_photo` converts what can be shown
+and refuses the rest with a reason, once, for preparing and for training alike.
+"""
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, config
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from corel_diffusers.files import UserError, whole_file
+
+MIN_SIDE_PX = 32
+CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers"
+
+
+class PhotoError(Exception):
+    """Why a file cannot serve as a photo, in a few words."""
+
+
+def open_photo(file: Path | str | bytes) -> Image.Image:
+    """A file's path or bytes -> 8-bit RGB, upright, alpha laid on white. Raises PhotoError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 100-megapixel cameras exist
+            photo = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+            frames = getattr(photo, "n_frames", 1)
+            if frames > 1 and photo.format != "MPO":  # an MPO is a phone's JPEG with a preview behind it
+                raise PhotoError(f"animated or multi-page ({frames} frames)")
+            photo.load()
+    except UnidentifiedImageError:
+        raise PhotoError("not a picture") from None
+    except Image.DecompressionBombError:
+        raise PhotoError("too many pixels to open safely") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise PhotoError("truncated" if "truncated" in str(error) else f"damaged ({error})") from None
+    if min(photo.size) < MIN_SIDE_PX:
+        raise PhotoError(f"tiny ({photo.width}x{photo.height} px)")
+    photo = ImageOps.exif_transpose(photo)
+    if photo.mode.startswith("I") or photo.mode == "F":
+        photo = eight_bits(photo)
+    if photo.has_transparency_data:
+        photo = photo.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+    return photo.convert("RGB")
+
+
+def eight_bits(photo: Image.Image) -> Image.Image:
+    """A grey picture of 16 or 32 bits -> 8 bits. 16-bit values are divided by 257, so that 65535 becomes 255."""
+    values = np.asarray(photo).astype(np.float64)
+    if photo.mode == "F":
+        scale = 255 if values.max() <= 1 else 1
+    else:
+        scale = 1 if photo.mode == "I" and values.max() <= 255 else 1 / 257
+    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+
+
+def fit_photo(photo: Image.Image, size_px: tuple[int, int]) -> Image.Image:
+    """Resizes and crops the middle to (height, width), with the antialiasing filter that shrinks best (Lanczos)."""
+    return ImageOps.fit(photo, (size_px[1], size_px[0]), Image.Resampling.LANCZOS)
+
+
+@dataclass
+class Pixels:
+    """The decoded photos of one split: uint8 (N, H, W, 3) on disk, memory-mapped, and the key that stands for their content."""
+
+    values: np.ndarray
+    key: str
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batch(self, indices: np.ndarray | slice) -> torch.Tensor:
+        """float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
+        return to_float(torch.from_numpy(self.values[indices]))
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def cached_array(key: str, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:
+    """A memory-mapped array that is filled once and found again by its key; a half-filled one is never seen."""
+    path = CACHE_DIR / f"{key}.npy"
+    if not path.is_file():
+        with whole_file(path) as beside:
+            array = np.lib.format.open_memmap(beside, mode="w+", dtype=dtype, shape=shape)
+            fill(array)
+            array.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def cache_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> tuple[DatasetDict, dict[str, Pixels]]:
+    """Decodes, resizes and crops each photo once.
+
+    Returns the photos without those that cannot be read (they are named in one line) and, for each split, their Pixels. The
+    key holds each file's path, size and time of change, and the size in pixels: what changes any of them is decoded anew.
+    """
+    kept, pixels, bad = {}, {}, {}
+    for split, part in photos.items():
+        rows = part.cast_column("image", ImageFeature(decode=False))["image"]
+        key = "pixels-" + digest([file_key(row) for row in rows], size_px)
+        reasons_file = CACHE_DIR / f"{key}.json"
+
+        names = part["file_name"][:]
+
+        def fill(array: np.ndarray, rows=rows, names=names, reasons_file=reasons_file) -> None:
+            def decode(index: int) -> str | None:
+                row = rows[index]
+                try:
+                    array[index] = np.asarray(fit_photo(open_photo(row["bytes"] or row["path"]), size_px))
+                except PhotoError as error:
+                    return f"{names[index]}: {error}"
+
+            with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+                found = list(tqdm(pool.map(decode, range(len(array))), "decoding photos", len(array), leave=False, disable=None))
+            with whole_file(reasons_file) as beside:
+                beside.write_text(json.dumps({i: reason for i, reason in enumerate(found) if reason}))
+
+        values = cached_array(key, (len(rows), *size_px, 3), np.uint8, fill)
+        reasons = {int(i): reason for i, reason in json.loads(reasons_file.read_text()).items()}
+        good = [i for i in range(len(part)) if i not in reasons]
+        kept[split] = part.select(good)
+        pixels[split] = Pixels(values[good] if reasons else values, key)
+        bad |= {reason: None for reason in reasons.values()}
+    if bad:
+        print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(list(bad)[:5])}{' …' if len(bad) > 5 else ''}")
+    for split, part in kept.items():
+        if not len(part):
+            raise UserError(f"no photo of the {split} split can be read: {'; '.join(list(bad)[:3])}")
+    return DatasetDict(kept), pixels
+
+
+def file_key(row: dict) -> tuple:
+    """What changes when a photo changes: its bytes, or its file's path, size and time of change."""
+    if row["bytes"] is not None:
+        return (hashlib.sha256(row["bytes"]).hexdigest(),)
+    stat = Path(row["path"]).stat()
+    return (str(Path(row["path"]).resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def digest(*parts: object) -> str:
+    """A short name for content: 24 hex digits of SHA-256 over the parts' representation."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -1,0 +1,97 @@
+"""Latents: the VAE encodes each photo and its mirror image once; the posterior is cached, draws and scale come later.
+
+The cache holds mean and log-variance before scaling. Its key stands for the VAE's weights, the photos and the size: anything
+else is another cache. The scale comes from the VAE's config alone, here for the trainer and in pipeline.py for sampling.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from corel_diffusers.data.transforms import Pixels, cached_array
+from corel_diffusers.files import UserError
+
+
+def load_vae(location: Path | str) -> AutoencoderKL:
+    """A trained AutoencoderKL, from a folder or the Hub, frozen. Raises UserError where there is none that can be used."""
+    trained_here = isinstance(location, Path) and (location / "metrics.jsonl").is_file()
+    try:
+        vae = AutoencoderKL.from_pretrained(location, local_files_only=isinstance(location, Path), use_safetensors=True)
+    except Exception as error:  # diffusers and the Hub's client raise many kinds
+        way_out = "train it first (train_vae.py), or give the --output-dir of a finished training or a Hub id"
+        raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({str(error).splitlines()[0]}): {way_out}") from None
+    if trained_here and vae.config.latents_mean is None:
+        raise UserError(f"--vae-checkpoint {location}: its training is not finished: go on with train_vae.py --resume latest")
+    return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def weights_key(vae: AutoencoderKL) -> str:
+    """Stands for a VAE's weights: SHA-256 over names and bytes."""
+    key = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        key.update(name.encode())
+        key.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return key.hexdigest()[:24]
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, photos: torch.Tensor) -> torch.Tensor:
+    """Photos (B, 3, H, W) and their mirror images -> posterior mean and log-variance (B, 2, 2C, h, w), float32.
+
+    Second axis: photo, mirror image. Third: C means, then C log-variances.
+    """
+    both = torch.cat([photos, photos.flip(-1)]).to(memory_format=torch.channels_last)
+    posterior = vae.encode(both).latent_dist
+    return torch.stack(torch.cat([posterior.mean, posterior.logvar], dim=1).float().chunk(2), dim=1)
+
+
+def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, batch_size: int = 32) -> np.ndarray:
+    """The posterior of each photo and its mirror image, encoded once: memory-mapped float32 (N, 2, 2C, h, w)."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = (side // factor for side in pixels.values.shape[1:3])
+    shape = (len(pixels), 2, 2 * vae.config.latent_channels, height, width)
+
+    def fill(moments: np.ndarray) -> None:
+        for start in tqdm(range(0, len(pixels), batch_size), "encoding photos", leave=False, disable=None):
+            rows = slice(start, start + batch_size)
+            moments[rows] = encode(vae, pixels.batch(rows).to(device)).cpu().numpy()
+
+    return cached_array(f"latents-{weights_key(vae)}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}", shape, np.float32, fill)
+
+
+def draw(moments: torch.Tensor, mirrored: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draws latents mean + exp(logvar / 2) * noise from cached posteriors.
+
+    moments (B, 2, 2C, h, w), mirrored (B,) bool, noise (B, C, h, w) -> unscaled latents (B, C, h, w).
+    """
+    chosen = torch.where(mirrored.view(-1, 1, 1, 1), moments[:, 1], moments[:, 0])
+    mean, logvar = chosen.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * logvar) * noise
+
+
+def scale(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """VAE latents -> what the UNet sees: (z - latents_mean) / latents_std * scaling_factor per channel, from the config.
+
+    A VAE without `latents_mean` (from elsewhere) gives (z - shift_factor) * scaling_factor, as diffusers' pipelines do.
+    """
+    config = vae.config
+    if config.latents_mean is None:
+        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+    mean, std = (
+        torch.tensor(v, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+    )
+    return (latents - mean) / std * config.scaling_factor
+
+
+def measure_scale(moments: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over the training split, the posterior's spread included.
+
+    moments: (N, 2, 2C, h, w). Var(z) = Var(mean) + E(exp(logvar)), the law of total variance.
+    """
+    mean, logvar = np.split(np.asarray(moments, dtype=np.float64), 2, axis=2)
+    axes = (0, 1, 3, 4)
+    return mean.mean(axes).tolist(), np.sqrt(mean.var(axes) + np.exp(logvar).mean(axes)).tolist()

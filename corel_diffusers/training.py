@@ -1,0 +1,563 @@
+"""What both training loops need around the science: state, checkpoints, resume, EMA, learning rate, metrics, stopping.
+
+Free functions and two small classes; the loops themselves are in train_vae.py and train_unet.py, in plain sight.
+
+Whatever is random in a step derives from (seed, step, place in the global batch), and the order of the photos from (seed,
+epoch): a resumed run needs no generator's state, and how the global batch is divided into devices and accumulated passes
+changes nothing.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from datasets import DatasetDict
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from corel_diffusers.arguments import TrainingArguments
+from corel_diffusers.data.transforms import digest
+from corel_diffusers.files import UserError, read_json, whole_file, write_json
+
+# --- the run: device, precision, folder --------------------------------------------------------------------------------
+
+
+def start_run(args: TrainingArguments) -> Accelerator:
+    """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
+    args.mixed_precision = resolve_precision(args.mixed_precision)
+    metrics = args.run_dir / "metrics.jsonl"
+    if metrics.is_file() and not args.resume:
+        way_out = "give --resume latest to go on with it, or another --output-dir"
+        raise UserError(f"--output-dir {args.run_dir} already holds a run: {way_out}")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.grad_accum,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
+    )
+    where = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    devices = f"{accelerator.num_processes} x {where}" if accelerator.num_processes > 1 else where
+    accelerator.print(f"running on {devices}, mixed precision {args.mixed_precision}")
+    return accelerator
+
+
+def resolve_precision(wanted: str) -> str:
+    """ "auto" -> fp16 on CUDA, bf16 where the CPU computes it in hardware, else no; what `accelerate launch` was told comes first.
+
+    Raises UserError for fp16 without a GPU, which accelerate would silently run in fp32.
+    """
+    if wanted == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        wanted = launched if launched in ("fp16", "bf16") else "fp16" if torch.cuda.is_available() else "bf16" if has_bf16 else "no"
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16 needs a GPU and there is none: give auto, bf16 or no")
+    return wanted
+
+
+def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px: tuple[int, int], model: str) -> None:
+    """Says what is trained on what, before the first step."""
+    classes = photos["train"].features["label"].names
+    counts = f"{len(photos['train'])} photos to train on, {len(photos['validation'])} held out, {len(classes)} classes"
+    accelerator.print(f"{counts}, {size_px[0]}x{size_px[1]} px; {model}")
+
+
+# --- randomness and the order of the photos ----------------------------------------------------------------------------
+
+
+class StepRandom:
+    """Draws for the rows of one forward pass, as slices of draws for the whole global batch of a step.
+
+    Also seeds torch's global generator, which dropout uses.
+    """
+
+    def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device) -> None:
+        first, second = (int(word) for word in np.random.SeedSequence([seed, step]).generate_state(2))
+        torch.manual_seed(second + rows.start)
+        self.generator = torch.Generator().manual_seed(first)
+        self.global_batch, self.rows, self.device = global_batch, rows, device
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal values, (rows, *shape)."""
+        return torch.randn(self.global_batch, *shape, generator=self.generator)[self.rows].to(self.device)
+
+    def integers(self, high: int) -> torch.Tensor:
+        """Whole numbers from 0 to high - 1, (rows,)."""
+        return torch.randint(high, (self.global_batch,), generator=self.generator)[self.rows].to(self.device)
+
+    def chance(self, probability: float) -> torch.Tensor:
+        """True with the probability, (rows,)."""
+        return (torch.rand(self.global_batch, generator=self.generator)[self.rows] < probability).to(self.device)
+
+
+@dataclass
+class BatchPlan:
+    """How the stream of photos, one seeded permutation after another, is cut into steps, passes and ranks.
+
+    A step takes the next `global_batch` photos of the stream, so every photo is seen equally often and no batch is short.
+    """
+
+    photos: int
+    batch_size: int
+    grad_accum: int
+    num_processes: int
+    rank: int
+    seed: int
+
+    @classmethod
+    def of(cls, args: TrainingArguments, accelerator: Accelerator, photos: int) -> "BatchPlan":
+        return cls(photos, args.batch_size, args.grad_accum, accelerator.num_processes, accelerator.process_index, args.seed)
+
+    def total_steps(self, args: TrainingArguments) -> int:
+        return args.max_train_steps or args.epochs * self.steps_per_epoch
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.grad_accum * self.num_processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.photos / self.global_batch)
+
+    def rows(self, micro_step: int) -> slice:
+        """The rows of the global batch that this rank handles in its `micro_step`-th forward pass."""
+        start = (micro_step * self.num_processes + self.rank) * self.batch_size
+        return slice(start, start + self.batch_size)
+
+    def indices(self, step: int, micro_step: int) -> np.ndarray:
+        """The photos of one forward pass, (batch_size,)."""
+        rows = self.rows(micro_step)
+        places = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
+        orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(self.photos) for epoch in set(places // self.photos)}
+        return np.array([orders[place // self.photos][place % self.photos] for place in places])
+
+
+class BatchOrder(Sampler):
+    """The index arrays of every forward pass from `first_step` to `last_step`, in order."""
+
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
+        self.plan, self.steps = plan, range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.plan.indices(step, micro) for step in self.steps for micro in range(self.plan.grad_accum))
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.plan.grad_accum
+
+
+class ArrayBatches(Dataset):
+    """Whole batches of memory-mapped arrays: an array of indices -> a tensor for each array."""
+
+    def __init__(self, *arrays: np.ndarray) -> None:
+        self.arrays = arrays
+
+    def __getitem__(self, indices: np.ndarray) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
+
+
+def batches(plan: BatchPlan, first_step: int, last_step: int, num_workers: int, *arrays: np.ndarray) -> Iterator[list[torch.Tensor]]:
+    """The batches of every forward pass from `first_step` on."""
+    order = BatchOrder(plan, first_step, last_step)
+    pin = torch.cuda.is_available()
+    return iter(DataLoader(ArrayBatches(*arrays), sampler=order, batch_size=None, num_workers=num_workers, pin_memory=pin))
+
+
+# --- learning rate ------------------------------------------------------------------------------------------------------
+
+
+def lr_factor(args: TrainingArguments, total_steps: int) -> Callable[[int], float]:
+    """Step -> share of --learning-rate, a pure function of the step. See --lr-scheduler.
+
+    cosine: half a cosine down to --lr-min (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5). cosine_warm_restarts: three of
+    them, each twice as long as the last, the third ending with the run (same paper, T_mult = 2).
+    """
+    name, warmup, floor = args.lr_scheduler, args.lr_warmup_steps, args.lr_min / args.learning_rate
+    if name not in ("cosine", "cosine_warm_restarts", "none", "plateau"):
+        bare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        return get_scheduler(name, bare, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if name in ("none", "plateau"):
+            return 1.0
+        share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if name == "cosine_warm_restarts" and share < 1:
+            start, length = next((s, n) for s, n in ((3 / 7, 4 / 7), (1 / 7, 2 / 7), (0, 1 / 7)) if share >= s)
+            share = (share - start) / length
+        return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
+
+    return factor
+
+
+class LearningRate:
+    """Sets the optimizer's learning rate: by the step, and for "plateau" also by the validation loss."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, args: TrainingArguments, total_steps: int) -> None:
+        self.optimizer, self.peak, self.factor = optimizer, args.learning_rate, lr_factor(args, total_steps)
+        self.now, self.plateau = 0.0, None
+        if args.lr_scheduler == "plateau":  # its scale multiplies the peak; torch's class keeps the count
+            holder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                holder, factor=0.5, patience=10, min_lr=args.lr_min / args.learning_rate
+            )
+
+    def set(self, step: int) -> None:
+        """Sets the rate of `step`."""
+        scale = self.plateau.optimizer.param_groups[0]["lr"] if self.plateau else 1.0
+        self.now = self.peak * self.factor(step) * scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.now
+
+    def validated(self, loss: float) -> None:
+        """Tells "plateau" the validation loss: ten epochs without a better one halve the rate."""
+        if self.plateau:
+            self.plateau.step(loss)
+
+    def state_dict(self) -> dict:
+        if not self.plateau:
+            return {}
+        return {"scale": self.plateau.optimizer.param_groups[0]["lr"], "best": self.plateau.best, "bad": self.plateau.num_bad_epochs}
+
+    def load_state_dict(self, values: dict) -> None:
+        if self.plateau:
+            self.plateau.optimizer.param_groups[0]["lr"] = values["scale"]
+            self.plateau.best, self.plateau.num_bad_epochs = values["best"], values["bad"]
+
+
+# --- state, checkpoints, resume -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunState:
+    """What a run knows beside the weights; saved as JSON in each checkpoint, so every value is a plain number or a list."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    epochs_since_best: int = 0
+    recent: list[float] = field(default_factory=list)  # validation losses of the oscillation window
+    totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
+    passes: int = 0  # forward passes in those sums
+    kl_weight: float = 0.0
+    stop_reason: str = ""
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first; what was cut off while being written bears another name."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save_checkpoint(
+    accelerator: Accelerator, args: TrainingArguments, state: RunState, settings: dict, rate: LearningRate, ema: EMAModel | None
+) -> None:
+    """Writes all that resume needs beside its place, renames it into place, removes the oldest beyond --keep-checkpoints.
+
+    Called on every rank. EMA and state go through safetensors and JSON: accelerate would pickle them and, on loading,
+    unpickle whatever a user points at.
+    """
+    path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
+    partial = path.with_name(f".{path.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        if ema:
+            save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, partial / "ema.safetensors")
+        write_json(partial / "state.json", {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()})
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+        for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def run_settings(args: TrainingArguments, photos: DatasetDict, **more: object) -> dict:
+    """What an interrupted run and its continuation must share: the flags that bear on the weights, and the photos.
+
+    Photos count by name, label and split, not by folder: a run may go on where its data have moved.
+    """
+    rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
+    return args.settings() | {"photos": digest(rows)} | more
+
+
+def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
+    """The checkpoint that --resume names: the newest whole one for "latest" (None where there is none yet), or a path.
+
+    Raises UserError where the path is no checkpoint of this run, and where the settings are others than the run's, with the
+    list of what differs.
+    """
+    if args.resume is None:
+        return None
+    known = find_checkpoints(args.run_dir)
+    if args.resume == "latest":
+        if not known:
+            print(f"no checkpoint in {args.run_dir} yet: starting from the beginning")
+            return None
+        checkpoint = known[-1]
+    else:
+        checkpoint = args.path(args.resume).resolve()
+        if checkpoint not in [path.resolve() for path in known]:
+            there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
+            raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
+    saved = read_json(checkpoint / "state.json")["settings"]
+    now = json.loads(json.dumps(settings))
+    differing = [
+        f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]
+    if differing:
+        raise UserError(f"--resume {args.resume}: {'; '.join(differing)}: give the run's own settings, or another --output-dir")
+    print(f"resuming from {checkpoint}")
+    return checkpoint
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, rate: LearningRate, ema: EMAModel | None) -> RunState:
+    """Loads model, optimizer, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state."""
+    if checkpoint is None:
+        return RunState()
+    accelerator.load_state(str(checkpoint))
+    saved = read_json(checkpoint / "state.json")
+    state = RunState(**saved["state"])
+    rate.load_state_dict(saved["learning_rate"])
+    if ema:
+        values = load_file(checkpoint / "ema.safetensors")
+        for place, parameter in enumerate(ema.shadow_params):
+            parameter.copy_(values[str(place)])
+        ema.optimization_step = state.step
+    return state
+
+
+# --- EMA ----------------------------------------------------------------------------------------------------------------
+
+
+def build_ema(args: TrainingArguments, model: torch.nn.Module) -> EMAModel | None:
+    """diffusers' EMA with the warm-up 1 - (1 + step)^(-2/3), or None for --no-ema."""
+    if not args.ema:
+        return None
+    return EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=2 / 3, foreach=True)
+
+
+@contextmanager
+def ema_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
+    """Within, the model has the EMA's weights and is in evaluation mode."""
+    model.eval()
+    if ema:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        if ema:
+            ema.restore(model.parameters())
+        model.train()
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------------
+
+
+class RunningMean:
+    """Means of named values over the steps of an epoch, summed on the device: nothing waits for it until it is read."""
+
+    def __init__(self, state: RunState, device: torch.device) -> None:
+        self.device, self.passes = device, state.passes
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state.totals.items()}
+
+    def add(self, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+        self.passes += 1
+
+    def store(self, state: RunState) -> None:
+        """Puts the sums so far into the state, for a checkpoint in mid-epoch."""
+        state.totals, state.passes = {name: float(value) for name, value in self.sums.items()}, self.passes
+
+    def means(self) -> dict[str, float]:
+        """This rank's means so far."""
+        return {name: float(value) / self.passes for name, value in self.sums.items()}
+
+    def close(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks; begins anew."""
+        means = {name: float(accelerator.reduce(value / self.passes, "mean")) for name, value in self.sums.items()}
+        self.sums, self.passes = {}, 0
+        return means
+
+
+def append_metrics(path: Path, record: dict) -> None:
+    """Adds one line; a line is written in one call, so that a reader sees it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one cut off by a kill, which can only be the last, is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def open_history(accelerator: Accelerator, args: TrainingArguments, state: RunState, script: str, photos: DatasetDict) -> list[dict]:
+    """Opens the run's folder: what the run is (run.json), its metrics up to the state's step, its trackers.
+
+    Lines after that step, which a resumed run writes again, are dropped. Returns those that stay.
+    """
+    path = args.run_dir / "metrics.jsonl"
+    history = [record for record in read_metrics(path) if record["step"] <= state.step]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with whole_file(path) as beside:
+            beside.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+        data = {
+            "source": str(args.photo_source) if isinstance(args.photo_source, str) else args.photo_source.name,
+            "classes": photos["train"].features["label"].names,
+            "photos": {split: len(part) for split, part in photos.items()},
+        }
+        write_json(args.run_dir / "run.json", {"command": args.command(script), "data": data})
+    accelerator.init_trackers(script.removesuffix(".py"))
+    return history
+
+
+# --- stopping -----------------------------------------------------------------------------------------------------------
+
+
+def early_stop(state: RunState, patience: int, window: int, threshold: float) -> str:
+    """Why the run should stop now, or "". Looks at `epochs_since_best` and at the last `window` validation losses.
+
+    The loss oscillates when it turned at least window / 2 times within the window and the mean of the window's second half is
+    not lower than that of the first by more than `threshold`.
+    """
+    if patience and state.epochs_since_best >= patience:
+        return f"no better validation loss for {patience} epochs"
+    if window and len(state.recent) == window:
+        changes = np.sign(np.diff(state.recent))
+        turns = int((changes[1:] * changes[:-1] < 0).sum())
+        fall = np.mean(state.recent[: window // 2]) - np.mean(state.recent[window // 2 :])
+        if turns >= window / 2 and fall <= threshold:
+            return f"the validation loss swings without falling ({turns} turns in {window} epochs, fell by {fall:.2g})"
+    return ""
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end; the second one ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._received)
+
+    def _received(self, number: int, frame: object) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def received(self, accelerator: Accelerator) -> bool:
+        """Whether any rank was told to stop; the same answer on each."""
+        if accelerator.num_processes == 1:
+            return bool(self.number)
+        return bool(accelerator.reduce(torch.tensor(float(self.number > 0), device=accelerator.device), "sum") > 0)
+
+    def exit(self, state: RunState) -> None:
+        """Where a signal came: says where to go on, and ends with the signal's exit code."""
+        if self.number:
+            print(f"stopped at step {state.step}, a checkpoint is written: --resume latest goes on from there", file=sys.stderr)
+            sys.exit(128 + self.number)
+
+
+@contextmanager
+def explained_failures(args: TrainingArguments) -> Iterator[None]:
+    """Turns running out of memory into one line with the flags that help and what the run had asked for."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+            raise
+        used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""
+        smaller = max(1, args.batch_size // 2)
+        size = "x".join(map(str, args.size_px)) if args.size_px else "this size"
+        raise UserError(
+            f"out of memory with --batch-size {args.batch_size} at {size} px{used}: "
+            f"try --batch-size {smaller} --grad-accum {args.grad_accum * math.ceil(args.batch_size / smaller)} (the same effective batch), "
+            "or a smaller --image-size"
+        ) from None
+
+
+def progress_bar(plan: BatchPlan, state: RunState, total_steps: int, accelerator: Accelerator) -> tqdm:
+    """Photos per second and time left; in a log file one line every half minute."""
+    return tqdm(
+        total=total_steps * plan.global_batch,
+        initial=state.step * plan.global_batch,
+        unit=" photos",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+        disable=not accelerator.is_main_process,
+    )
+
+
+def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, means: RunningMean, args: TrainingArguments) -> None:
+    """Moves the bar by one step; every tenth shows the epoch's losses so far, and ends a run whose loss is no number any more."""
+    bar.update(plan.global_batch)
+    if state.step % 10 == 0 or state.step <= 3:
+        shown = means.means()
+        bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        if not all(map(math.isfinite, shown.values())):
+            raise UserError(
+                f"the loss is no number any more at step {state.step}: try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g})"
+            )
+
+
+def record_epoch(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    plan: BatchPlan,
+    state: RunState,
+    history: list[dict],
+    bar: tqdm,
+    values: dict[str, float],
+) -> None:
+    """One line of metrics.jsonl, in the history, the trackers and, every --sample-every epochs, on the screen."""
+    epoch = math.ceil(state.step / plan.steps_per_epoch)
+    place = {"step": state.step, "epoch": epoch, "images_seen": state.step * plan.global_batch, "seconds": round(state.seconds, 3)}
+    history.append(place | {name: float(f"{value:.6g}") for name, value in values.items()})
+    accelerator.log(values, step=state.step)
+    if accelerator.is_main_process:
+        append_metrics(args.run_dir / "metrics.jsonl", history[-1])
+        if epoch % args.sample_every == 0:
+            bar.write(f"epoch {epoch}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()))
+
+
+def note_validation(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> bool:
+    """Books a validation loss in the state; True where it is the best so far, by more than `delta`."""
+    state.recent = [*state.recent, loss][-window:] if window else []
+    if loss < state.best - delta:
+        state.best, state.epochs_since_best = loss, 0
+        return True
+    state.epochs_since_best += 1
+    return False

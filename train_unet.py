@@ -1,0 +1,148 @@
+"""Trains a UNet2DModel from scratch in a VAE's latent space, and packs both into a pipeline: parse, data, model, loop, save.
+
+    python train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all --output-dir diffusion_models
+    accelerate launch train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all
+"""
+
+from corel_diffusers.arguments import UNetArguments, parse
+from corel_diffusers.files import one_line_errors
+
+if __name__ == "__main__":
+    with one_line_errors():
+        arguments = parse(UNetArguments)
+
+import time
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+
+from corel_diffusers import advice, hub
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.files import published_model
+from corel_diffusers.latents import cache_moments, draw, load_vae, scale, weights_key
+from corel_diffusers.losses import denoising_loss, prediction_target
+from corel_diffusers.models import build_unet, parameter_count
+from corel_diffusers.plots import picture_grid, plot_history, save_picture
+from corel_diffusers.training import (
+    BatchPlan,
+    LearningRate,
+    RunningMean,
+    StepRandom,
+    StopSignal,
+    batches,
+    build_ema,
+    early_stop,
+    ema_weights,
+    explained_failures,
+    find_resume,
+    load_checkpoint,
+    note_validation,
+    open_history,
+    print_data_and_model,
+    progress_bar,
+    record_epoch,
+    run_settings,
+    save_checkpoint,
+    show_progress,
+    start_run,
+)
+from pipeline import CorelPipeline
+
+PANELS = {"denoising loss": {"loss": "training", "val_loss": "held-out"}, "learning rate": {"learning_rate": "learning rate"}}
+VALIDATION_DRAWS = 64  # pairs of noise and timestep over all held-out photos, at least one a photo
+
+
+def main(args: UNetArguments) -> None:
+    accelerator = start_run(args)
+    device = accelerator.device
+    vae = load_vae(args.vae_checkpoint).to(device)
+    size_px = args.size_px or trained_size_px(vae)
+
+    # data
+    with accelerator.main_process_first():
+        photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
+        photos, pixels = cache_pixels(photos, size_px)
+    plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
+    total_steps = plan.total_steps(args)
+    settings = run_settings(args, photos, size_px=size_px, global_batch=plan.global_batch, vae=weights_key(vae))
+    checkpoint = find_resume(args, settings)
+    class_names = photos["train"].features["label"].names
+    class_names = None if args.unconditional or len(class_names) < 2 else class_names
+
+    # model
+    torch.manual_seed(args.seed)
+    unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None)
+    noise_scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2" if args.schedule == "cosine" else "linear",
+        prediction_type=args.prediction_type,
+        clip_sample=False,  # latents are not bounded by 1
+        timestep_spacing="trailing",  # few-step samplers then begin at pure noise (Lin et al. 2023, arXiv:2305.08891)
+    )
+    with accelerator.main_process_first():
+        moments = {split: cache_moments(vae, part, device) for split, part in pixels.items()}
+    labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
+    latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
+    pipe = CorelPipeline(vae, unet, noise_scheduler, dict(enumerate_names(class_names)) if class_names else None)
+    model = unet
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = build_ema(args, model)
+    rate = LearningRate(optimizer, args, total_steps)
+    print_data_and_model(accelerator, photos, size_px, f"UNet of {parameter_count(unet)}, latents {'x'.join(map(str, latent_shape))}")
+
+    # loop
+    state = load_checkpoint(accelerator, checkpoint, rate, ema)
+    history = open_history(accelerator, args, state, "train_unet.py", photos)
+    means, stop = RunningMean(state, device), StopSignal()
+    bar, began = progress_bar(plan, state, total_steps, accelerator), time.monotonic() - state.seconds
+    passes = batches(plan, state.step, total_steps, args.num_workers, moments["train"], labels["train"])
+    while state.step < total_steps and not state.stop_reason:
+        rate.set(state.step)
+        for micro_step in range(args.grad_accum):
+            random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
+            batch, label = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2, 2C, h, w), (B,)
+            latents = scale(draw(batch, random.chance(0.5), random.normal(*latent_shape)), vae)  # (B, C, h, w)
+            noise, timesteps = random.normal(*latent_shape), random.integers(noise_scheduler.config.num_train_timesteps)
+            label = torch.where(random.chance(args.label_dropout), pipe.null_label, label) if class_names else None
+            with accelerator.accumulate(model):
+                prediction = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label).sample
+                loss = denoising_loss(prediction, prediction_target(noise_scheduler, latents, noise, timesteps)).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            means.add(loss=loss)
+        if ema:
+            ema.step(model.parameters())
+        state.step += 1
+        show_progress(bar, plan, state, means, args)
+
+        epoch, into_epoch = divmod(state.step, plan.steps_per_epoch)
+        if into_epoch == 0 or state.step == total_steps:
+            with ema_weights(ema, model):
+                values = validate(args, model, vae, noise_scheduler, moments["validation"], labels["validation"] if class_names else None, device)
+                if note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window) and accelerator.is_main_process:
+                    publish(args, pipe, history)
+                if epoch % args.sample_every == 0 and accelerator.is_main_process:
+                    write_samples(args, accelerator, pipe, class_names, epoch)
+            rate.validated(values["val_loss"])
+            state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
+            state.seconds = time.monotonic() - began
+            values = means.close(accelerator) | values | {"learning_rate": rate.now}
+            record_epoch(accelerator, args, plan, state, history, bar, values)
+
+        stopping = stop.received(accelerator)
+        ended = state.step == total_steps or state.stop_reason
+        if stopping or ended or (into_epoch == 0 and epoch % args.checkpoint_every == 0):
+            state.seconds = time.monotonic() - began
+            means.store(state)
+            save_checkpoint(accelerator, args, state, settings, rate, ema)
+            if accelerator.is_main_process:
+                plot_history(history, PANELS, args.run_dir / "loss_history.png")
+        if stopping:
+            break
+    bar.close()

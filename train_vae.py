@@ -1,0 +1,229 @@
+"""Trains an AutoencoderKL from scratch on photos: parse, data, model, loop, save.
+
+python train_vae.py --data-dir training_data/corel/corel_all --output-dir vae_models
+accelerate launch train_vae.py --data-dir training_data/corel/corel_all --output-dir vae_models
+"""
+
+from corel_diffusers.arguments import VAEArguments, parse
+from corel_diffusers.files import one_line_errors
+
+if __name__ == "__main__":
+    with one_line_errors():
+        arguments = parse(VAEArguments)
+
+import math
+import time
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from corel_diffusers import advice
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.transforms import Pixels, cache_pixels, to_float
+from corel_diffusers.files import published_model, read_json, write_json
+from corel_diffusers.latents import cache_moments, measure_scale
+from corel_diffusers.losses import controlled_kl_weight, kl_divergence, kl_warmup, reconstruction_loss
+from corel_diffusers.models import VAEWithPosterior, build_vae, downsample_factor, parameter_count
+from corel_diffusers.perceptual import PerceptualLoss
+from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
+from corel_diffusers.training import (
+    BatchPlan,
+    LearningRate,
+    RunningMean,
+    StepRandom,
+    StopSignal,
+    batches,
+    build_ema,
+    ema_weights,
+    explained_failures,
+    find_resume,
+    load_checkpoint,
+    note_validation,
+    open_history,
+    print_data_and_model,
+    progress_bar,
+    record_epoch,
+    run_settings,
+    save_checkpoint,
+    show_progress,
+    start_run,
+)
+
+PANELS = {
+    "reconstruction": {"reconstruction": "training", "val_reconstruction": "held-out"},
+    "perceptual": {"perceptual": "training", "val_perceptual": "held-out"},
+    "KL (nats a photo)": {"kl": "training", "val_kl": "held-out"},
+    "PSNR (dB)": {"val_psnr": "held-out"},
+}
+
+
+def main(args: VAEArguments) -> None:
+    accelerator = start_run(args)
+    device, size_px = accelerator.device, args.size_px or (128, 128)
+
+    # data
+    with accelerator.main_process_first():
+        photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
+        photos, pixels = cache_pixels(photos, size_px)
+    plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
+    total_steps = plan.total_steps(args)
+    settings = run_settings(args, photos, size_px=size_px, global_batch=plan.global_batch)
+    checkpoint = find_resume(args, settings)
+
+    # model
+    torch.manual_seed(args.seed)
+    vae = build_vae(args.config, size_px, args.latent_dim, args.downsample)
+    latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
+    perceptual = PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last) if args.perceptual else None
+    model = VAEWithPosterior(vae)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = build_ema(args, model)
+    rate = LearningRate(optimizer, args, total_steps)
+    print_data_and_model(accelerator, photos, size_px, f"VAE of {parameter_count(vae)}, latents {'x'.join(map(str, latent_shape))}")
+
+    # loop
+    state = load_checkpoint(accelerator, checkpoint, rate, ema)
+    history = open_history(accelerator, args, state, "train_vae.py", photos)
+    kl_weight = torch.tensor(state.kl_weight or args.kl_weight, device=device)
+    means, stop = RunningMean(state, device), StopSignal()
+    bar, began = progress_bar(plan, state, total_steps, accelerator), time.monotonic() - state.seconds
+    passes = batches(plan, state.step, total_steps, args.num_workers, pixels["train"].values)
+    while state.step < total_steps:
+        rate.set(state.step)
+        if not args.kl_target:
+            kl_weight.fill_(kl_warmup(args.kl_weight, state.step, args.kl_warmup * plan.steps_per_epoch))
+        for micro_step in range(args.grad_accum):
+            random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
+            batch = to_float(next(passes)[0].to(device, non_blocking=True))  # (B, 3, H, W)
+            batch = torch.where(random.chance(0.5).view(-1, 1, 1, 1), batch.flip(-1), batch)
+            with accelerator.accumulate(model):
+                terms = loss_terms(args, accelerator, perceptual, batch, *model(batch, random.normal(*latent_shape)))
+                loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0) + kl_weight * terms["kl"]
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            means.add(loss=loss, **terms)
+        if args.kl_target:
+            kl_weight = controlled_kl_weight(kl_weight, accelerator.reduce(terms["kl"].detach(), "mean"), args.kl_target)
+        if ema:
+            ema.step(model.parameters())
+        state.step += 1
+        show_progress(bar, plan, state, means, args)
+
+        epoch, into_epoch = divmod(state.step, plan.steps_per_epoch)
+        if into_epoch == 0 or state.step == total_steps:
+            with ema_weights(ema, model):
+                values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
+                if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
+                    with published_model(args.run_dir, "config.json") as folder:
+                        vae.save_pretrained(folder)
+                if epoch % args.sample_every == 0 and accelerator.is_main_process:
+                    write_pictures(args, accelerator, vae, pixels["validation"], epoch)
+            rate.validated(values["val_loss"])
+            state.seconds = time.monotonic() - began
+            values = means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now}
+            record_epoch(accelerator, args, plan, state, history, bar, values)
+
+        stopping = stop.received(accelerator)
+        if stopping or state.step == total_steps or (into_epoch == 0 and epoch % args.checkpoint_every == 0):
+            state.seconds, state.kl_weight = time.monotonic() - began, float(kl_weight)
+            means.store(state)
+            save_checkpoint(accelerator, args, state, settings, rate, ema)
+            if accelerator.is_main_process:
+                lines = {"KL (nats a photo)": (args.kl_target, "target")} if args.kl_target else None
+                plot_history(history, PANELS, args.run_dir / "training_losses.png", lines)
+        if stopping:
+            break
+    bar.close()
+
+    # save
+    if accelerator.is_main_process and history:
+        vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)  # the best by validation
+        mean, std = measure_scale(cache_moments(vae, pixels["train"], device))
+        write_json(args.run_dir / "config.json", read_json(args.run_dir / "config.json") | {"latents_mean": mean, "latents_std": std})
+        best = min(history, key=lambda record: record["val_loss"])
+        print(
+            f"{args.run_dir} holds the VAE of epoch {best['epoch']}: held-out PSNR {best['val_psnr']:.2f} dB, SSIM {best['val_ssim']:.3f}"
+        )
+        for line in advice.on_loss(history, "loss", args) + advice.on_kl(history, args, latent_shape, mean_picture_psnr(pixels)):
+            print(f"notice: {line}")
+    accelerator.end_training()
+    stop.exit(state)
+
+
+def loss_terms(
+    args: VAEArguments,
+    accelerator: Accelerator,
+    perceptual: PerceptualLoss | None,
+    photos: torch.Tensor,
+    reconstruction: torch.Tensor,
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The unweighted terms, each a scalar."""
+    terms = {"reconstruction": reconstruction_loss(reconstruction, photos, args.reconstruction)}
+    if perceptual:
+        with accelerator.autocast():
+            terms["perceptual"] = perceptual(reconstruction, photos)
+    return terms | {"kl": kl_divergence(mean, logvar).mean()}
+
+
+@torch.no_grad()
+def validate(
+    args: VAEArguments,
+    accelerator: Accelerator,
+    perceptual: PerceptualLoss | None,
+    model: VAEWithPosterior,
+    pixels: Pixels,
+    latent_shape: tuple[int, int, int],
+) -> dict[str, float]:
+    """Means over the held-out photos, reconstructed from the posterior's mean.
+
+    `val_loss`, which decides what is best: the loss with the KL at its final weight; with --kl-target the KL counts only where
+    it is above the target, as log(KL / target), so that no epoch before the controller got there looks best.
+    """
+    sums: dict[str, float] = {}
+    for start in range(0, len(pixels), args.batch_size):
+        photos = pixels.batch(slice(start, start + args.batch_size)).to(accelerator.device)
+        outputs = model(photos, torch.zeros(len(photos), *latent_shape, device=accelerator.device))
+        terms = loss_terms(args, accelerator, perceptual, photos, *outputs)
+        shown = (outputs[0].float().clamp(-1, 1) + 1) / 2, (photos + 1) / 2
+        terms["psnr"] = peak_signal_noise_ratio(*shown, data_range=1.0, dim=(1, 2, 3))
+        terms["ssim"] = structural_similarity_index_measure(*shown, data_range=1.0)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(photos)
+    values = {f"val_{name}": value / len(pixels) for name, value in sums.items()}
+    kl_term = max(0.0, math.log(values["val_kl"] / args.kl_target)) if args.kl_target else args.kl_weight * values["val_kl"]
+    return {"val_loss": values["val_reconstruction"] + args.perceptual_weight * values.get("val_perceptual", 0) + kl_term} | values
+
+
+@torch.no_grad()
+def write_pictures(args: VAEArguments, accelerator: Accelerator, vae: AutoencoderKL, pixels: Pixels, epoch: int) -> None:
+    """Held-out photos over their reconstructions, and decoded random latents of the photos' mean and spread a channel."""
+    photos = pixels.batch(slice(0, 8)).to(accelerator.device)
+    with accelerator.autocast():
+        latents = vae.encode(photos).latent_dist.mean
+        drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed)).to(latents)
+        drawn = latents.mean((0, 2, 3), keepdim=True) + latents.std((0, 2, 3), keepdim=True) * drawn
+        reconstructions, samples = vae.decode(latents).sample, vae.decode(drawn).sample
+    name = f"epoch_{epoch:04d}.png"
+    over = picture_grid(to_pictures(photos) + to_pictures(reconstructions), len(photos), ["photo", "reconstruction"])
+    save_picture(over, args.run_dir / "reconstructions" / name)
+    save_picture(picture_grid(to_pictures(samples), 4), args.run_dir / "samples" / name)
+
+
+def mean_picture_psnr(pixels: dict[str, Pixels]) -> float:
+    """PSNR (dB) on the held-out photos of the mean training photo: what a VAE reaches that knows nothing of the photo."""
+    mean = torch.from_numpy(pixels["train"].values.mean(0, dtype="float64")).float().permute(2, 0, 1) / 255
+    held_out = (pixels["validation"].batch(slice(None)) + 1) / 2
+    return float(peak_signal_noise_ratio(mean.expand_as(held_out), held_out, data_range=1.0, dim=(1, 2, 3)))
+
+
+if __name__ == "__main__":
+    with one_line_errors(), explained_failures(arguments):
+        main(arguments)

@@ -1,7 +1,7 @@
 """Trains a UNet2DModel from scratch in a VAE's latent space, and packs both into a pipeline: parse, data, model, loop, save.
 
-    python train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all --output-dir diffusion_models
-    accelerate launch train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all
+python train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all --output-dir diffusion_models
+accelerate launch train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all
 """
 
 from corel_diffusers.arguments import UNetArguments, parse
@@ -15,8 +15,8 @@ import time
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from PIL import Image
 
 from corel_diffusers import advice, hub
 from corel_diffusers.data.photos import load_photos
@@ -84,18 +84,18 @@ def main(args: UNetArguments) -> None:
     with accelerator.main_process_first():
         moments = {split: cache_moments(vae, part, device) for split, part in pixels.items()}
     labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
+    held_out = validation_draws(vae, moments["validation"], labels["validation"] if class_names else None, noise_scheduler, device)
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
-    pipe = CorelPipeline(vae, unet, noise_scheduler, dict(enumerate_names(class_names)) if class_names else None)
-    model = unet
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(unet, optimizer)
     ema = build_ema(args, model)
     rate = LearningRate(optimizer, args, total_steps)
     print_data_and_model(accelerator, photos, size_px, f"UNet of {parameter_count(unet)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop
     state = load_checkpoint(accelerator, checkpoint, rate, ema)
-    history = open_history(accelerator, args, state, "train_unet.py", photos)
+    history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_checkpoint))
     means, stop = RunningMean(state, device), StopSignal()
     bar, began = progress_bar(plan, state, total_steps, accelerator), time.monotonic() - state.seconds
     passes = batches(plan, state.step, total_steps, args.num_workers, moments["train"], labels["train"])
@@ -124,11 +124,14 @@ def main(args: UNetArguments) -> None:
         epoch, into_epoch = divmod(state.step, plan.steps_per_epoch)
         if into_epoch == 0 or state.step == total_steps:
             with ema_weights(ema, model):
-                values = validate(args, model, vae, noise_scheduler, moments["validation"], labels["validation"] if class_names else None, device)
-                if note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window) and accelerator.is_main_process:
-                    publish(args, pipe, history)
+                values = {"val_loss": validate(model, noise_scheduler, *held_out)}
+                best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
+                if best and accelerator.is_main_process:
+                    with published_model(args.run_dir, "model_index.json") as folder:
+                        pipe.save_pretrained(folder)
                 if epoch % args.sample_every == 0 and accelerator.is_main_process:
-                    write_samples(args, accelerator, pipe, class_names, epoch)
+                    with accelerator.autocast():
+                        save_picture(sample_grid(pipe, args.seed), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
             rate.validated(values["val_loss"])
             state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
             state.seconds = time.monotonic() - began
@@ -146,3 +149,78 @@ def main(args: UNetArguments) -> None:
         if stopping:
             break
     bar.close()
+
+    # save
+    if accelerator.is_main_process and history:
+        best = min(history, key=lambda record: record["val_loss"])
+        why = f" ({state.stop_reason})" if state.stop_reason else ""
+        print(
+            f"{args.run_dir} holds the pipeline of epoch {best['epoch']} of {history[-1]['epoch']}{why}: held-out loss {best['val_loss']:.4f}"
+        )
+        for line in advice.on_loss(history, "loss", args):
+            print(f"notice: {line}")
+        pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(device)  # the best, as any user loads it
+        save_picture(sample_grid(pipe, args.seed), args.run_dir / "grid.png")
+        hub.write_card(args.run_dir)
+        if args.push_to_hub and not stop.number:
+            hub.push(args.run_dir, args.hub_model_id)
+    accelerator.end_training()
+    stop.exit(state)
+
+
+def trained_size_px(vae: AutoencoderKL) -> tuple[int, int]:
+    """(height, width) that the VAE was trained at."""
+    size = vae.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def validation_draws(
+    vae: AutoencoderKL, moments: np.ndarray, labels: np.ndarray | None, noise_scheduler: DDPMScheduler, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Latents, noise, timesteps and labels of the validation loss: the same at each epoch, so that it is no lottery.
+
+    Each held-out photo (its posterior's mean, not mirrored) comes in equally often; the timesteps are spread evenly.
+    """
+    repeats = max(1, VALIDATION_DRAWS // len(moments))
+    generator = torch.Generator().manual_seed(0)
+    means = torch.from_numpy(moments[:, 0]).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
+    noise = torch.randn(means.shape, generator=generator)
+    places = torch.randperm(len(means), generator=generator)
+    timesteps = (places + 0.5) / len(means) * noise_scheduler.config.num_train_timesteps
+    label = None if labels is None else torch.from_numpy(labels).repeat(repeats).to(device)
+    return scale(means, vae).to(device), noise.to(device), timesteps.long().to(device), label
+
+
+@torch.no_grad()
+def validate(
+    model: UNet2DModel,
+    noise_scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    labels: torch.Tensor | None,
+) -> float:
+    """The mean denoising loss over the fixed draws."""
+    losses = []
+    for rows in torch.arange(len(latents)).split(64):
+        part = latents[rows], noise[rows], timesteps[rows]
+        prediction = model(noise_scheduler.add_noise(*part), part[2], None if labels is None else labels[rows]).sample
+        losses.append(denoising_loss(prediction, prediction_target(noise_scheduler, *part)))
+    return float(torch.cat(losses).mean())
+
+
+def sample_grid(pipe: CorelPipeline, seed: int, steps: int = 20) -> Image.Image:
+    """A labelled row of pictures for each class (four rows without classes), by the shipped pipeline with DPM-Solver++."""
+    names = list((pipe.config.class_names or {}).values())
+    per_row = max(2, 12 // len(names)) if names else 4
+    labels = [name for name in names for _ in range(per_row)] or None
+    shown = type(pipe)(pipe.vae, pipe.unet, DPMSolverMultistepScheduler.from_config(pipe.scheduler.config), pipe.config.class_names)
+    shown.set_progress_bar_config(disable=True)
+    count = len(labels) if labels else 16
+    pictures = shown(count, labels, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images
+    return picture_grid(pictures, per_row, names)
+
+
+if __name__ == "__main__":
+    with one_line_errors(), explained_failures(arguments):
+        main(arguments)

@@ -268,7 +268,7 @@ def require(holds: bool, name: str, value: object, way_out: str) -> None:
 def parse_size(text: str) -> tuple[int, int]:
     """ "128" or "96x144" -> (height, width) in pixels."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())
-    if not match or not int(match[1]) or match[2] and not int(match[2]):
+    if not match or not int(match[1]) or (match[2] and not int(match[2])):
         raise UserError(f"--image-size {text}: give pixels as 128, or as 96x144 (height x width)")
     return int(match[1]), int(match[2] or match[1])
 

@@ -75,12 +75,21 @@ def published_model(folder: Path, marker: str) -> Iterator[Path]:
     shutil.rmtree(staged)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes indented JSON; leaves the file alone when it already says the same."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole; leaves it alone when it already holds the same."""
+    if not (path.is_file() and path.read_bytes() == content):
         with whole_file(path) as beside:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text whole; leaves the file alone when it already says the same."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes indented JSON whole; leaves the file alone when it already says the same."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> object:

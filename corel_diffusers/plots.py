@@ -1,5 +1,6 @@
 """Pictures that a run leaves: metrics.jsonl -> curves, tensors and photos -> grids."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from corel_diffusers.files import whole_file
+from corel_diffusers.files import whole_file, write_bytes
 
 
 def save_picture(picture: Image.Image, path: Path, **options: object) -> None:
-    """Writes a picture whole or not at all."""
-    with whole_file(path) as beside:
-        picture.save(beside, **options)
+    """Writes a picture whole or not at all, in the format of the path's ending."""
+    buffer = io.BytesIO()
+    picture.save(buffer, Image.registered_extensions()[path.suffix.lower()], **options)
+    write_bytes(path, buffer.getvalue())
 
 
 def to_pictures(batch: torch.Tensor) -> list[Image.Image]:

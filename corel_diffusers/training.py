@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.transforms import digest
-from corel_diffusers.files import UserError, read_json, whole_file, write_json
+from corel_diffusers.files import UserError, read_json, write_json, write_text
 
 # --- the run: device, precision, folder --------------------------------------------------------------------------------
 
@@ -53,10 +52,15 @@ def start_run(args: TrainingArguments) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
     )
-    where = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    devices = f"{accelerator.num_processes} x {where}" if accelerator.num_processes > 1 else where
-    accelerator.print(f"running on {devices}, mixed precision {args.mixed_precision}")
+    accelerator.print(f"running on {device_name(accelerator)}, mixed precision {args.mixed_precision}")
     return accelerator
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """What the run computes on, for people: "2 x NVIDIA L4", "CPU (8 threads)"."""
+    gpu = accelerator.device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else f"{accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
+    return f"{accelerator.num_processes} x {name}" if accelerator.num_processes > 1 else name
 
 
 def resolve_precision(wanted: str) -> str:
@@ -423,8 +427,10 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def open_history(accelerator: Accelerator, args: TrainingArguments, state: RunState, script: str, photos: DatasetDict) -> list[dict]:
-    """Opens the run's folder: what the run is (run.json), its metrics up to the state's step, its trackers.
+def open_history(
+    accelerator: Accelerator, args: TrainingArguments, state: RunState, script: str, photos: DatasetDict, **more: object
+) -> list[dict]:
+    """Opens the run's folder: what the run is (run.json, with `more`), its metrics up to the state's step, its trackers.
 
     Lines after that step, which a resumed run writes again, are dropped. Returns those that stay.
     """
@@ -432,14 +438,13 @@ def open_history(accelerator: Accelerator, args: TrainingArguments, state: RunSt
     history = [record for record in read_metrics(path) if record["step"] <= state.step]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with whole_file(path) as beside:
-            beside.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+        write_text(path, "".join(json.dumps(record) + "\n" for record in history))
         data = {
             "source": str(args.photo_source) if isinstance(args.photo_source, str) else args.photo_source.name,
             "classes": photos["train"].features["label"].names,
             "photos": {split: len(part) for split, part in photos.items()},
         }
-        write_json(args.run_dir / "run.json", {"command": args.command(script), "data": data})
+        write_json(args.run_dir / "run.json", {"command": args.command(script), "device": device_name(accelerator), "data": data} | more)
     accelerator.init_trackers(script.removesuffix(".py"))
     return history
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, config
+from datasets import DatasetDict, config
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
@@ -135,7 +135,7 @@ def cache_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> tuple[Dataset
         good = [i for i in range(len(part)) if i not in reasons]
         kept[split] = part.select(good)
         pixels[split] = Pixels(values[good] if reasons else values, key)
-        bad |= {reason: None for reason in reasons.values()}
+        bad |= dict.fromkeys(reasons.values())
     if bad:
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(list(bad)[:5])}{' …' if len(bad) > 5 else ''}")
     for split, part in kept.items():

@@ -1,0 +1,135 @@
+"""The command `corel-diffusers`: its flags, checked before anything heavy is imported, and the call that each leads to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from corel_diffusers.arguments import check_repo_id, model_location, require
+from corel_diffusers.files import UserError, one_line_errors
+
+
+@dataclass(kw_only=True)
+class Prepare:
+    """Raw photos (Corel, Corel-1K, one folder a class, flat) -> folders ready to train on."""
+
+    data_dir: str
+    """Folder of raw photos; it is only read."""
+    base_dir: str = "."
+    """Relative paths start here."""
+    output_dir: str = "training_data"
+    """The prepared folders go into corel/ below this."""
+    figs_dir: str = "figs"
+    """The contact sheet goes here."""
+    visualize: bool = True
+    """Draw the contact sheet."""
+    trim_borders: bool = True
+    """Cut off black film borders."""
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Stop at photos that cannot be used, in place of leaving them out."""
+    layout: Literal["auto", "corel", "corel-1k", "folders", "flat"] = "auto"
+    """How the folder names its classes."""
+
+    def run(self) -> None:
+        base = Path(self.base_dir)
+        if not (base / self.data_dir).is_dir():
+            raise UserError(f"--data-dir {base / self.data_dir} is no folder: check the path (relative ones start at --base-dir)")
+        from corel_diffusers.data.prepare import prepare
+
+        figs_dir = base / self.figs_dir if self.visualize else None
+        prepare(base / self.data_dir, base / self.output_dir, figs_dir, self.layout, self.trim_borders, self.strict)
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Pictures from a trained pipeline: a grid, and each by itself."""
+
+    pipeline: Annotated[str, tyro.conf.arg(aliases=["--diffusion-checkpoint"])] = "diffusion_models"
+    """Pipeline folder that train_unet.py wrote, or a Hub id."""
+    vae_checkpoint: str | None = None
+    """Decode with this VAE in place of the pipeline's own."""
+    trust_remote_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the pipeline.py of a Hub repository."""
+    output: str = "generated_images.png"
+    """The grid; single pictures go to <output>_individual/."""
+    base_dir: str = "."
+    """Relative paths start here."""
+    num_images: int = 16
+    """How many pictures."""
+    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Classes by name or number from 0, in turn (default: all of them in turn)."""
+    guidance_scale: float = 1.5
+    """Strength of the class; 1 is none."""
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc"] | None = None
+    """Sampler (default: ddpm, or ddim with --ddim-steps)."""
+    steps: int | None = None
+    """Denoising steps (default: ddpm 1000, ddim 50, the others 25)."""
+    ddim_steps: int | None = None
+    """Short for --sampler ddim --steps N."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise."""
+    batch_size: int = 16
+    """Pictures at a time; does not change them."""
+    seed: int | None = None
+    """Fixes the pictures (default: drawn, and printed)."""
+    nrow: int = 4
+    """Pictures in a row of the grid."""
+    individual: bool | None = None
+    """Write each picture by itself (default: up to 16 pictures)."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+    def run(self) -> None:
+        for name in ("num_images", "batch_size", "nrow"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        for name in ("steps", "ddim_steps"):
+            value = getattr(self, name)
+            require(value is None or 1 <= value <= 1000, name, value, "give 1 to 1000")
+        if self.ddim_steps:
+            if self.steps or self.sampler not in (None, "ddim"):
+                raise UserError("--ddim-steps is short for --sampler ddim --steps: give one or the other")
+            self.sampler, self.steps = "ddim", self.ddim_steps
+        base = Path(self.base_dir)
+        self.pipeline = model_location(self.pipeline, base, "--pipeline")
+        if self.vae_checkpoint:
+            self.vae_checkpoint = model_location(self.vae_checkpoint, base, "--vae-checkpoint")
+        if isinstance(self.pipeline, str) and not self.trust_remote_code:
+            raise UserError(
+                f"--pipeline {self.pipeline} runs the code of that repository: read its pipeline.py, then give --trust-remote-code"
+            )
+        if (base / self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
+        from corel_diffusers.generate import generate
+
+        generate(self, base / self.output)
+
+
+@dataclass(kw_only=True)
+class Push:
+    """A pipeline folder with its model card -> the Hugging Face Hub."""
+
+    pipeline: str = "diffusion_models"
+    """Pipeline folder that train_unet.py wrote."""
+    repo_id: str
+    """user/name on the Hub."""
+    base_dir: str = "."
+    """Relative paths start here."""
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make the repository private."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only list what would be pushed."""
+
+    def run(self) -> None:
+        check_repo_id(self.repo_id, "--repo-id")
+        folder = Path(self.base_dir) / self.pipeline
+        if not folder.is_dir():
+            raise UserError(f"--pipeline {folder} is no folder: give the --output-dir of train_unet.py")
+        from corel_diffusers.hub import push
+
+        push(folder, self.repo_id, self.private, self.dry_run)
+
+
+def main() -> None:
+    with one_line_errors():
+        tyro.extras.subcommand_cli_from_dict({"prepare": Prepare, "generate": Generate, "push": Push}, prog="corel-diffusers").run()

@@ -1,0 +1,256 @@
+"""Raw Corel -> imagefolders: `corel-diffusers prepare`.
+
+Writes `<output>/corel/corel_all/` and `class_XXXX/`, each with its photos, metadata.jsonl, captions.json, split.json and
+classes.txt, and a contact sheet. Originals are only read. What was done to each photo is one line in `prepared.jsonl`: a second
+run skips what has its line, so an interrupted run goes on and a finished one changes nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import imagehash
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from corel_diffusers.data.photos import Found, Photo, default_caption, find_photos, split_photos
+from corel_diffusers.data.transforms import PhotoError, open_photo
+from corel_diffusers.files import UserError, whole_file, write_json, write_text
+from corel_diffusers.plots import contact_sheet, save_picture
+
+DARK = 32  # a line whose 90th percentile of brightness is below this, of 255, is black film
+JUMP = 24  # and the film ends with a jump of at least this, where a dark picture grows lighter by and by
+MAX_BORDER = 0.1  # of the side; more black than this is the picture's own
+NEAR_BITS = 8  # of 64: perceptual hashes of re-saved and slightly cropped copies differ in at most 6, those of other photos in 10
+
+
+@dataclass
+class Prepared:
+    """What was done to one photo: a line of prepared.jsonl."""
+
+    source: str
+    size: int
+    changed: int  # nanoseconds
+    trim: bool
+    file_name: str
+    borders: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, top, right, bottom, px
+    phash: str = ""
+    reason: str = ""  # why it was left out
+
+
+def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str, trim_borders: bool, strict: bool) -> None:
+    """Prepares the photos below `data_dir`; prints a summary. Raises UserError with the way out, `strict` on any bad photo."""
+    if (data_dir / "metadata.jsonl").is_file():
+        raise UserError(f"--data-dir {data_dir} is prepared already (it has metadata.jsonl): train on it as it is")
+    found = find_photos(data_dir, layout)
+    corel = output_dir / "corel"
+    check_same_source(corel, data_dir)
+    (corel / "corel_all").mkdir(parents=True, exist_ok=True)
+    done = prepare_photos(found, corel, trim_borders)
+
+    skipped = found.not_photos | {photo.file_name: done[photo.file_name].reason for photo in found.photos if done[photo.file_name].reason}
+    if strict and skipped:
+        name, reason = next(iter(skipped.items()))
+        raise UserError(f"--strict: {len(skipped)} files cannot serve as photos, the first is {name}: {reason}")
+    write_json(corel / "skipped.json", skipped)
+    photos = [photo for photo in found.photos if not done[photo.file_name].reason]
+    if len(photos) < 2:
+        raise UserError(f"No images found in {data_dir} that can be used: {'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:3])}")
+    groups = duplicate_groups([done[photo.file_name].phash for photo in photos])
+    repeated = list_duplicates(corel, photos, groups)
+    sides = split_photos([photo.number for photo in photos], [photo.file_name for photo in photos], groups)
+    write_folders(corel, found, photos, [done[photo.file_name].file_name for photo in photos], sides)
+    if figs_dir:
+        draw_sheet(figs_dir / "corel_dataset_samples.png", corel / "corel_all", found, photos, done)
+
+    for notice in found.notices:
+        print(f"notice: {notice}")
+    trimmed = sum(any(done[photo.file_name].borders) for photo in photos)
+    print(
+        f"{len(photos)} photos in {max(1, len(found.classes))} classes ({found.layout}): {sides.count('train')} to train, {sides.count('validation')} held out"
+    )
+    print(f"black borders trimmed: {trimmed}; duplicates kept on one side: {repeated}")
+    if skipped:
+        print(
+            f"left out: {len(skipped)} ({', '.join(f'{n} {r}' for r, n in Counter(skipped.values()).most_common(5))}), see {corel / 'skipped.json'}"
+        )
+    print(f"prepared: {corel / 'corel_all'}")
+
+
+def check_same_source(corel: Path, data_dir: Path) -> None:
+    """Refuses to mix the photos of two sources in one output folder."""
+    record = corel / "source.json"
+    source = {"data_dir": str(data_dir.resolve())}
+    if record.is_file() and json.loads(record.read_text()) != source:
+        raise UserError(
+            f"--output-dir {corel.parent} holds photos prepared from {json.loads(record.read_text())['data_dir']}: give another one"
+        )
+    write_json(record, source)
+
+
+def prepare_photos(found: Found, corel: Path, trim_borders: bool) -> dict[str, Prepared]:
+    """Converts and trims each photo into corel_all/, skipping those whose line says that it is done; file name -> its line."""
+    record = corel / "prepared.jsonl"
+    done = {line.source: line for line in read_prepared(record)}
+    names = output_names(found.photos)
+    with record.open("a", encoding="utf-8") as log:
+        for photo in tqdm(found.photos, "preparing", leave=False, disable=None):
+            stat = photo.path.stat()
+            line = done.get(photo.file_name)
+            stamp = (stat.st_size, stat.st_mtime_ns, trim_borders)
+            if line and (line.size, line.changed, line.trim) == stamp and (line.reason or (corel / "corel_all" / line.file_name).is_file()):
+                continue
+            line = done[photo.file_name] = prepare_photo(
+                photo, Prepared(photo.file_name, *stamp, names[photo.file_name]), corel / "corel_all"
+            )
+            log.write(json.dumps(asdict(line)) + "\n")
+            log.flush()
+    return done
+
+
+def prepare_photo(photo: Photo, line: Prepared, folder: Path) -> Prepared:
+    """One photo -> its file in `folder`: a copy where nothing has to change, else a PNG."""
+    try:
+        picture = open_photo(photo.path)
+    except PhotoError as error:
+        line.reason = str(error)
+        return line
+    if line.trim:
+        line.borders = black_borders(np.asarray(picture))
+    left, top, right, bottom = line.borders
+    trimmed = picture.crop((left, top, picture.width - right, picture.height - bottom))
+    line.phash = str(imagehash.phash(trimmed))
+    with Image.open(photo.path) as original:
+        as_it_is = (
+            not any(line.borders) and original.mode == "RGB" and original.size == picture.size and original.getexif().get(0x0112, 1) == 1
+        )
+        as_it_is = as_it_is and original.format in ("PNG", "JPEG")
+    line.file_name = line.file_name if as_it_is else str(Path(line.file_name).with_suffix(".png"))
+    with whole_file(folder / line.file_name) as beside:
+        if as_it_is:
+            shutil.copyfile(photo.path, beside)
+        else:
+            trimmed.save(beside, "PNG")
+    return line
+
+
+def read_prepared(record: Path) -> Iterable[Prepared]:
+    """The lines of prepared.jsonl; one cut off by a kill is left out."""
+    for line in record.read_text(encoding="utf-8").splitlines() if record.is_file() else ():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        yield Prepared(**values | {"borders": tuple(values["borders"])})
+
+
+def output_names(photos: list[Photo]) -> dict[str, str]:
+    """File name -> name in corel_all/: flat, and no two alike, not even with another ending."""
+    names, taken = {}, set()
+    for photo in photos:
+        flat = Path(photo.file_name.replace("/", "_"))
+        name = flat.name if flat.stem not in taken else f"{flat.stem}_{flat.suffix[1:]}{flat.suffix}"
+        taken.add(Path(name).stem)
+        names[photo.file_name] = name
+    return names
+
+
+def black_borders(picture: np.ndarray) -> tuple[int, int, int, int]:
+    """Width in px of the black film border at the left, top, right and bottom of an RGB picture (H, W, 3), the soft edge included.
+
+    A border is a run of dark lines from the edge (DARK) that ends with a jump in brightness (JUMP) within MAX_BORDER of the
+    side: a dark sky or table is wider, or grows lighter by and by, and stays.
+    """
+    brightness = picture.max(axis=2).astype(np.float32)
+
+    def border(lines: np.ndarray) -> int:
+        levels = np.percentile(lines[: int(MAX_BORDER * len(lines)) + 6], 90, axis=1)
+        dark = int(np.argmax(levels >= DARK)) if (levels >= DARK).any() else len(levels)
+        if dark < 2 or dark > MAX_BORDER * len(lines):
+            return 0
+        jump = levels[min(dark + 3, len(levels) - 1)] - levels[dark - 1]
+        return dark + 2 if jump >= JUMP else 0
+
+    rows, columns = brightness, brightness.T
+    return border(columns), border(rows), border(columns[::-1]), border(rows[::-1])
+
+
+def duplicate_groups(hashes: list[str]) -> list[int]:
+    """A group number for each photo: exact and near duplicates (NEAR_BITS) share one, along chains too."""
+    bits = np.array([int(value, 16) for value in hashes], dtype=np.uint64)
+    groups = list(range(len(bits)))
+    for index in range(1, len(bits)):
+        for other in np.flatnonzero(np.bitwise_count(bits[:index] ^ bits[index]) <= NEAR_BITS):
+            old, new = groups[index], groups[other]
+            groups = [new if group == old else group for group in groups] if old != new else groups
+    return groups
+
+
+def list_duplicates(corel: Path, photos: list[Photo], groups: list[int]) -> int:
+    """Writes duplicates.json, a list of groups: exact copies by their bytes, near ones by their hashes; returns the photos in them."""
+    members = defaultdict(list)
+    for photo, group in zip(photos, groups, strict=True):
+        members[group].append(photo)
+    listed = []
+    for alike in members.values():
+        if len(alike) > 1:
+            exact = len({hashlib.sha256(photo.path.read_bytes()).digest() for photo in alike}) == 1
+            listed.append({"kind": "exact" if exact else "near", "photos": [photo.file_name for photo in alike]})
+    write_json(corel / "duplicates.json", listed)
+    return sum(len(group["photos"]) for group in listed)
+
+
+def write_folders(corel: Path, found: Found, photos: list[Photo], file_names: list[str], sides: list[str]) -> None:
+    """The lists of corel_all/, and class_XXXX/ with the photos and lists of one class (hard links where the disk has them)."""
+    rows = []
+    for photo, name, side in zip(photos, file_names, sides, strict=True):
+        label = found.classes.get(photo.number, "photo")
+        caption = photo.caption or default_caption(found.classes.get(photo.number))
+        rows.append(({"file_name": name, "label": label, "caption": caption}, side, photo.number))
+    write_lists(corel / "corel_all", rows, found.classes)
+    for number, class_name in found.classes.items():
+        folder = corel / f"class_{number:04d}"
+        folder.mkdir(exist_ok=True)
+        of_class = [row for row in rows if row[2] == number]
+        for values, _, _ in of_class:
+            link_or_copy(corel / "corel_all" / values["file_name"], folder / values["file_name"])
+        if of_class:
+            write_lists(folder, of_class, {number: class_name})
+
+
+def write_lists(folder: Path, rows: list[tuple[dict, str, int | None]], classes: dict[int, str]) -> None:
+    """metadata.jsonl for `datasets`, the guide's captions.json, split.json and classes.txt."""
+    text = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values, _, _ in rows)
+    write_text(folder / "metadata.jsonl", text)
+    write_json(folder / "captions.json", {values["file_name"]: values["caption"] for values, _, _ in rows})
+    write_json(folder / "split.json", {s: [values["file_name"] for values, side, _ in rows if side == s] for s in ("train", "validation")})
+    if classes:
+        write_text(folder / "classes.txt", "".join(f"{number} {name}\n" for number, name in classes.items()))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` becomes the same file as `source`, or a copy where links are not to be had; left alone where it is already."""
+    if target.is_file() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
+        return
+    with whole_file(target) as beside:
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+
+
+def draw_sheet(path: Path, folder: Path, found: Found, photos: list[Photo], done: dict[str, Prepared]) -> None:
+    """The contact sheet: eight photos of each class with its name and count."""
+    rows = {}
+    for number in list(found.classes) or [None]:
+        of_class = [photo for photo in photos if photo.number == number]
+        shown = of_class[:: max(1, len(of_class) // 8)][:8]
+        pictures = [open_photo(folder / done[photo.file_name].file_name) for photo in shown]
+        rows[f"{found.classes.get(number, 'photos')} ({len(of_class)})"] = pictures
+    save_picture(contact_sheet(rows), path)

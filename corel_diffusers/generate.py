@@ -1,0 +1,111 @@
+"""Pictures from a trained pipeline: `corel-diffusers generate`."""
+
+import secrets
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from corel_diffusers.cli import Generate
+from corel_diffusers.files import UserError, whole_folder
+from corel_diffusers.latents import load_vae, weights_key
+from corel_diffusers.plots import picture_grid, save_picture
+
+SAMPLERS = {  # name: scheduler, default steps
+    "ddpm": (DDPMScheduler, 1000),
+    "ddim": (DDIMScheduler, 50),
+    "dpm-solver++": (DPMSolverMultistepScheduler, 25),
+    "unipc": (UniPCMultistepScheduler, 25),
+}
+INDIVIDUAL_UP_TO = 16
+
+
+def generate(args: Generate, output: Path) -> None:
+    """Writes the grid to `output` and, where asked for, each picture to `<output>_individual/`.
+
+    Each picture has a generator of its own, seed + place: neither the batch size nor the number of pictures changes it.
+    """
+    device = pick_device(args.device)
+    pipe = load_pipeline(args, device)
+    labels = pick_labels(pipe, args)
+    scheduler, default_steps = SAMPLERS[args.sampler or "ddpm"]
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    steps = args.steps or default_steps
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    print(f"{args.num_images} pictures, {args.sampler or 'ddpm'} with {steps} steps on {device}, seed {seed}")
+
+    pictures = []
+    for start in tqdm(range(0, args.num_images, args.batch_size), "generating", disable=args.num_images <= args.batch_size):
+        places = range(start, min(start + args.batch_size, args.num_images))
+        generators = [torch.Generator().manual_seed(seed + place) for place in places]
+        pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
+        part = pipe(
+            len(places),
+            [labels[place] for place in places] if labels else None,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=steps,
+            eta=args.eta,
+            generator=generators,
+        )
+        pictures += part.images
+
+    save_picture(picture_grid(pictures, args.nrow), output)
+    print(f"grid: {output}")
+    if args.individual if args.individual is not None else args.num_images <= INDIVIDUAL_UP_TO:
+        folder = output.with_name(f"{output.stem}_individual")
+        with whole_folder(folder) as beside:
+            for place, picture in enumerate(pictures):
+                info = PngInfo()
+                info.add_text("seed", str(seed + place))
+                if labels:
+                    info.add_text("class", pipe.config.class_names[str(labels[place])])
+                picture.save(beside / f"image_{place:04d}.png", pnginfo=info)
+        print(f"each picture: {folder}/")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """auto -> cuda where there is one. Raises UserError where the wanted one is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {wanted}: there is no GPU here; give cpu or auto")
+    try:
+        return torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"--device {wanted} is unknown: give auto, cuda or cpu") from None
+
+
+def load_pipeline(args: Generate, device: torch.device) -> DiffusionPipeline:
+    """The pipeline of a folder or a Hub id, with another VAE where --vae-checkpoint names one."""
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True, local_files_only=isinstance(args.pipeline, Path))
+    except (OSError, ValueError, ImportError) as error:
+        way_out = "give the --output-dir of a train_unet.py run, or a Hub id"
+        raise UserError(f"--pipeline {args.pipeline} cannot be loaded ({str(error).splitlines()[0]}): {way_out}") from None
+    if args.vae_checkpoint:
+        vae = load_vae(args.vae_checkpoint)
+        if weights_key(vae) != weights_key(pipe.vae):
+            if vae.config.latent_channels != pipe.vae.config.latent_channels:
+                raise UserError(f"--vae-checkpoint {args.vae_checkpoint} has other latents than the pipeline's VAE: leave the flag out")
+            print("notice: --vae-checkpoint is not the VAE that this UNet was trained with: the pictures may be garbage")
+            pipe.register_modules(vae=vae)
+    return pipe.to(device)
+
+
+def pick_labels(pipe: DiffusionPipeline, args: Generate) -> list[int] | None:
+    """A class id for each picture: the wanted classes, or all, in turn. None for a model without classes."""
+    names = {int(number): name for number, name in (pipe.config.class_names or {}).items()}
+    if not names:
+        if args.class_:
+            raise UserError("--class: this model was trained without classes; leave the flag out")
+        return None
+    wanted = []
+    for word in args.class_:
+        number = next((n for n, name in names.items() if name == word), int(word) if word.isdigit() else None)
+        if number not in names:
+            raise UserError(f"--class {word} is unknown: the classes are {', '.join(f'{n} {name}' for n, name in names.items())}")
+        wanted.append(number)
+    return list(islice(cycle(wanted or names), args.num_images))

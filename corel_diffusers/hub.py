@@ -1,0 +1,114 @@
+"""The Hub: a model card with evidence, and the upload of a pipeline folder."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from corel_diffusers.files import UserError, read_json, write_text
+from corel_diffusers.training import read_metrics
+
+PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
+WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
+
+
+def write_card(folder: Path) -> None:
+    """Writes README.md from what the run left in `folder`; a card without the line WRITTEN_BY is the user's and stays."""
+    card = folder / "README.md"
+    if card.is_file() and WRITTEN_BY not in card.read_text(encoding="utf-8"):
+        return
+    write_text(card, card_text(folder))
+
+
+def card_text(folder: Path) -> str:
+    """The model card: how to load, what it was trained on, with which commands, what was measured."""
+    index = read_json(folder / "model_index.json")
+    names = list((index.get("class_names") or {}).values())
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "latent-diffusion", "autoencoder-kl", *(["class-conditional"] if names else [])],
+    )
+    label = f', class_labels="{names[0]}"' if names else ""
+    lines = ["---", data.to_yaml(), "---", WRITTEN_BY, "", f"# {folder.resolve().name}", ""]
+    lines += ["A latent diffusion model, VAE and UNet trained from scratch with corel_diffusers.", ""]
+    if (folder / "grid.png").is_file():
+        lines += ["![Generated pictures, a row for each class](grid.png)" if names else "![Generated pictures](grid.png)", ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler",
+        "",
+        'pipe = DiffusionPipeline.from_pretrained("this/repository", trust_remote_code=True)',
+        "pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)",
+        f"images = pipe(num_images=4{label}, num_inference_steps=25).images",
+        "```",
+        "",
+        "`pipeline.py` is in this repository and imports torch and diffusers only.",
+        *([f"Classes: {', '.join(names)}."] if names else []),
+        "",
+    ]
+    if (folder / "run.json").is_file():
+        lines += training_lines(read_json(folder / "run.json"), read_metrics(folder / "metrics.jsonl"))
+    return "\n".join(lines) + "\n"
+
+
+def describe_vae(location: Path | str) -> dict | None:
+    """The command and the best epoch's numbers of a VAE that train_vae.py left in a folder; None for any other."""
+    history = read_metrics(Path(location) / "metrics.jsonl")
+    if not history or not (Path(location) / "run.json").is_file():
+        return None
+    best = min(history, key=lambda record: record["val_loss"])
+    return {"command": read_json(Path(location) / "run.json")["command"], "best": best}
+
+
+def training_lines(run: dict, history: list[dict]) -> list[str]:
+    """The card's part on data, commands and measured numbers."""
+    photos = run["data"]["photos"]
+    lines = [
+        "## Training",
+        "",
+        f"Photos: {photos['train']} to train on, {photos['validation']} held out; source `{run['data']['source']}`.",
+        "",
+    ]
+    commands = [run["vae"]["command"]] if run.get("vae") else []
+    lines += ["```bash", *commands, run["command"], "```", "", "| measured on the held-out photos | |", "|---|---|"]
+    if run.get("vae"):
+        best = run["vae"]["best"]
+        lines += [f"| VAE reconstruction, PSNR | {best['val_psnr']:.2f} dB |", f"| VAE reconstruction, SSIM | {best['val_ssim']:.3f} |"]
+    if history:
+        best, last = min(history, key=lambda record: record["val_loss"]), history[-1]
+        lines += [
+            f"| denoising loss of these weights (epoch {best['epoch']}, step {best['step']}) | {best['val_loss']:.4f} |",
+            f"| pictures seen in all, minutes | {last['images_seen']}, {last['seconds'] / 60:.1f} on {run['device']} |",
+        ]
+    return lines
+
+
+def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
+    """Uploads the pipeline folder with its card in one commit: no checkpoint, no photo, no run file.
+
+    The token is the one that `hf auth login` or HF_TOKEN holds; it is neither written nor printed. Raises UserError.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"--pipeline {folder} holds no pipeline (no model_index.json): give the --output-dir of train_unet.py")
+    write_card(folder)
+    files = sorted(file for pattern in PIPELINE_FILES for file in folder.glob(pattern) if file.is_file())
+    total = sum(file.stat().st_size for file in files) / 1e6
+    print(f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total:.1f} MB, to {repo_id}{' (private)' if private else ''}:")
+    for file in files:
+        print(f"  {file.relative_to(folder)}")
+    if dry_run:
+        return
+    if not get_token():
+        raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(PIPELINE_FILES), commit_message="Upload pipeline"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"--repo-id {repo_id} was not pushed: {str(error).splitlines()[0]}") from None
+    print(f"pushed: {commit.commit_url}")

@@ -121,8 +121,8 @@ def main(args: UNetArguments) -> None:
         state.step += 1
         show_progress(bar, plan, state, means, args)
 
-        epoch, into_epoch = divmod(state.step, plan.steps_per_epoch)
-        if into_epoch == 0 or state.step == total_steps:
+        epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
+        if ends:
             with ema_weights(ema, model):
                 values = {"val_loss": validate(model, noise_scheduler, *held_out)}
                 best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
@@ -139,8 +139,7 @@ def main(args: UNetArguments) -> None:
             record_epoch(accelerator, args, plan, state, history, bar, values)
 
         stopping = stop.received(accelerator)
-        ended = state.step == total_steps or state.stop_reason
-        if stopping or ended or (into_epoch == 0 and epoch % args.checkpoint_every == 0):
+        if stopping or state.step == total_steps or state.stop_reason or (ends and epoch % args.checkpoint_every == 0):
             state.seconds = time.monotonic() - began
             means.store(state)
             save_checkpoint(accelerator, args, state, settings, rate, ema)

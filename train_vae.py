@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import math
 import time
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -115,8 +116,8 @@ def main(args: VAEArguments) -> None:
         state.step += 1
         show_progress(bar, plan, state, means, args)
 
-        epoch, into_epoch = divmod(state.step, plan.steps_per_epoch)
-        if into_epoch == 0 or state.step == total_steps:
+        epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
+        if ends:
             with ema_weights(ema, model):
                 values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
                 if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
@@ -130,7 +131,7 @@ def main(args: VAEArguments) -> None:
             record_epoch(accelerator, args, plan, state, history, bar, values)
 
         stopping = stop.received(accelerator)
-        if stopping or state.step == total_steps or (into_epoch == 0 and epoch % args.checkpoint_every == 0):
+        if stopping or state.step == total_steps or (ends and epoch % args.checkpoint_every == 0):
             state.seconds, state.kl_weight = time.monotonic() - began, float(kl_weight)
             means.store(state)
             save_checkpoint(accelerator, args, state, settings, rate, ema)
@@ -205,7 +206,7 @@ def validate(
 @torch.no_grad()
 def write_pictures(args: VAEArguments, accelerator: Accelerator, vae: AutoencoderKL, pixels: Pixels, epoch: int) -> None:
     """Held-out photos over their reconstructions, and decoded random latents of the photos' mean and spread a channel."""
-    photos = pixels.batch(slice(0, 8)).to(accelerator.device)
+    photos = pixels.batch(np.linspace(0, len(pixels) - 1, min(8, len(pixels))).astype(int)).to(accelerator.device)
     with accelerator.autocast():
         latents = vae.encode(photos).latent_dist.mean
         drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed)).to(latents)

@@ -141,6 +141,13 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.photos / self.global_batch)
 
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, that the `step`-th step belonged to."""
+        return math.ceil(step / self.steps_per_epoch)
+
+    def ends_epoch(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0
+
     def rows(self, micro_step: int) -> slice:
         """The rows of the global batch that this rank handles in its `micro_step`-th forward pass."""
         start = (micro_step * self.num_processes + self.rank) * self.batch_size
@@ -548,7 +555,7 @@ def record_epoch(
     values: dict[str, float],
 ) -> None:
     """One line of metrics.jsonl, in the history, the trackers and, every --sample-every epochs, on the screen."""
-    epoch = math.ceil(state.step / plan.steps_per_epoch)
+    epoch = plan.epoch(state.step)
     place = {"step": state.step, "epoch": epoch, "images_seen": state.step * plan.global_batch, "seconds": round(state.seconds, 3)}
     history.append(place | {name: float(f"{value:.6g}") for name, value in values.items()})
     accelerator.log(values, step=state.step)

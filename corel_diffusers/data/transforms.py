@@ -84,7 +84,7 @@ class Pixels:
 
     def batch(self, indices: np.ndarray | slice) -> torch.Tensor:
         """float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-        return to_float(torch.from_numpy(self.values[indices]))
+        return to_float(torch.from_numpy(np.array(self.values[indices])))
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,42 @@
+# Each target works from a fresh clone: it builds .venv first where that is not there.
+#   make demo               train both models on pictures that the package draws, and generate a grid
+#   make demo DATA=photos   the same on your own photos
+#   make test               lint and tests
+PYTHON ?= python3
+BIN = .venv/bin
+DATA ?=
+OUT ?= $(if $(DATA),demo/$(notdir $(abspath $(DATA))),demo/scenes)
+# a prepared folder and "scenes" are trained on as they are, anything else is prepared first
+PREPARED = $(if $(DATA),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
+SIZE = --image-size 64 --config tiny --resume latest
+
+.PHONY: demo test lint install
+
+install: .venv/installed
+
+.venv/installed: constraints.txt setup.cfg
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,tensorboard]"
+	touch $@
+
+demo: .venv/installed
+	$(if $(filter-out scenes $(DATA),$(PREPARED)),$(BIN)/corel-diffusers prepare --data-dir "$(DATA)" --output-dir "$(OUT)/training_data" --figs-dir "$(OUT)/figs")
+	$(BIN)/python train_vae.py --data-dir "$(PREPARED)" --output-dir "$(OUT)/vae_models" $(SIZE) \
+	  --downsample 4 --latent-dim 4 --batch-size 8 --learning-rate 1e-3 --max-train-steps 450 --sample-every 2
+	$(BIN)/python train_unet.py --vae-checkpoint "$(OUT)/vae_models" --data-dir "$(PREPARED)" --output-dir "$(OUT)/diffusion_models" $(SIZE) \
+	  --batch-size 32 --learning-rate 1e-3 --lr-scheduler cosine --max-train-steps 500 --sample-every 5
+	$(BIN)/corel-diffusers generate --pipeline "$(OUT)/diffusion_models" --sampler dpm-solver++ --num-images 36 --nrow 6 --seed 1 \
+	  --output "$(OUT)/generated.png"
+	@echo
+	@echo "the photos over their reconstructions  $(OUT)/vae_models/reconstructions/"
+	@echo "the VAE, its losses                    $(OUT)/vae_models/, $(OUT)/vae_models/training_losses.png"
+	@echo "the pipeline, its losses               $(OUT)/diffusion_models/, $(OUT)/diffusion_models/loss_history.png"
+	@echo "a row of pictures for each class       $(OUT)/diffusion_models/grid.png"
+	@echo "36 pictures, the classes in turn       $(OUT)/generated.png"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .

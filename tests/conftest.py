@@ -1,0 +1,109 @@
+"""What the tests share: a cache of their own, photos that they make, and runs of the real scripts."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CACHE = tempfile.mkdtemp(prefix="corel-diffusers-tests-")
+os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.pop("HF_TOKEN", None)
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts and pipeline.py lie beside the package
+
+VAE_CONFIG = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
+UNET_CONFIG = {
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 16,
+    "norm_num_groups": 4,
+    "dropout": 0.1,
+}
+
+
+def make_photos(folder: Path, classes: int = 3, each: int = 6, size_px: tuple[int, int] = (48, 48)) -> Path:
+    """Raw Corel in small: XXXX_YYYY.png of drawn scenes, and classes.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for label in range(classes):
+        for place in range(each):
+            picture = draw_scene(label, np.random.default_rng([label, place])).resize((size_px[1], size_px[0]))
+            picture.save(folder / f"{label + 1:04d}_{place + 1:04d}.png")
+    (folder / "classes.txt").write_text("".join(f"{n} {name}\n" for n, name in enumerate(CLASS_NAMES[:classes], 1)))
+    return folder
+
+
+def launch(*command: object, env: dict | None = None, check: bool = True, **options: object) -> subprocess.CompletedProcess:
+    """Runs a command from the project's root; with `check`, a failure shows what it printed."""
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options
+    )
+    assert not check or done.returncode == 0, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def script(name: str, *flags: object, **options: object) -> subprocess.CompletedProcess:
+    return launch(sys.executable, ROOT / f"{name}.py", *flags, **options)
+
+
+def tool(*flags: object, **options: object) -> subprocess.CompletedProcess:
+    return launch(sys.executable, "-c", "from corel_diffusers.cli import main; main()", *flags, **options)
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vae.json and unet.json, the smallest models that have every kind of layer."""
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "vae.json").write_text(json.dumps(VAE_CONFIG))
+    (folder / "unet.json").write_text(json.dumps(UNET_CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def raw_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("raw") / "corel")
+
+
+@pytest.fixture(scope="session")
+def vae_flags(raw_photos: Path, configs: Path) -> list:
+    return ["--data-dir", raw_photos, "--config", configs / "vae.json", "--image-size", 32, "--batch-size", 4, "--mixed-precision", "no"]
+
+
+@pytest.fixture(scope="session")
+def trained_vae(tmp_path_factory: pytest.TempPathFactory, vae_flags: list) -> Path:
+    """vae_models/ of a short run of the real script, pictures included."""
+    folder = tmp_path_factory.mktemp("trained") / "vae_models"
+    script("train_vae", *vae_flags, "--output-dir", folder, "--epochs", 2, "--sample-every", 1, "--lr", 1e-3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unet_flags(raw_photos: Path, configs: Path, trained_vae: Path) -> list:
+    return [
+        "--image-dir", raw_photos, "--vae-checkpoint", trained_vae, "--config", configs / "unet.json", "--batch-size", 4,
+        "--mixed-precision", "no",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained_unet(tmp_path_factory: pytest.TempPathFactory, unet_flags: list) -> Path:
+    """diffusion_models/ of a short run of the real script."""
+    folder = tmp_path_factory.mktemp("trained") / "diffusion_models"
+    script("train_unet", *unet_flags, "--output-dir", folder, "--epochs", 2, "--sample-every", 1)
+    return folder
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""`corel-diffusers generate`, and how fast the command answers."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tool
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+
+
+@pytest.fixture
+def base(tmp_path, trained_unet):
+    (tmp_path / "diffusion_models").symlink_to(trained_unet)
+    return tmp_path
+
+
+def pictures(folder) -> list[np.ndarray]:
+    return [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]
+
+
+def test_the_guides_command(base, trained_vae):
+    flags = ["--output", "corel.png", "--base-dir", base, "--num-images", 4, "--batch-size", 4, "--seed", 7, "--nrow", 2, "--device", "cpu"]
+    old_names = ["--diffusion-checkpoint", "diffusion_models/best_model.pt", "--vae-checkpoint", trained_vae / "best_model.pt"]
+    done = tool("generate", *old_names, *flags)
+    assert "ddpm with 1000 steps on cpu, seed 7" in done.stdout
+    assert Image.open(base / "corel.png").size == (2 * 34 + 2, 2 * 34 + 2)
+    assert len(pictures(base / "corel_individual")) == 4
+
+
+def test_pictures_are_the_pipelines_own_whatever_the_batch(base):
+    common = ["generate", "--base-dir", base, "--num-images", 3, "--ddim-steps", 4, "--seed", 5, "--class", "pine forest", 0]
+    tool(*common, "--batch-size", 2, "--output", "two.png")
+    tool(*common, "--batch-size", 3, "--output", "three.png")
+    pipe = DiffusionPipeline.from_pretrained(base / "diffusion_models", trust_remote_code=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    generators = [torch.Generator().manual_seed(5 + place) for place in range(3)]
+    expected = pipe(3, [2, 0, 2], num_inference_steps=4, generator=generators, output_type="np").images
+    for name in ("two", "three"):
+        for picture, reference in zip(pictures(base / f"{name}_individual"), expected, strict=True):
+            assert np.abs(picture / 255 - reference).max() < 0.01
+    assert Image.open(base / "two_individual" / "image_0001.png").text == {"seed": "6", "class": "sunset at sea"}
+
+
+def test_more_than_sixteen_pictures_make_a_grid_only_unless_asked(base):
+    common = ["generate", "--base-dir", base, "--num-images", 17, "--sampler", "unipc", "--steps", 2]
+    tool(*common, "--output", "grid.png")
+    assert not (base / "grid_individual").exists()
+    tool(*common, "--output", "all.png", "--individual")
+    assert len(pictures(base / "all_individual")) == 17
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num-images", 0], "--num-images 0: give 1 or more"),
+        (["--pipeline", "nowhere"], "--pipeline nowhere is no folder: train with train_unet.py first"),
+        (["--pipeline", "somebody/model"], "read its pipeline.py, then give --trust-remote-code"),
+        (["--ddim-steps", 5, "--sampler", "unipc"], "--ddim-steps is short for"),
+        (["--output", "picture.doc"], "--output picture.doc: give a name ending in .png"),
+    ],
+)
+def test_refused_flags_are_one_line_at_once(flags, expected, trained_unet):
+    began = time.monotonic()
+    done = tool("generate", "--pipeline", trained_unet, *flags, check=False)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [(["--class", "moon"], "the classes are 0 sunset at sea"), (["--device", "cuda"], "there is no GPU here")]
+)
+def test_what_the_model_or_the_machine_refuses_is_one_line(flags, expected, trained_unet, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = tool("generate", "--pipeline", trained_unet, "--base-dir", tmp_path, *flags, check=False)
+    assert done.returncode == 2
+    assert expected in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; sys.argv = ['x', '--help']\nfrom corel_diffusers.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(sorted(m for m in ('torch', 'diffusers', 'datasets', 'numpy') if m in sys.modules))"
+    from conftest import launch
+
+    assert launch(sys.executable, "-c", code).stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,96 @@
+"""Push -> from_pretrained with the real client, over HTTP, against a small stand-in of the Hub."""
+
+import shutil
+import sys
+
+import pytest
+from conftest import launch, script, tool
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from corel_diffusers.hub import WRITTEN_BY, write_card
+
+LOAD = """
+import sys
+sys.modules["corel_diffusers"] = None  # importing it fails
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.unet.save_pretrained(sys.argv[2] + "/unet"); pipe.vae.save_pretrained(sys.argv[2] + "/vae")
+pipe(1, 0, num_inference_steps=2)
+"""
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def check_loaded(hub, repo_id, source, folder):
+    """Loads from the Hub with an empty cache in a process without this package: the same weights, bit by bit."""
+    launch(sys.executable, "-c", LOAD, repo_id, folder / "loaded", env=hub.env(folder / "empty-cache") | {"PYTHONPATH": ""})
+    for part in ("unet", "vae"):
+        ours, theirs = (load_file(root / part / "diffusion_pytorch_model.safetensors") for root in (source, folder / "loaded"))
+        assert ours.keys() == theirs.keys()
+        assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_push_and_load_again(hub, trained_unet, tmp_path):
+    done = tool("push", "--pipeline", trained_unet, "--repo-id", "user/corel", "--private", env=hub.env(tmp_path / "home"))
+    assert "pushed: " in done.stdout
+    assert hub.private
+    files = hub.repos["user/corel"]
+    assert {"model_index.json", "pipeline.py", "README.md", "grid.png", "unet/diffusion_pytorch_model.safetensors"} <= set(files)
+    assert not [name for name in files if "checkpoint" in name or "samples" in name or "metrics" in name or "run.json" in name]
+    assert TOKEN not in done.stdout + done.stderr
+    assert not any(TOKEN.encode() in content for content in files.values())
+    check_loaded(hub, "user/corel", trained_unet, tmp_path)
+    generated = tool(
+        "generate", "--pipeline", "user/corel", "--trust-remote-code", "--base-dir", tmp_path, "--num-images", 1, "--ddim-steps", 2,
+        env=hub.env(tmp_path / "another-cache"),
+    )  # fmt: skip
+    assert "grid: " in generated.stdout
+
+
+def test_train_unet_pushes_when_it_ends(hub, unet_flags, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--output-dir", folder, "--max-train-steps", 2, "--push-to-hub", "--hub-model-id", "user/fresh"]
+    script("train_unet", *unet_flags, *flags, env={k: v for k, v in hub.env("").items() if k != "HF_HOME"})
+    check_loaded(hub, "user/fresh", folder, tmp_path)
+
+
+def test_a_dry_run_touches_no_network_and_lists_what_would_go(trained_unet):
+    done = tool("push", "--pipeline", trained_unet, "--repo-id", "user/x", "--dry-run", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "would push" in done.stdout
+    assert "unet/diffusion_pytorch_model.safetensors" in done.stdout
+
+
+def test_refusals_are_one_line(hub, trained_unet, tmp_path):
+    for flags, env, expected in (
+        (["--repo-id", "user/x", "--pipeline", tmp_path], {}, "holds no pipeline"),
+        (["--repo-id", "nothing", "--pipeline", trained_unet], {}, "--repo-id nothing: give user/name"),
+        (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token=""), "no token for the Hub"),
+        (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token="hf_wrong"), "was not pushed"),
+    ):
+        done = tool("push", *flags, env=env, check=False)
+        assert done.returncode == 2, done.stderr
+        assert expected in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+def test_the_card_says_what_was_measured_and_keeps_a_users_edits(trained_unet, trained_vae, tmp_path):
+    card = ModelCard.load(trained_unet / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert "python train_vae.py" in card.text
+    assert "python train_unet.py" in card.text
+    assert "| VAE reconstruction, PSNR |" in card.text
+    assert str(trained_vae.parent) not in card.text, "no folder of the user's machine"
+    copy = tmp_path / "copy"
+    shutil.copytree(trained_unet, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    (copy / "README.md").write_text("my own card")
+    write_card(copy)
+    assert (copy / "README.md").read_text() == "my own card"
+    (copy / "README.md").write_text(WRITTEN_BY)
+    write_card(copy)
+    assert "## Use" in (copy / "README.md").read_text()

@@ -1,0 +1,102 @@
+"""The cache of posteriors against the VAE itself, and the one source of scale."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.files import UserError
+from corel_diffusers.latents import cache_moments, draw, load_vae, measure_scale, scale, weights_key
+from corel_diffusers.models import build_vae
+from pipeline import CorelPipeline
+
+
+@pytest.fixture(scope="module")
+def pixels(raw_photos):
+    return cache_pixels(load_photos(raw_photos), (32, 32))[1]["train"]
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return build_vae("tiny", (32, 32), latent_dim=4).eval()
+
+
+def test_cached_moments_are_what_encoding_gives(vae, pixels):
+    moments = cache_moments(vae, pixels, torch.device("cpu"), batch_size=5)
+    photos = pixels.batch(slice(None))
+    for mirrored, pictures in enumerate((photos, photos.flip(-1))):
+        with torch.no_grad():
+            posterior = vae.encode(pictures).latent_dist
+        assert np.allclose(moments[:, mirrored, :4], posterior.mean, atol=1e-5)
+        assert np.allclose(moments[:, mirrored, 4:], posterior.logvar, atol=1e-5)
+
+
+def test_a_draw_is_the_posteriors_own_sample(vae, pixels):
+    moments = torch.from_numpy(np.array(cache_moments(vae, pixels, torch.device("cpu"))))
+    mirrored = torch.arange(len(moments)) % 2 == 0
+    with torch.no_grad():
+        photos = pixels.batch(slice(None))
+        posterior = vae.encode(torch.where(mirrored.view(-1, 1, 1, 1), photos.flip(-1), photos)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    expected = posterior.sample(generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(draw(moments, mirrored, noise), expected, atol=1e-5)
+
+
+def test_other_weights_photos_or_sizes_are_another_cache(vae, pixels, raw_photos, monkeypatch):
+    from corel_diffusers import latents
+
+    encoded = []
+    original = latents.encode
+    monkeypatch.setattr(latents, "encode", lambda *a: encoded.append(1) or original(*a))
+    cache_moments(vae, pixels, torch.device("cpu"))
+    assert not encoded, "the same again is found"
+    other = build_vae("tiny", (32, 32), latent_dim=4).eval()
+    assert weights_key(other) != weights_key(vae)
+    cache_moments(other, pixels, torch.device("cpu"))
+    assert encoded
+    encoded.clear()
+    _, of_other_size = cache_pixels(load_photos(raw_photos), (64, 64))
+    cache_moments(vae, of_other_size["train"], torch.device("cpu"))
+    assert encoded
+
+
+def test_measured_scale_makes_drawn_latents_standard(vae, pixels):
+    moments = cache_moments(vae, pixels, torch.device("cpu"))
+    mean, std = measure_scale(moments)
+    generator = torch.Generator().manual_seed(0)
+    many = torch.from_numpy(np.concatenate([moments] * 200))
+    mirrored = torch.rand(len(many), generator=generator) < 0.5
+    latents = draw(many, mirrored, torch.randn(len(many), 4, 4, 4, generator=generator))
+    assert torch.allclose(latents.mean((0, 2, 3)), torch.tensor(mean), atol=0.02)
+    assert torch.allclose(latents.std((0, 2, 3)), torch.tensor(std), rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [0.5, 1.0, 2.0, 4.0], "scaling_factor": 1.0},
+        {"latents_mean": None, "latents_std": None, "scaling_factor": 0.18215, "shift_factor": 0.3},
+        {"latents_mean": None, "latents_std": None, "scaling_factor": 0.5, "shift_factor": None},
+    ],
+)
+def test_the_pipeline_undoes_the_trainers_scale(vae, config):
+    vae = AutoencoderKL.from_config(vae.config).eval()
+    vae.register_to_config(**config)
+    latents = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        expected = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        decoded = CorelPipeline.decode(CorelPipeline(vae, torch.nn.Identity(), None), scale(latents, vae), "pt")
+    assert torch.allclose(decoded, expected, atol=1e-5)
+
+
+def test_a_missing_or_unfinished_vae_names_the_way_out(tmp_path, vae):
+    with pytest.raises(UserError, match="--vae-checkpoint .* train it first"):
+        load_vae(tmp_path)
+    vae.save_pretrained(tmp_path)
+    assert load_vae(tmp_path).config.latents_mean is None, "somebody else's VAE is used by its scaling_factor"
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="not finished: go on with train_vae.py --resume latest"):
+        load_vae(tmp_path)

@@ -1,0 +1,82 @@
+"""Each loss term against its definition, and the parameters that it reaches."""
+
+import pytest
+import torch
+from conftest import VAE_CONFIG
+from diffusers import AutoencoderKL, DDPMScheduler
+from torch.distributions import Normal
+from torch.distributions import kl_divergence as reference_kl
+
+from corel_diffusers.losses import (
+    controlled_kl_weight,
+    denoising_loss,
+    kl_divergence,
+    kl_warmup,
+    prediction_target,
+    reconstruction_loss,
+)
+from corel_diffusers.models import VAEWithPosterior
+from corel_diffusers.perceptual import PerceptualLoss
+
+ENCODER, DECODER = ("vae.encoder.", "vae.quant_conv."), ("vae.decoder.", "vae.post_quant_conv.")
+
+
+def test_kl_is_torch_distributions():
+    mean, logvar = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    expected = reference_kl(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
+    assert torch.allclose(kl_divergence(mean, logvar), expected, rtol=1e-5)
+
+
+def test_kl_warmup_rises_in_a_line():
+    assert [kl_warmup(2.0, step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.5, 2.0, 2.0]
+    assert kl_warmup(2.0, 0, 0) == 2.0
+
+
+def test_controller_brings_a_responding_kl_to_its_target():
+    """A posterior whose KL falls with the weight as KL = 3 / sqrt(w): the weight must end at (3 / target)^2."""
+    weight = torch.tensor(1e-6)
+    for _ in range(2000):
+        weight = controlled_kl_weight(weight, 3 / weight.sqrt(), target=25.0)
+    assert float(3 / weight.sqrt()) == pytest.approx(25.0, rel=0.01)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_target_is_what_the_scheduler_turns_back_into_the_clean_latents(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    latents, noise, timesteps = torch.randn(2, 4, 8, 8) * 3, torch.randn(2, 4, 8, 8), torch.tensor([250, 700])
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    target = prediction_target(scheduler, latents, noise, timesteps)
+    for place, timestep in enumerate(timesteps):
+        row = slice(place, place + 1)
+        recovered = scheduler.step(target[row], timestep, noisy[row]).pred_original_sample
+        assert torch.allclose(recovered, latents[row], atol=1e-3)
+
+
+def test_denoising_loss_is_the_mean_square_of_each_photo():
+    a, b = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    assert torch.allclose(denoising_loss(a, b).mean(), torch.nn.functional.mse_loss(a, b))
+    assert denoising_loss(a, b).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("term", "reached", "untouched"),
+    [("reconstruction", ENCODER + DECODER, ()), ("perceptual", ENCODER + DECODER, ()), ("kl", ENCODER, DECODER)],
+)
+def test_each_term_reaches_the_parameters_that_it_should_and_no_others(term, reached, untouched):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    model = VAEWithPosterior(AutoencoderKL.from_config(VAE_CONFIG | blocks))
+    perceptual = PerceptualLoss("efficientnet-lite0")
+    photos = torch.rand(2, 3, 32, 32) * 2 - 1
+    reconstruction, mean, logvar = model(photos, torch.randn(2, 4, 8, 8))
+    loss = {
+        "reconstruction": lambda: reconstruction_loss(reconstruction, photos, "l1"),
+        "perceptual": lambda: perceptual(reconstruction, photos),
+        "kl": lambda: kl_divergence(mean, logvar).mean(),
+    }[term]()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        grown = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert grown == name.startswith(reached), f"{term}: {name}"
+        assert not (grown and name.startswith(untouched or ("none",)))
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in perceptual.parameters())

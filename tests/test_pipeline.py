@@ -1,0 +1,164 @@
+"""CorelPipeline against the schedulers' own results, and its life as a folder."""
+
+import json
+import sys
+
+import diffusers
+import pytest
+import torch
+from conftest import UNET_CONFIG, VAE_CONFIG, launch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+from pipeline import CorelPipeline
+
+NAMES = {"0": "sunset at sea", "1": "snowy mountain"}
+SWAPPED = ["DDIMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler",
+           "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
+           "DEISMultistepScheduler"]  # fmt: skip
+
+
+def build(prediction_type: str = "epsilon", classes: dict | None = NAMES, size: int | list = 8) -> CorelPipeline:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = AutoencoderKL.from_config(VAE_CONFIG | blocks | {"scaling_factor": 1.0})
+    vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 0.5, 1.5])
+    embeds = len(classes) + 1 if classes else None
+    unet = UNet2DModel.from_config(UNET_CONFIG | {"in_channels": 4, "out_channels": 4, "sample_size": size, "num_class_embeds": embeds})
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing")
+    pipe = CorelPipeline(vae.eval(), unet.eval(), scheduler, classes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class ExactPredictor(torch.nn.Module):
+    """Knows x_0 and so predicts the noise (or v) in any x_t without error."""
+
+    def __init__(self, clean: torch.Tensor, pipe: CorelPipeline) -> None:
+        super().__init__()
+        self.clean, self.config, self.dtype = clean, pipe.unet.config, torch.float32
+        self.prediction_type, self.alphas_cumprod = pipe.scheduler.config.prediction_type, pipe.scheduler.alphas_cumprod
+
+    def forward(self, noisy, timestep, labels=None):
+        a = self.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1)
+        clean = self.clean.repeat(len(noisy) // len(self.clean), 1, 1, 1)
+        noise = (noisy - a.sqrt() * clean) / (1 - a).sqrt()
+        value = {"epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean, "sample": clean}[self.prediction_type]
+        return diffusers.models.unets.unet_2d.UNet2DOutput(sample=value)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_an_exact_predictor_gives_the_schedulers_own_result_and_the_clean_latents(name, prediction_type):
+    pipe = build(prediction_type)
+    clean = torch.randn(2, 4, 8, 8) * 3  # far beyond 1: a clipped sample could not reach it
+    pipe.unet = exact = ExactPredictor(clean, pipe)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+
+    scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(20)
+    generator = torch.Generator().manual_seed(5)
+    expected = torch.randn(2, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    takes_generator = name in ("DDPMScheduler", "DPMSolverMultistepScheduler")
+    for timestep in scheduler.timesteps:
+        noise_pred = exact(scheduler.scale_model_input(expected, timestep), timestep).sample
+        expected = scheduler.step(noise_pred, timestep, expected, **({"generator": generator} if takes_generator else {})).prev_sample
+
+    for guidance_scale in (1.0, 2.0):
+        result = pipe(
+            2, 1, guidance_scale=guidance_scale, num_inference_steps=20, generator=torch.Generator().manual_seed(5), output_type="latent"
+        )
+        assert torch.allclose(result.images, expected, atol=1e-3), f"guidance {guidance_scale}"
+    assert torch.allclose(expected, clean, atol=0.05)
+
+
+def test_guidance_in_one_pass_is_that_of_two():
+    pipe = build()
+    latents, timestep = torch.randn(2, 4, 8, 8), torch.tensor(999)
+    with torch.no_grad():
+        null = pipe.unet(latents, timestep, torch.tensor([2, 2])).sample
+        of_class = pipe.unet(latents, timestep, torch.tensor([0, 1])).sample
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(1)
+    expected = scheduler.step(null + 3.0 * (of_class - null), timestep, latents).prev_sample
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    result = pipe(2, [0, "snowy mountain"], guidance_scale=3.0, num_inference_steps=1, latents=latents, output_type="latent").images
+    assert torch.allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_any_fitting_scheduler_swaps_in(name):
+    pipe = build("v_prediction" if name not in ("KDPM2DiscreteScheduler", "LMSDiscreteScheduler") else "epsilon")
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    images = pipe(1, 0, num_inference_steps=6, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
+    assert images.std() > 0
+
+
+def test_a_generators_seed_fixes_the_pictures_and_a_list_of_them_each_picture():
+    pipe = build()
+
+    def pictures(count, generator):
+        return pipe(count, 0, num_inference_steps=4, generator=generator, output_type="pt").images
+
+    assert torch.equal(pictures(2, torch.Generator().manual_seed(1)), pictures(2, torch.Generator().manual_seed(1)))
+    assert not torch.equal(pictures(2, torch.Generator().manual_seed(1)), pictures(2, torch.Generator().manual_seed(2)))
+    three = pictures(3, [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)])
+    assert torch.allclose(pictures(1, [torch.Generator().manual_seed(8)])[0], three[1], atol=1e-4)
+
+
+def test_calls_that_cannot_be_are_refused_with_the_classes():
+    pipe = build()
+    with pytest.raises(ValueError, match="the classes are 0 sunset at sea, 1 snowy mountain"):
+        pipe(1, "moon")
+    with pytest.raises(ValueError, match="class 5 is unknown"):
+        pipe(1, 5)
+    with pytest.raises(ValueError, match="3 class_labels for num_images=2"):
+        pipe(2, [0, 1, 0])
+    with pytest.raises(ValueError, match="expected \\(1, 4, 8, 8\\)"):
+        pipe(1, 0, latents=torch.zeros(1, 4, 4, 4))
+    with pytest.raises(ValueError, match="no classes"):
+        build(classes=None)(1, 0)
+
+
+def test_unconditional_rectangular_callback_and_output_types():
+    pipe = build(classes=None, size=[8, 12])
+    seen = []
+    pictures = pipe(2, num_inference_steps=3, callback_on_step_end=lambda p, step, t, values: seen.append(step) or values).images
+    assert seen == [0, 1, 2]
+    assert pictures[0].size == (48, 32)
+    black = pipe(
+        1, num_inference_steps=2, output_type="latent", callback_on_step_end=lambda p, s, t, v: {"latents": v["latents"] * 0}
+    ).images
+    assert (black == 0).all()
+    assert isinstance(pipe(1, num_inference_steps=2, return_dict=False), tuple)
+
+
+def test_it_loads_where_the_package_is_not_and_saves_and_loads_again(tmp_path):
+    pipe = build()
+    pipe.save_pretrained(tmp_path / "first")
+    index = json.loads((tmp_path / "first" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "CorelPipeline"]
+    code = """
+import sys
+sys.modules["corel_diffusers"] = None  # importing it fails
+import torch
+from diffusers import DiffusionPipeline
+folder, again, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+pipe.save_pretrained(again)
+pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
+torch.save(pipe(2, ["sunset at sea", 1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images, out)
+"""
+    launch(sys.executable, "-c", code, tmp_path / "first", tmp_path / "second", tmp_path / "out.pt", env={"PYTHONPATH": ""})
+    expected = pipe(2, [0, 1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    with pytest.raises(ValueError, match="custom code"):
+        DiffusionPipeline.from_pretrained(tmp_path / "second")
+
+
+def test_decoding_in_parts_changes_nothing():
+    pipe = build()
+    latents = torch.randn(18, 4, 8, 8)
+    with torch.no_grad():
+        whole = pipe.decode(latents, "pt")
+        assert torch.allclose(whole[17], pipe.decode(latents[17:], "pt")[0], atol=1e-5)

@@ -1,0 +1,179 @@
+"""Raw Corel -> prepared folders: borders, duplicates, bad files, a second and an interrupted run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_photos, tool
+from datasets import load_dataset
+from PIL import Image
+
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.prepare import black_borders, duplicate_groups, prepare
+from corel_diffusers.data.scenes import draw_scene
+from corel_diffusers.files import UserError
+
+COREL = ROOT.parent / "shared" / "data" / "corel"
+
+
+def state(folder: Path) -> dict:
+    """Every file below a folder with its time of change and its bytes."""
+    return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def run(data_dir: Path, base: Path, **flags) -> Path:
+    options = {"layout": "auto", "trim_borders": True, "strict": False} | flags
+    prepare(data_dir, base / "training_data", base / "figs", **options)
+    return base / "training_data" / "corel"
+
+
+def test_the_guides_command_writes_what_the_guide_promises(tmp_path):
+    make_photos(tmp_path / "data" / "corel", each=12)
+    before = state(tmp_path / "data")
+    said = tool("prepare", "--data-dir", "data/corel", "--base-dir", tmp_path).stdout
+    assert "36 photos in 3 classes (corel): 33 to train, 3 held out" in said
+    corel = tmp_path / "training_data" / "corel"
+    assert state(tmp_path / "data") == before, "originals are only read"
+    captions = json.loads((corel / "corel_all" / "captions.json").read_text())
+    assert captions["0001_0001.png"] == "a photo of a sunset at sea"
+    assert len(list((corel / "class_0002").glob("*.png"))) == 12
+    assert (tmp_path / "figs" / "corel_dataset_samples.png").is_file()
+    reference = load_dataset("imagefolder", data_dir=str(corel / "corel_all"), cache_dir=str(tmp_path / "cache"))["train"]
+    assert len(reference) == 36
+    assert set(reference.column_names) == {"image", "label", "caption"}
+    whole, part = load_photos(corel / "corel_all"), load_photos(corel / "class_0002")
+    assert set(part["validation"]["file_name"]) == {n for n in whole["validation"]["file_name"] if n.startswith("0002")}
+
+
+def test_a_second_run_changes_nothing_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
+    raw = make_photos(tmp_path / "raw")
+    reference = state(run(raw, tmp_path / "whole"))
+    run(raw, tmp_path / "whole")
+    assert state(tmp_path / "whole" / "training_data" / "corel") == reference
+
+    from corel_diffusers.data import prepare as module
+
+    done, original = [], module.prepare_photo
+
+    def killed(*arguments):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "prepare_photo", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw, tmp_path / "cut")
+    record = tmp_path / "cut" / "training_data" / "corel" / "prepared.jsonl"
+    record.write_text(record.read_text() + '{"source": "0001_00')  # a line cut off by the kill
+    monkeypatch.setattr(module, "prepare_photo", lambda *a: done.append(a) or original(*a))
+    corel = run(raw, tmp_path / "cut")
+    assert len(done) == 18, "what was done is not done again"
+    contents = {name: content for name, (_, content) in state(corel).items() if "prepared.jsonl" not in name}
+    assert contents == {name: content for name, (_, content) in reference.items() if "prepared.jsonl" not in name}
+    run(raw, tmp_path / "cut")
+    assert len(done) == 18
+
+
+def test_black_borders_are_measured_and_dark_pictures_left_alone():
+    picture = np.asarray(draw_scene(5, np.random.default_rng(0)).resize((200, 160)))
+    framed = np.zeros((160 + 9 + 4, 200 + 12, 3), np.uint8) + 6
+    framed[9:-4, 12:] = picture
+    left, top, right, bottom = black_borders(framed)
+    assert 12 <= left <= 15
+    assert 9 <= top <= 12
+    assert right == 0
+    assert 4 <= bottom <= 7
+    assert black_borders(picture) == (0, 0, 0, 0)
+    night = np.linspace(0, 120, 160)[:, None, None].repeat(200, 1).repeat(3, 2).astype(np.uint8)
+    assert black_borders(night) == (0, 0, 0, 0), "a picture that grows lighter by and by has no film border"
+    wide = framed.copy()
+    wide[: 173 // 3] = 0
+    assert black_borders(wide)[1] == 0, "a third of the picture is no border"
+
+
+def test_trimmed_photos_are_counted_and_can_be_left(tmp_path, capsys):
+    raw = make_photos(tmp_path / "raw", size_px=(96, 96))
+    framed = Image.new("RGB", (96 + 14, 96), "black")
+    framed.paste(Image.open(raw / "0003_0001.png"), (7, 0))
+    framed.save(raw / "0003_0001.png")
+    corel = run(raw, tmp_path / "a")
+    assert "black borders trimmed: 1;" in capsys.readouterr().out
+    assert Image.open(corel / "corel_all" / "0003_0001.png").width <= 96
+    corel = run(raw, tmp_path / "b", trim_borders=False)
+    assert (corel / "corel_all" / "0003_0001.png").read_bytes() == (raw / "0003_0001.png").read_bytes()
+
+
+def test_duplicates_are_listed_and_kept_on_one_side(tmp_path):
+    raw = make_photos(tmp_path / "raw", each=10, size_px=(96, 96))
+    shutil.copy(raw / "0001_0001.png", raw / "0001_0011.png")
+    Image.open(raw / "0001_0002.png").crop((2, 2, 94, 95)).resize((80, 80)).save(raw / "0001_0012.jpg", quality=70)
+    corel = run(raw, tmp_path)
+    listed = {frozenset(group["photos"]): group["kind"] for group in json.loads((corel / "duplicates.json").read_text())}
+    assert listed[frozenset({"0001_0001.png", "0001_0011.png"})] == "exact"
+    assert any({"0001_0002.png", "0001_0012.jpg"} <= group and kind == "near" for group, kind in listed.items())
+    split = json.loads((corel / "corel_all" / "split.json").read_text())
+    for group in listed:
+        assert len({name in split["validation"] for name in group}) == 1
+
+
+def test_groups_follow_chains():
+    assert duplicate_groups(["00", "ff" * 8, "01", "0f" * 8, "1ff"])[0:3:2] == [0, 0]
+    near = duplicate_groups([f"{(1 << bits) - 1:016x}" for bits in (0, 8, 16, 40)])
+    assert near[0] == near[1] == near[2] != near[3]
+
+
+def test_bad_files_are_left_out_with_reason_converted_or_stopped_by_strict(tmp_path, capsys):
+    raw = make_photos(tmp_path / "raw")
+    good = Image.open(raw / "0001_0001.png")
+    (raw / "0001_0091.png").write_bytes((raw / "0001_0001.png").read_bytes()[:300])
+    (raw / "0001_0092.jpg").write_text("not a picture")
+    good.resize((9, 9)).save(raw / "0001_0093.png")
+    good.save(raw / "0001_0094.gif", save_all=True, append_images=[good.rotate(90)])
+    (raw / "notes.txt").write_text("hello")
+    good.convert("CMYK").save(raw / "0001_0095.jpg")
+    rgba = good.convert("RGBA")
+    rgba.putalpha(128)
+    rgba.rotate(90).save(raw / "0001_0096.png")
+    corel = run(raw, tmp_path / "out")
+    skipped = json.loads((corel / "skipped.json").read_text())
+    assert set(skipped) == {"0001_0091.png", "0001_0092.jpg", "0001_0093.png", "0001_0094.gif", "notes.txt"}
+    assert skipped["0001_0092.jpg"] == "not a picture"
+    assert "tiny" in skipped["0001_0093.png"]
+    assert "animated" in skipped["0001_0094.gif"]
+    assert "left out: 5" in capsys.readouterr().out
+    for name in ("0001_0095.png", "0001_0096.png"):
+        assert Image.open(corel / "corel_all" / name).mode == "RGB"
+    with pytest.raises(UserError, match="--strict: 5 files"):
+        run(raw, tmp_path / "strict", strict=True)
+
+
+def test_one_output_folder_holds_one_source(tmp_path):
+    run(make_photos(tmp_path / "a"), tmp_path)
+    with pytest.raises(UserError, match="--output-dir .* holds photos prepared from"):
+        run(make_photos(tmp_path / "b"), tmp_path)
+
+
+def test_bad_flags_are_one_line_and_exit_code_2(tmp_path):
+    done = tool("prepare", "--data-dir", tmp_path / "none", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --data-dir")
+    (tmp_path / "empty").mkdir()
+    done = tool("prepare", "--data-dir", tmp_path / "empty", "--base-dir", tmp_path, check=False)
+    assert done.returncode == 2
+    assert "No images found in" in done.stderr
+    assert ".jpeg" in done.stderr
+    assert os.listdir(tmp_path) == ["empty"], "nothing is written"
+
+
+@pytest.mark.skipif(not COREL.is_dir(), reason="the real Corel photos are not here")
+def test_real_corel(tmp_path, capsys):
+    corel = run(COREL, tmp_path)
+    said = capsys.readouterr().out
+    assert "302 photos in 6 classes (corel): 271 to train, 31 held out" in said
+    assert json.loads((corel / "skipped.json").read_text()) == {}
+    photos = load_photos(corel / "corel_all")
+    assert photos["train"].features["label"].names == ["royal guard", "steam train", "dessert", "vegetables", "antarctica", "sunset"]

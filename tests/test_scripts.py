@@ -1,0 +1,284 @@
+"""The real scripts, launched at tiny size: what they leave behind, resume, refusals, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, launch, script
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.latents import cache_moments, measure_scale
+
+SHORT = {"train_vae": ["--epochs", 4, "--checkpoint-every", 1], "train_unet": ["--epochs", 4, "--checkpoint-every", 1]}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """metrics.jsonl without the times, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path, weights: str) -> None:
+    """The same weights, bit by bit, in the model and in the last checkpoint, and the same metrics."""
+    checkpoints = [sorted(p.name for p in (f / "checkpoints").iterdir())[-1] for f in (a, b)]
+    assert checkpoints[0] == checkpoints[1]
+    for name in (weights, f"checkpoints/{checkpoints[0]}/model.safetensors"):
+        ours, theirs = load_file(a / name), load_file(b / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert metrics(a) == metrics(b)
+    steps = [line["step"] for line in metrics(a)]
+    assert steps == sorted(set(steps))
+
+
+def test_train_vae_leaves_what_the_guide_promises(trained_vae, raw_photos):
+    vae = AutoencoderKL.from_pretrained(trained_vae)
+    assert vae.config.sample_size == 32
+    for name in ("training_losses.png", "reconstructions/epoch_0001.png", "samples/epoch_0002.png", "metrics.jsonl", "run.json"):
+        assert (trained_vae / name).stat().st_size > 0, name
+    assert Image.open(trained_vae / "reconstructions" / "epoch_0002.png").height >= 64
+    lines = metrics(trained_vae)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"loss", "reconstruction", "perceptual", "kl", "val_psnr", "val_ssim", "val_kl", "images_seen"} <= set(lines[0])
+    _, pixels = cache_pixels(load_photos(raw_photos), (32, 32))
+    mean, std = measure_scale(cache_moments(vae.eval(), pixels["train"], torch.device("cpu")))
+    assert np.allclose(vae.config.latents_mean, mean, atol=1e-5)
+    assert np.allclose(vae.config.latents_std, std, rtol=1e-4)
+    assert vae.config.scaling_factor == 1
+
+
+def test_train_unet_leaves_a_pipeline_folder(trained_unet, trained_vae):
+    for name in ("loss_history.png", "grid.png", "samples/epoch_0001.png", "README.md", "pipeline.py", "metrics.jsonl"):
+        assert (trained_unet / name).stat().st_size > 0, name
+    pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
+    assert pipe.scheduler.config.clip_sample is False
+    assert type(pipe.scheduler).__name__ == "DDPMScheduler"
+    assert list(pipe.config.class_names.values()) == ["sunset at sea", "snowy mountain", "pine forest"]
+    ours, theirs = load_file(trained_vae / "diffusion_pytorch_model.safetensors"), pipe.vae.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours), "the VAE in the pipeline is the one it was trained with"
+    assert pipe.vae.config.latents_mean == AutoencoderKL.from_pretrained(trained_vae).config.latents_mean
+
+
+@pytest.mark.parametrize("name", ["train_vae", "train_unet"])
+def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(name, vae_flags, unet_flags, tmp_path):
+    """kill -9, no warning: gradient accumulation, EMA and the default learning rate schedule included."""
+    flags = [*(vae_flags if name == "train_vae" else unet_flags), *SHORT[name], "--grad-accum", 2, "--output-dir"]
+    script(name, *flags, tmp_path / "whole")
+    words = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags), str(tmp_path / "cut")]
+    running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "checkpoints" / "step-000004").is_dir():
+        time.sleep(0.01)
+        assert running.poll() is None, "the run ended before it could be killed"
+    running.kill()
+    running.wait()
+    done = script(name, *flags, tmp_path / "cut", "--resume", "latest")
+    assert "resuming from" in done.stdout
+    weights = {"train_vae": "diffusion_pytorch_model.safetensors", "train_unet": "unet/diffusion_pytorch_model.safetensors"}[name]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", weights)
+
+
+def run_here(name: str, flags: list) -> None:
+    """A script's main in this process: as launched, but without the seconds of importing."""
+    import importlib
+
+    from corel_diffusers.arguments import parse
+
+    module = importlib.import_module(name)
+    AcceleratorState._reset_state(True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
+    try:
+        module.main(parse(getattr(module, {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name])))
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("train_unet", ["--lr-scheduler", "plateau"]),
+        ("train_unet", ["--lr-scheduler", "cosine", "--no-ema"]),
+        ("train_unet", ["--lr-scheduler", "linear", "--prediction-type", "epsilon", "--unconditional"]),
+        ("train_unet", ["--lr-scheduler", "none", "--schedule", "cosine", "--num-workers", 1]),
+        ("train_vae", ["--lr-scheduler", "cosine_warm_restarts", "--kl-target", 50]),
+    ],
+)
+def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run(name, extra, vae_flags, unet_flags, tmp_path, monkeypatch):
+    """SIGTERM between two steps of an epoch: the running means must go on as well."""
+    flags = [*(vae_flags if name == "train_vae" else unet_flags), *extra, "--batch-size", 2, "--epochs", 2, "--output-dir"]
+    run_here(name, [*flags, tmp_path / "whole"])
+
+    import importlib
+
+    module = importlib.import_module(name)
+    original = module.show_progress
+
+    def interrupting(bar, plan, state, means, args):
+        original(bar, plan, state, means, args)
+        if state.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "show_progress", interrupting)
+    with pytest.raises(SystemExit) as ended:
+        run_here(name, [*flags, tmp_path / "cut"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "cut" / "checkpoints" / "step-000011").is_dir()
+    monkeypatch.setattr(module, "show_progress", original)
+    run_here(name, [*flags, tmp_path / "cut", "--resume", "latest"])
+    weights = {"train_vae": "diffusion_pytorch_model.safetensors", "train_unet": "unet/diffusion_pytorch_model.safetensors"}[name]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", weights)
+
+
+def test_accumulated_passes_are_the_larger_batch_within_rounding(vae_flags, tmp_path):
+    common = [*vae_flags, "--max-train-steps", 3, "--lr", 1e-3, "--no-perceptual", "--output-dir"]
+    run_here("train_vae", [*common, tmp_path / "one", "--batch-size", 4])
+    run_here("train_vae", [*common, tmp_path / "two", "--batch-size", 2, "--grad-accum", 2])
+    one, two = metrics(tmp_path / "one")[-1], metrics(tmp_path / "two")[-1]
+    assert one["reconstruction"] == pytest.approx(two["reconstruction"], rel=1e-4)
+    assert one["val_psnr"] == pytest.approx(two["val_psnr"], rel=1e-3)
+
+
+def test_two_processes_are_one_with_the_same_global_batch(vae_flags, tmp_path):
+    """DDP over gloo, as torchrun starts it on CPUs."""
+    common = [*vae_flags, "--max-train-steps", 3, "--lr", 1e-3, "--no-perceptual", "--output-dir"]
+    script("train_vae", *common, tmp_path / "one", "--batch-size", 4)
+    launch(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29533, ROOT / "train_vae.py", *common,
+        tmp_path / "two", "--batch-size", 2, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a["images_seen"] == b["images_seen"]
+        for value in ("reconstruction", "kl", "val_psnr"):
+            assert a[value] == pytest.approx(b[value], rel=1e-3)
+
+
+def test_accelerate_launch_and_the_guides_flags(unet_flags, tmp_path):
+    flags = [
+        "--output-dir", tmp_path, "--epochs", 1, "--grad-accum", 2, "--lr", "1e-4", "--image_size", 32, "--ema_decay", 0.995, "--schedule",
+        "cosine", "--no-mixed-precision", "--lr-scheduler", "cosine_warm_restarts", "--lr-min", "1e-5", "--early-stopping-patience", 30,
+        "--early-stopping-delta", "1e-5", "--oscillation-window", 10, "--oscillation-threshold", 0.0005, "--num-workers", 0,
+    ]  # fmt: skip
+    kept = [flag for flag in unet_flags if flag not in ("--mixed-precision", "no")]
+    launch(sys.executable, "-m", "accelerate.commands.launch", "--cpu", ROOT / "train_unet.py", *kept, *flags)
+    assert (tmp_path / "model_index.json").is_file()
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_early_stopping_ends_one(unet_flags, tmp_path, capsys):
+    flags = [*unet_flags, "--output-dir", tmp_path]
+    run_here("train_unet", [*flags, "--epochs", 1])
+    run_here("train_unet", [*flags, "--epochs", 2, "--resume", "latest"])
+    assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2]
+    capsys.readouterr()
+    stopping = [
+        *unet_flags,
+        "--output-dir",
+        tmp_path / "stopping",
+        "--epochs",
+        9,
+        "--early-stopping-patience",
+        2,
+        "--early-stopping-delta",
+        9,
+    ]
+    run_here("train_unet", stopping)
+    assert len(metrics(tmp_path / "stopping")) == 3
+    assert "no better validation loss for 2 epochs" in capsys.readouterr().out
+
+
+def test_unlabelled_photos_make_an_unconditional_model(raw_photos, configs, trained_vae, tmp_path):
+    flags = ["--image-dir", raw_photos, "--classes", "2", "--vae-checkpoint", trained_vae, "--config", configs / "unet.json"]
+    run_here("train_unet", [*flags, "--output-dir", tmp_path, "--max-train-steps", 2, "--batch-size", 2])
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert pipe.config.class_names is None
+    assert len(pipe(1, num_inference_steps=2).images) == 1
+
+
+def test_tensorboard_gets_the_metrics(vae_flags, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_here("train_vae", [*vae_flags, "--output-dir", tmp_path, "--max-train-steps", 2, "--report-to", "tensorboard", "--no-perceptual"])
+    events = event_accumulator.EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent)).Reload()
+    assert events.Scalars("val_psnr")[-1].value == pytest.approx(metrics(tmp_path)[-1]["val_psnr"], rel=1e-4)
+
+
+REFUSED = [
+    ("train_vae", ["--batch-size", 0], "--batch-size 0: give 1 or more"),
+    ("train_vae", ["--image-size", "big"], "--image-size big: give pixels as 128, or as 96x144"),
+    ("train_vae", ["--data-dir", "nowhere"], "--data-dir nowhere is no folder"),
+    ("train_vae", ["--config", "huge"], "--config huge is unknown"),
+    ("train_vae", ["--lr", "-1"], "--learning-rate -1.0: give a number above 0"),
+    ("train_vae", ["--lr", "1e-6"], "--lr-min 1e-05: give at most --learning-rate"),
+    ("train_unet", ["--vae-checkpoint", "nowhere"], "--vae-checkpoint nowhere is no folder: train with train_vae.py first"),
+    ("train_unet", ["--push-to-hub"], "--push-to-hub needs --hub-model-id"),
+    ("train_unet", ["--ema-decay", "1.5"], "--ema-decay 1.5"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "expected"), REFUSED)
+def test_a_refused_flag_is_one_line_within_a_second_and_leaves_nothing(name, flags, expected, tmp_path):
+    began = time.monotonic()
+    done = launch(sys.executable, ROOT / f"{name}.py", *flags, "--output-dir", tmp_path / "out", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {expected}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert time.monotonic() - began < 5, "heavy imports come after parsing"
+
+
+def test_what_the_photos_or_the_run_refuse_is_one_line_too(vae_flags, unet_flags, trained_vae, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, flags, expected in (
+        ("train_vae", ["--data-dir", tmp_path / "empty", "--output-dir", tmp_path / "a"], "No images found in"),
+        (
+            "train_vae",
+            [*vae_flags, "--image-size", 30, "--output-dir", tmp_path / "a"],
+            "--image-size 30: the VAE can take multiples of 4 px: give 28 or 32",
+        ),
+        ("train_vae", [*vae_flags, "--output-dir", trained_vae], "already holds a run: give --resume latest"),
+        ("train_vae", [*vae_flags, "--output-dir", trained_vae, "--resume", "latest", "--lr", 0.5], "learning-rate was 0.001, is 0.5"),
+        ("train_vae", [*vae_flags, "--output-dir", tmp_path / "a", "--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
+        ("train_unet", [*unet_flags, "--vae-checkpoint", tmp_path / "empty", "--output-dir", tmp_path / "a"], "no VAE can be loaded"),
+    ):
+        if "fp16" in flags and torch.cuda.is_available():
+            continue
+        before = sorted(tmp_path.rglob("*"))
+        done = script(name, *flags, check=False)
+        assert done.returncode == 2, done.stderr
+        assert expected in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
+def test_out_of_memory_ends_in_one_line_with_the_flags_that_help(vae_flags, tmp_path):
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (9 << 30,) * 2); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = [*vae_flags, "--batch-size", 16384, "--image-size", 64, "--output-dir", tmp_path / "out", "--max-train-steps", 1]
+    done = launch(sys.executable, "-c", code, ROOT / "train_vae.py", *flags, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: out of memory with --batch-size 16384 at 64x64 px")
+    assert "--batch-size 8192 --grad-accum 2" in last
+    assert "--image-size" in last
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp16_on_a_gpu(vae_flags, tmp_path):
+    flags = [flag for flag in vae_flags if flag not in ("--mixed-precision", "no")]
+    done = script("train_vae", *flags, "--output-dir", tmp_path, "--epochs", 2)
+    assert "mixed precision fp16" in done.stdout
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}

@@ -1,0 +1,214 @@
+"""The pieces around the loops: order, randomness, learning rate, metrics, stopping, checkpoints."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from corel_diffusers import training
+from corel_diffusers.arguments import UNetArguments, VAEArguments
+from corel_diffusers.files import UserError, published_model, whole_file, whole_folder
+from corel_diffusers.training import BatchPlan, RunState, StepRandom, append_metrics, early_stop, lr_factor, note_validation, read_metrics
+
+
+def test_every_photo_is_seen_equally_often_in_a_new_order_each_epoch():
+    plan = BatchPlan(photos=10, batch_size=4, grad_accum=1, num_processes=1, rank=0, seed=5)
+    stream = np.concatenate([plan.indices(step, 0) for step in range(25)])
+    assert (np.bincount(stream) == 10).all()
+    assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10))
+    assert list(stream[:10]) != list(stream[10:20])
+    assert plan.steps_per_epoch == 3
+
+
+@pytest.mark.parametrize(("batch_size", "grad_accum", "num_processes"), [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4)])
+def test_the_global_batch_and_its_draws_do_not_depend_on_how_it_is_divided(batch_size, grad_accum, num_processes):
+    whole = BatchPlan(11, 8, 1, 1, 0, seed=1)
+    for step in (0, 3):
+        indices, draws = np.zeros(8, int), torch.zeros(8, 2)
+        for rank in range(num_processes):
+            plan = BatchPlan(11, batch_size, grad_accum, num_processes, rank, seed=1)
+            for micro in range(grad_accum):
+                rows = plan.rows(micro)
+                indices[rows] = plan.indices(step, micro)
+                draws[rows] = StepRandom(1, step, plan.global_batch, rows, torch.device("cpu")).normal(2)
+        assert (indices == whole.indices(step, 0)).all()
+        assert torch.equal(draws, StepRandom(1, step, 8, slice(0, 8), torch.device("cpu")).normal(2))
+
+
+def test_draws_differ_from_step_to_step_and_seed_to_seed():
+    def first(seed, step):
+        return float(StepRandom(seed, step, 1, slice(0, 1), torch.device("cpu")).normal(1))
+
+    assert len({first(seed, step) for seed in range(4) for step in range(4)}) == 16
+
+
+def lrs(scheduler, optimizer, steps):
+    values = []
+    for _ in range(steps):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_learning_rates_are_torchs_own():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=70, eta_min=1e-5)
+    factor = lr_factor(VAEArguments(learning_rate=2e-3, lr_scheduler="cosine"), 70)
+    assert np.allclose([2e-3 * factor(s) for s in range(70)], lrs(cosine, optimizer, 70), rtol=1e-6)
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
+    restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=2, eta_min=1e-5)
+    factor = lr_factor(VAEArguments(learning_rate=2e-3, lr_scheduler="cosine_warm_restarts"), 70)
+    assert np.allclose([2e-3 * factor(s) for s in range(70)], lrs(restarts, optimizer, 70), rtol=1e-6)
+    assert 2e-3 * factor(70) == pytest.approx(1e-5), "the run ends at --lr-min"
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
+def test_diffusers_names_give_diffusers_rates(name):
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    reference = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=20)
+    factor = lr_factor(VAEArguments(learning_rate=1e-3, lr_scheduler=name, lr_warmup_steps=3), 20)
+    assert np.allclose([1e-3 * factor(s) for s in range(20)], lrs(reference, optimizer, 20))
+
+
+def test_plateau_is_torchs_and_survives_a_resume():
+    def rate():
+        args = VAEArguments(lr_scheduler="plateau", learning_rate=1e-3)
+        return training.LearningRate(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3), args, 100)
+
+    losses = [1.0, 0.5, *[0.6] * 14, *[0.4] * 13]
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, factor=0.5, patience=10, min_lr=1e-5)
+    whole = rate()
+    for loss in losses[:9]:
+        whole.validated(loss)
+        torchs.step(loss)
+    resumed = rate()
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for loss in losses[9:]:
+        resumed.validated(loss)
+        torchs.step(loss)
+        resumed.set(0)
+        assert resumed.now == pytest.approx(reference.param_groups[0]["lr"])
+    assert resumed.now == pytest.approx(2.5e-4)
+
+
+def test_early_stopping_by_patience_and_delta():
+    state = RunState()
+    for loss in (1.0, 0.9, 0.8999999, 0.9, 0.95):
+        note_validation(state, loss, delta=1e-5)
+    assert state.best == 0.9
+    assert state.epochs_since_best == 3
+    assert early_stop(state, 4, 0, 0.0) == ""
+    assert "no better validation loss for 3 epochs" in early_stop(state, 3, 0, 0.0)
+    assert early_stop(state, 0, 0, 0.0) == "", "0 never stops"
+
+
+def test_early_stopping_by_oscillation():
+    def after(losses):
+        state = RunState()
+        for loss in losses:
+            note_validation(state, loss, window=10)
+        return early_stop(state, 100, 10, 0.0005)
+
+    assert "swings without falling" in after([0.5 + 0.01 * (-1) ** n for n in range(10)])
+    assert after([0.5 + 0.01 * (-1) ** n for n in range(9)]) == "", "the window is not full"
+    assert after([0.5 + 0.01 * (-1) ** n - 0.002 * n for n in range(10)]) == "", "it swings and falls"
+    assert after([0.5 + 0.001 * n for n in range(10)]) == "", "it rises without swinging: that is for patience"
+
+
+def test_metrics_survive_a_kill_in_mid_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (5, 10):
+        append_metrics(path, {"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 1')
+    assert [record["step"] for record in read_metrics(path)] == [5, 10]
+
+
+def test_fp16_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--mixed-precision fp16 needs a GPU"):
+        training.resolve_precision("fp16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        training.resolve_precision("auto")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert training.resolve_precision("auto") == "bf16"
+
+
+def test_a_half_written_checkpoint_is_never_found(tmp_path):
+    args = VAEArguments(output_dir=str(tmp_path), keep_checkpoints=2)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rate = training.LearningRate(optimizer, args, 10)
+    for step in (1, 2, 3):
+        training.save_checkpoint(accelerator, args, RunState(step=step), {}, rate, None)
+    (tmp_path / "checkpoints" / ".step-000004.partial").mkdir()
+    assert [path.name for path in training.find_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    assert not list((tmp_path / "checkpoints").rglob("custom_checkpoint*")), "nothing that accelerate would unpickle without a check"
+
+
+def test_other_settings_are_refused_with_what_differs(tmp_path):
+    saved = UNetArguments(output_dir=str(tmp_path), learning_rate=1e-4).settings()
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
+    same = UNetArguments(output_dir=str(tmp_path), learning_rate=1e-4, epochs=900, resume="latest")
+    assert training.find_resume(same, same.settings()) == checkpoint
+    other = UNetArguments(output_dir=str(tmp_path), learning_rate=2e-4, schedule="cosine", resume="latest")
+    with pytest.raises(UserError, match=r"learning-rate was 0.0001, is 0.0002; schedule was linear, is cosine"):
+        training.find_resume(other, other.settings())
+    with pytest.raises(UserError, match=r"--resume elsewhere is no checkpoint .* there are step-000001"):
+        training.find_resume(UNetArguments(output_dir=str(tmp_path), resume="elsewhere"), saved)
+
+
+def test_files_and_folders_appear_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a.txt") as beside:
+        beside.write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a.txt").read_text() == "old"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").touch()
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "folder") as beside:
+        (beside / "half").touch()
+        raise KeyboardInterrupt
+    assert [f.name for f in (tmp_path / "folder").iterdir()] == ["kept"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.txt", "folder"]
+
+
+def test_a_published_model_has_its_marker_last(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "weights").write_text("old")
+    order = []
+    import os
+
+    original = os.replace
+    monkeypatch.setattr("os.replace", lambda a, b: (order.append((b.name, (tmp_path / "config.json").exists())), original(a, b)))
+    with published_model(tmp_path, "config.json") as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "weights").write_text("new")
+    assert order == [("weights", False), ("config.json", False)]
+    assert (tmp_path / "weights").read_text() == "new"
+
+
+def test_out_of_memory_names_the_flags_and_what_was_asked_for():
+    args = VAEArguments(batch_size=16, image_size="128")
+    with pytest.raises(UserError, match="--batch-size 16 at 128x128 px.* try --batch-size 8 --grad-accum 2 .* smaller --image-size"):  # noqa: SIM117
+        with training.explained_failures(args):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="something else"), training.explained_failures(args):
+        raise RuntimeError("something else")
+
+
+def test_infinite_best_survives_json():
+    assert json.loads(json.dumps({"best": math.inf}))["best"] == math.inf

@@ -1,0 +1,121 @@
+"""Photos in every state -> RGB, and the pixel cache."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from corel_diffusers.data import transforms
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.transforms import PhotoError, cache_pixels, fit_photo, open_photo
+
+RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_rgb_png_comes_back_bit_by_bit():
+    assert np.array_equal(np.asarray(open_photo(encoded(Image.fromarray(RGB), "PNG"))), RGB)
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = open_photo(encoded(Image.fromarray(RGB), "PNG", exif=exif))
+    assert np.array_equal(np.asarray(photo), np.rot90(RGB, -1))
+
+
+def test_alpha_is_laid_on_white():
+    alpha = np.dstack([RGB, np.full((40, 60), 128, np.uint8)])
+    expected = RGB * (128 / 255) + 255 * (127 / 255)
+    assert np.abs(np.asarray(open_photo(encoded(Image.fromarray(alpha), "PNG"))).astype(float) - expected).max() <= 1
+
+
+def test_sixteen_bits_keep_their_brightness():
+    grey = np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)
+    photo = np.asarray(open_photo(encoded(Image.fromarray(grey), "PNG")))
+    assert np.abs(photo[..., 0] - grey / 257).max() <= 0.5
+    assert photo.shape == (40, 60, 3)
+
+
+def test_cmyk_palette_and_grey_become_rgb():
+    flat = Image.new("RGB", (60, 40), (200, 60, 30))
+    assert np.abs(np.asarray(open_photo(encoded(flat.convert("CMYK"), "JPEG", quality=95))).astype(int) - np.asarray(flat)).max() < 20
+    assert np.array_equal(np.asarray(open_photo(encoded(flat.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"))), np.asarray(flat))
+    assert open_photo(encoded(flat.convert("L"), "PNG")).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"this is no picture", "not a picture"),
+        (b"", "not a picture"),
+        (encoded(Image.fromarray(RGB), "PNG")[:-3000], "truncated|damaged"),
+        (encoded(Image.fromarray(RGB).resize((400, 300)), "JPEG")[:4000], "truncated"),
+        (encoded(Image.fromarray(RGB[:8, :8]), "PNG"), r"tiny \(8x8 px\)"),
+        (encoded(Image.fromarray(RGB), "GIF", save_all=True, append_images=[Image.fromarray(RGB[::-1])]), "animated"),
+    ],
+)
+def test_what_is_no_photo_is_refused_with_its_reason(content, reason):
+    with pytest.raises(PhotoError, match=reason):
+        open_photo(content)
+
+
+def test_fit_photo_is_height_by_width_and_like_pillow():
+    photo = Image.fromarray(RGB)
+    assert fit_photo(photo, (16, 32)).size == (32, 16)
+    assert np.array_equal(np.asarray(fit_photo(photo, (16, 32))), np.asarray(ImageOps.fit(photo, (32, 16), Image.Resampling.LANCZOS)))
+
+
+def test_cached_pixels_are_the_uncached_ones(raw_photos):
+    photos, pixels = cache_pixels(load_photos(raw_photos), (32, 40))
+    for split, part in photos.items():
+        expected = np.stack([np.asarray(fit_photo(row["image"].convert("RGB"), (32, 40))) for row in part])
+        assert np.array_equal(pixels[split].values, expected)
+    batch = pixels["train"].batch(np.array([1, 0]))
+    assert batch.shape == (2, 3, 32, 40)
+    assert torch.equal(batch[0], torch.from_numpy(pixels["train"].values[1].copy()).permute(2, 0, 1).float() / 127.5 - 1)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cache_is_reused_and_a_changed_photo_or_setting_is_noticed(raw_photos, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    shutil.copytree(raw_photos, folder)
+    _, first = cache_pixels(load_photos(folder), (32, 32))
+
+    decoded = []
+    monkeypatch.setattr(transforms, "open_photo", lambda file: decoded.append(file) or open_photo(file))
+    _, again = cache_pixels(load_photos(folder), (32, 32))
+    assert not decoded
+    assert np.array_equal(first["train"].values, again["train"].values)
+
+    _, other_size = cache_pixels(load_photos(folder), (16, 16))
+    assert other_size["train"].values.shape[1:3] == (16, 16)
+
+    name = load_photos(folder)["train"]["file_name"][0]
+    Image.new("RGB", (48, 48), "red").save(folder / name)
+    os.utime(folder / name, ns=(1, 1))
+    _, changed = cache_pixels(load_photos(folder), (32, 32))
+    assert (changed["train"].values[0] == np.array([255, 0, 0])).all()
+    assert np.array_equal(changed["train"].values[1:], first["train"].values[1:])
+
+
+def test_unreadable_photos_are_left_out_and_named(raw_photos, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(raw_photos, folder)
+    name = load_photos(folder)["train"]["file_name"][2]
+    (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    before = load_photos(folder)
+    for _ in range(2):  # decoded, then from the cache
+        photos, pixels = cache_pixels(before, (32, 32))
+        assert len(photos["train"]) == len(pixels["train"]) == len(before["train"]) - 1
+        assert name not in photos["train"]["file_name"][:]
+        assert name in capsys.readouterr().out

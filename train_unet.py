@@ -152,10 +152,8 @@ def main(args: UNetArguments) -> None:
     # save
     if accelerator.is_main_process and history:
         best = min(history, key=lambda record: record["val_loss"])
-        why = f" ({state.stop_reason})" if state.stop_reason else ""
-        print(
-            f"{args.run_dir} holds the pipeline of epoch {best['epoch']} of {history[-1]['epoch']}{why}: held-out loss {best['val_loss']:.4f}"
-        )
+        epochs = f"epoch {best['epoch']} of {history[-1]['epoch']}" + (f" ({state.stop_reason})" if state.stop_reason else "")
+        print(f"{args.run_dir} holds the pipeline of {epochs}: held-out loss {best['val_loss']:.4f}")
         for line in advice.on_loss(history, "loss", args):
             print(f"notice: {line}")
         pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(device)  # the best, as any user loads it

@@ -232,7 +232,7 @@ class UNetArguments(TrainingArguments):
     oscillation_window: int = 10
     """Epochs in which the loss may swing without falling before the run stops (0: not looked at)."""
     oscillation_threshold: float = 0.0005
-    """A mean that falls by less than this from one half of the window to the other does not count as falling."""
+    """A lowest loss that falls by less than this from one half of the window to the other does not count as falling."""
 
     # the Hub
     push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

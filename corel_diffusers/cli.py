@@ -75,8 +75,8 @@ class Generate:
     """Fixes the pictures (default: drawn, and printed)."""
     nrow: int = 4
     """Pictures in a row of the grid."""
-    individual: bool | None = None
-    """Write each picture by itself (default: up to 16 pictures)."""
+    individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write each picture by itself, however many; up to 16 are in any case."""
     device: str = "auto"
     """auto, cuda or cpu."""
 

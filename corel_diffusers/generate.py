@@ -54,7 +54,7 @@ def generate(args: Generate, output: Path) -> None:
 
     save_picture(picture_grid(pictures, args.nrow), output)
     print(f"grid: {output}")
-    if args.individual if args.individual is not None else args.num_images <= INDIVIDUAL_UP_TO:
+    if args.individual or args.num_images <= INDIVIDUAL_UP_TO:
         folder = output.with_name(f"{output.stem}_individual")
         with whole_folder(folder) as beside:
             for place, picture in enumerate(pictures):

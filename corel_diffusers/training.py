@@ -202,7 +202,7 @@ def lr_factor(args: TrainingArguments, total_steps: int) -> Callable[[int], floa
     """
     name, warmup, floor = args.lr_scheduler, args.lr_warmup_steps, args.lr_min / args.learning_rate
     if name not in ("cosine", "cosine_warm_restarts", "none", "plateau"):
-        bare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        bare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
         return get_scheduler(name, bare, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0]
 
     def factor(step: int) -> float:
@@ -462,15 +462,15 @@ def open_history(
 def early_stop(state: RunState, patience: int, window: int, threshold: float) -> str:
     """Why the run should stop now, or "". Looks at `epochs_since_best` and at the last `window` validation losses.
 
-    The loss oscillates when it turned at least window / 2 times within the window and the mean of the window's second half is
-    not lower than that of the first by more than `threshold`.
+    The loss oscillates when it turned at least window / 2 times within the window and the lowest value of the window's second
+    half is not below that of the first by more than `threshold`.
     """
     if patience and state.epochs_since_best >= patience:
         return f"no better validation loss for {patience} epochs"
     if window and len(state.recent) == window:
         changes = np.sign(np.diff(state.recent))
         turns = int((changes[1:] * changes[:-1] < 0).sum())
-        fall = np.mean(state.recent[: window // 2]) - np.mean(state.recent[window // 2 :])
+        fall = min(state.recent[: window // 2]) - min(state.recent[window // 2 :])
         if turns >= window / 2 and fall <= threshold:
             return f"the validation loss swings without falling ({turns} turns in {window} epochs, fell by {fall:.2g})"
     return ""
@@ -512,6 +512,7 @@ def explained_failures(args: TrainingArguments) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
             raise
         used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""
+        print(file=sys.stderr)  # ends the progress bar's line
         smaller = max(1, args.batch_size // 2)
         size = "x".join(map(str, args.size_px)) if args.size_px else "this size"
         raise UserError(
@@ -540,9 +541,9 @@ def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, means: RunningMea
         shown = means.means()
         bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         if not all(map(math.isfinite, shown.values())):
-            raise UserError(
-                f"the loss is no number any more at step {state.step}: try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g})"
-            )
+            bar.close()
+            way_out = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g})"
+            raise UserError(f"the loss is no number any more at step {state.step}: {way_out}")
 
 
 def record_epoch(

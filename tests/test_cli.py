@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import tool
+from conftest import launch, tool
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
@@ -85,7 +85,13 @@ def test_what_the_model_or_the_machine_refuses_is_one_line(flags, expected, trai
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; sys.argv = ['x', '--help']\nfrom corel_diffusers.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(sorted(m for m in ('torch', 'diffusers', 'datasets', 'numpy') if m in sys.modules))"
-    from conftest import launch
-
+    code = """
+import sys
+from corel_diffusers.cli import main
+sys.argv = ["corel-diffusers", "--help"]
+try:
+    main()
+except SystemExit:
+    print(sorted({"torch", "diffusers", "datasets", "numpy"} & set(sys.modules)))
+"""
     assert launch(sys.executable, "-c", code).stdout.splitlines()[-1] == "[]"

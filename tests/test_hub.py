@@ -68,7 +68,6 @@ def test_a_dry_run_touches_no_network_and_lists_what_would_go(trained_unet):
 
 def test_refusals_are_one_line(hub, trained_unet, tmp_path):
     for flags, env, expected in (
-        (["--repo-id", "user/x", "--pipeline", tmp_path], {}, "holds no pipeline"),
         (["--repo-id", "nothing", "--pipeline", trained_unet], {}, "--repo-id nothing: give user/name"),
         (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token=""), "no token for the Hub"),
         (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token="hf_wrong"), "was not pushed"),

@@ -1,7 +1,9 @@
 """The real scripts, launched at tiny size: what they leave behind, resume, refusals, several processes."""
 
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +19,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from corel_diffusers.arguments import parse
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.files import UserError
 from corel_diffusers.latents import cache_moments, measure_scale
 
 SHORT = {"train_vae": ["--epochs", 4, "--checkpoint-every", 1], "train_unet": ["--epochs", 4, "--checkpoint-every", 1]}
@@ -90,10 +94,6 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(name, vae_fla
 
 def run_here(name: str, flags: list) -> None:
     """A script's main in this process: as launched, but without the seconds of importing."""
-    import importlib
-
-    from corel_diffusers.arguments import parse
-
     module = importlib.import_module(name)
     AcceleratorState._reset_state(True)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -120,8 +120,6 @@ def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run(name, extra, 
     """SIGTERM between two steps of an epoch: the running means must go on as well."""
     flags = [*(vae_flags if name == "train_vae" else unet_flags), *extra, "--batch-size", 2, "--epochs", 2, "--output-dir"]
     run_here(name, [*flags, tmp_path / "whole"])
-
-    import importlib
 
     module = importlib.import_module(name)
     original = module.show_progress
@@ -239,33 +237,36 @@ def test_a_refused_flag_is_one_line_within_a_second_and_leaves_nothing(name, fla
     assert time.monotonic() - began < 5, "heavy imports come after parsing"
 
 
-def test_what_the_photos_or_the_run_refuse_is_one_line_too(vae_flags, unet_flags, trained_vae, tmp_path):
+def test_what_the_photos_or_the_run_refuse_is_said_before_anything_is_written(vae_flags, unet_flags, trained_vae, tmp_path):
     (tmp_path / "empty").mkdir()
+    out = ["--output-dir", tmp_path / "a"]
     for name, flags, expected in (
-        ("train_vae", ["--data-dir", tmp_path / "empty", "--output-dir", tmp_path / "a"], "No images found in"),
-        (
-            "train_vae",
-            [*vae_flags, "--image-size", 30, "--output-dir", tmp_path / "a"],
-            "--image-size 30: the VAE can take multiples of 4 px: give 28 or 32",
-        ),
+        ("train_vae", ["--data-dir", tmp_path / "empty", *out], "No images found in"),
+        ("train_vae", [*vae_flags, "--image-size", 30, *out], "--image-size 30: the VAE can take multiples of 4 px: give 28 or 32"),
         ("train_vae", [*vae_flags, "--output-dir", trained_vae], "already holds a run: give --resume latest"),
         ("train_vae", [*vae_flags, "--output-dir", trained_vae, "--resume", "latest", "--lr", 0.5], "learning-rate was 0.001, is 0.5"),
-        ("train_vae", [*vae_flags, "--output-dir", tmp_path / "a", "--mixed-precision", "fp16"], "--mixed-precision fp16 needs a GPU"),
-        ("train_unet", [*unet_flags, "--vae-checkpoint", tmp_path / "empty", "--output-dir", tmp_path / "a"], "no VAE can be loaded"),
+        ("train_unet", [*unet_flags, "--vae-checkpoint", tmp_path / "empty", *out], "no VAE can be loaded"),
     ):
-        if "fp16" in flags and torch.cuda.is_available():
-            continue
         before = sorted(tmp_path.rglob("*"))
-        done = script(name, *flags, check=False)
-        assert done.returncode == 2, done.stderr
-        assert expected in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+        with pytest.raises(UserError, match=re.escape(expected)) as error:
+            run_here(name, flags)
+        assert "\n" not in str(error.value)
         assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fp16_without_a_gpu_is_one_line_from_the_script(vae_flags, tmp_path):
+    done = script("train_vae", *vae_flags, "--output-dir", tmp_path / "a", "--mixed-precision", "fp16", check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --mixed-precision fp16 needs a GPU")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 def test_out_of_memory_ends_in_one_line_with_the_flags_that_help(vae_flags, tmp_path):
-    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (9 << 30,) * 2); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (9 << 30,) * 2); sys.argv = sys.argv[1:]"
+    code = f"{limit}; runpy.run_path(sys.argv[0], run_name='__main__')"
     flags = [*vae_flags, "--batch-size", 16384, "--image-size", 64, "--output-dir", tmp_path / "out", "--max-train-steps", 1]
     done = launch(sys.executable, "-c", code, ROOT / "train_vae.py", *flags, check=False)
     assert done.returncode == 2, done.stderr

@@ -188,7 +188,7 @@ def load_photos(
     if source == SCENES:
         from corel_diffusers.data.scenes import CLASS_NAMES, draw_scenes
 
-        photos, numbers = with_split(draw_scenes()), {n: name for n, name in enumerate(CLASS_NAMES, 1)}
+        photos, numbers = with_split(draw_scenes()), dict(enumerate(CLASS_NAMES, 1))
     elif Path(source).is_dir():
         folder = Path(source)
         photos, numbers = load_prepared(folder) if (folder / "metadata.jsonl").is_file() else load_folder(folder)
@@ -197,6 +197,8 @@ def load_photos(
     else:
         raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
     photos = keep_classes(photos, numbers, list(classes))
+    if not len(photos["validation"]):  # the classes that were picked have none held out
+        photos = with_split(photos["train"])
     if max_train_samples and max_train_samples < len(photos["train"]):
         order = sorted(range(len(photos["train"])), key=lambda i: hashlib.sha256(photos["train"]["file_name"][i].encode()).digest())
         photos["train"] = photos["train"].select(sorted(order[:max_train_samples]))
@@ -288,7 +290,8 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
         names = names_of(part)
         captions = part[caption][:] if caption else [default_caption(name if label else None) for name in names]
         file_names = part["file_name"][:] if "file_name" in features else [f"{split}/{i:07d}" for i in range(len(part))]
-        part = part.select_columns([image]).rename_column(image, "image").add_column("caption", captions)
+        part = part.select_columns([image])
+        part = (part if image == "image" else part.rename_column(image, "image")).add_column("caption", captions)
         return labelled(part.add_column("file_name", file_names), names, ordered)
 
     train = "train" if "train" in loaded else next(iter(loaded))

@@ -72,14 +72,12 @@ def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str
     for notice in found.notices:
         print(f"notice: {notice}")
     trimmed = sum(any(done[photo.file_name].borders) for photo in photos)
-    print(
-        f"{len(photos)} photos in {max(1, len(found.classes))} classes ({found.layout}): {sides.count('train')} to train, {sides.count('validation')} held out"
-    )
+    sizes = f"{sides.count('train')} to train, {sides.count('validation')} held out"
+    print(f"{len(photos)} photos in {max(1, len(found.classes))} classes ({found.layout}): {sizes}")
     print(f"black borders trimmed: {trimmed}; duplicates kept on one side: {repeated}")
     if skipped:
-        print(
-            f"left out: {len(skipped)} ({', '.join(f'{n} {r}' for r, n in Counter(skipped.values()).most_common(5))}), see {corel / 'skipped.json'}"
-        )
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped.values()).most_common(5))
+        print(f"left out: {len(skipped)} ({reasons}), see {corel / 'skipped.json'}")
     print(f"prepared: {corel / 'corel_all'}")
 
 
@@ -98,6 +96,7 @@ def prepare_photos(found: Found, corel: Path, trim_borders: bool) -> dict[str, P
     """Converts and trims each photo into corel_all/, skipping those whose line says that it is done; file name -> its line."""
     record = corel / "prepared.jsonl"
     done = {line.source: line for line in read_prepared(record)}
+    write_text(record, "".join(json.dumps(asdict(line)) + "\n" for line in done.values()))  # without a line that a kill cut off
     names = output_names(found.photos)
     with record.open("a", encoding="utf-8") as log:
         for photo in tqdm(found.photos, "preparing", leave=False, disable=None):

@@ -91,11 +91,9 @@ def _mountain(rng: np.random.Generator) -> Image.Image:
         draw.polygon([(x - half, base), (x, peak), (x + half, base)], fill=rock)
         draw.polygon([(x, peak), (x + half, base), (x + half * 0.15, base)], fill=_shade(rock, 0.75))
         cap = rng.uniform(0.35, 0.5)
-        low = peak + cap * (base - peak)
-        draw.polygon(
-            [(x - half * cap, low), (x, peak), (x + half * cap, low), (x + half * cap * 0.4, low - 12), (x, low + 14), (x - half * cap * 0.4, low - 10)],
-            fill=(245, 248, 255),
-        )  # fmt: skip
+        low, snow = peak + cap * (base - peak), half * cap
+        edge = [(x + snow, low), (x + snow * 0.4, low - 12), (x, low + 14), (x - snow * 0.4, low - 10), (x - snow, low)]
+        draw.polygon([(x, peak), *edge], fill=(245, 248, 255))
     draw.polygon(_ridge(rng, rng.uniform(0.78, 0.86), 0.04, 3), fill=_vary(rng, (70, 130, 70)))
     return canvas
 

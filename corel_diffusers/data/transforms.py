@@ -60,10 +60,8 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
 def eight_bits(photo: Image.Image) -> Image.Image:
     """A grey picture of 16 or 32 bits -> 8 bits. 16-bit values are divided by 257, so that 65535 becomes 255."""
     values = np.asarray(photo).astype(np.float64)
-    if photo.mode == "F":
-        scale = 255 if values.max() <= 1 else 1
-    else:
-        scale = 1 if photo.mode == "I" and values.max() <= 255 else 1 / 257
+    top = {"F": 1, "I": 255}.get(photo.mode, 0)  # values up to here are read as 0 to 1, as 0 to 255
+    scale = {"F": 255, "I": 1}[photo.mode] if values.max() <= top else 1 if photo.mode == "F" else 1 / 257
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 

@@ -97,57 +97,58 @@ def main(args: UNetArguments) -> None:
     state = load_checkpoint(accelerator, checkpoint, rate, ema)
     history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_checkpoint))
     means, stop = RunningMean(state, device), StopSignal()
-    bar, began = progress_bar(plan, state, total_steps, accelerator), time.monotonic() - state.seconds
+    began = time.monotonic() - state.seconds
     passes = batches(plan, state.step, total_steps, args.num_workers, moments["train"], labels["train"])
-    while state.step < total_steps and not state.stop_reason:
-        rate.set(state.step)
-        for micro_step in range(args.grad_accum):
-            random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
-            batch, label = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2, 2C, h, w), (B,)
-            latents = scale(draw(batch, random.chance(0.5), random.normal(*latent_shape)), vae)  # (B, C, h, w)
-            noise, timesteps = random.normal(*latent_shape), random.integers(noise_scheduler.config.num_train_timesteps)
-            label = torch.where(random.chance(args.label_dropout), pipe.null_label, label) if class_names else None
-            with accelerator.accumulate(model):
-                prediction = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label).sample
-                loss = denoising_loss(prediction, prediction_target(noise_scheduler, latents, noise, timesteps)).mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            means.add(loss=loss)
-        if ema:
-            ema.step(model.parameters())
-        state.step += 1
-        show_progress(bar, plan, state, means, args)
+    with progress_bar(plan, state, total_steps, accelerator) as bar:
+        while state.step < total_steps and not state.stop_reason:
+            rate.set(state.step)
+            for micro_step in range(args.grad_accum):
+                random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
+                batch, label = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2, 2C, h, w), (B,)
+                latents = scale(draw(batch, random.chance(0.5), random.normal(*latent_shape)), vae)  # (B, C, h, w)
+                noise, timesteps = random.normal(*latent_shape), random.integers(noise_scheduler.config.num_train_timesteps)
+                label = torch.where(random.chance(args.label_dropout), pipe.null_label, label) if class_names else None
+                with accelerator.accumulate(model):
+                    prediction = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label).sample
+                    loss = denoising_loss(prediction, prediction_target(noise_scheduler, latents, noise, timesteps)).mean()
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                means.add(loss=loss)
+            if ema:
+                ema.step(model.parameters())
+            state.step += 1
+            show_progress(bar, plan, state, means, args)
 
-        epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
-        if ends:
-            with ema_weights(ema, model):
-                values = {"val_loss": validate(model, noise_scheduler, *held_out)}
-                best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
-                if best and accelerator.is_main_process:
-                    with published_model(args.run_dir, "model_index.json") as folder:
-                        pipe.save_pretrained(folder)
-                if epoch % args.sample_every == 0 and accelerator.is_main_process:
-                    with accelerator.autocast():
-                        save_picture(sample_grid(pipe, args.seed), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
-            rate.validated(values["val_loss"])
-            state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
-            state.seconds = time.monotonic() - began
-            values = means.close(accelerator) | values | {"learning_rate": rate.now}
-            record_epoch(accelerator, args, plan, state, history, bar, values)
+            epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
+            if ends:
+                with ema_weights(ema, model):
+                    values = {"val_loss": validate(model, noise_scheduler, *held_out)}
+                    best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
+                    if best and accelerator.is_main_process:
+                        with published_model(args.run_dir, "model_index.json") as folder:
+                            pipe.save_pretrained(folder)
+                    if epoch % args.sample_every == 0 and accelerator.is_main_process:
+                        with accelerator.autocast():
+                            save_picture(sample_grid(pipe, args.seed), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
+                rate.validated(values["val_loss"])
+                state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
+                state.seconds = time.monotonic() - began
+                values = means.close(accelerator) | values | {"learning_rate": rate.now}
+                record_epoch(accelerator, args, plan, state, history, bar, values)
 
-        stopping = stop.received(accelerator)
-        if stopping or state.step == total_steps or state.stop_reason or (ends and epoch % args.checkpoint_every == 0):
-            state.seconds = time.monotonic() - began
-            means.store(state)
-            save_checkpoint(accelerator, args, state, settings, rate, ema)
-            if accelerator.is_main_process:
-                plot_history(history, PANELS, args.run_dir / "loss_history.png")
-        if stopping:
-            break
-    bar.close()
+            stopping = stop.received(accelerator)
+            if stopping or state.step == total_steps or state.stop_reason or (ends and epoch % args.checkpoint_every == 0):
+                state.seconds = time.monotonic() - began
+                means.store(state)
+                save_checkpoint(accelerator, args, state, settings, rate, ema)
+                if accelerator.is_main_process:
+                    plot_history(history, PANELS, args.run_dir / "loss_history.png")
+                    hub.write_card(args.run_dir)
+            if stopping:
+                break
 
     # save
     if accelerator.is_main_process and history:

@@ -90,57 +90,57 @@ def main(args: VAEArguments) -> None:
     history = open_history(accelerator, args, state, "train_vae.py", photos)
     kl_weight = torch.tensor(state.kl_weight or args.kl_weight, device=device)
     means, stop = RunningMean(state, device), StopSignal()
-    bar, began = progress_bar(plan, state, total_steps, accelerator), time.monotonic() - state.seconds
+    began = time.monotonic() - state.seconds
     passes = batches(plan, state.step, total_steps, args.num_workers, pixels["train"].values)
-    while state.step < total_steps:
-        rate.set(state.step)
-        if not args.kl_target:
-            kl_weight.fill_(kl_warmup(args.kl_weight, state.step, args.kl_warmup * plan.steps_per_epoch))
-        for micro_step in range(args.grad_accum):
-            random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
-            batch = to_float(next(passes)[0].to(device, non_blocking=True))  # (B, 3, H, W)
-            batch = torch.where(random.chance(0.5).view(-1, 1, 1, 1), batch.flip(-1), batch)
-            with accelerator.accumulate(model):
-                terms = loss_terms(args, accelerator, perceptual, batch, *model(batch, random.normal(*latent_shape)))
-                loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0) + kl_weight * terms["kl"]
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            means.add(loss=loss, **terms)
-        if args.kl_target:
-            kl_weight = controlled_kl_weight(kl_weight, accelerator.reduce(terms["kl"].detach(), "mean"), args.kl_target)
-        if ema:
-            ema.step(model.parameters())
-        state.step += 1
-        show_progress(bar, plan, state, means, args)
+    with progress_bar(plan, state, total_steps, accelerator) as bar:
+        while state.step < total_steps:
+            rate.set(state.step)
+            if not args.kl_target:
+                kl_weight.fill_(kl_warmup(args.kl_weight, state.step, args.kl_warmup * plan.steps_per_epoch))
+            for micro_step in range(args.grad_accum):
+                random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
+                batch = to_float(next(passes)[0].to(device, non_blocking=True))  # (B, 3, H, W)
+                batch = torch.where(random.chance(0.5).view(-1, 1, 1, 1), batch.flip(-1), batch)
+                with accelerator.accumulate(model):
+                    terms = loss_terms(args, accelerator, perceptual, batch, *model(batch, random.normal(*latent_shape)))
+                    loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0) + kl_weight * terms["kl"]
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                means.add(loss=loss, **terms)
+            if args.kl_target:
+                kl_weight = controlled_kl_weight(kl_weight, accelerator.reduce(terms["kl"].detach(), "mean"), args.kl_target)
+            if ema:
+                ema.step(model.parameters())
+            state.step += 1
+            show_progress(bar, plan, state, means, args)
 
-        epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
-        if ends:
-            with ema_weights(ema, model):
-                values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
-                if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
-                    with published_model(args.run_dir, "config.json") as folder:
-                        vae.save_pretrained(folder)
-                if epoch % args.sample_every == 0 and accelerator.is_main_process:
-                    write_pictures(args, accelerator, vae, pixels["validation"], epoch)
-            rate.validated(values["val_loss"])
-            state.seconds = time.monotonic() - began
-            values = means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now}
-            record_epoch(accelerator, args, plan, state, history, bar, values)
+            epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
+            if ends:
+                with ema_weights(ema, model):
+                    values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
+                    if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
+                        with published_model(args.run_dir, "config.json") as folder:
+                            vae.save_pretrained(folder)
+                    if epoch % args.sample_every == 0 and accelerator.is_main_process:
+                        write_pictures(args, accelerator, vae, pixels["validation"], epoch)
+                rate.validated(values["val_loss"])
+                state.seconds = time.monotonic() - began
+                values = means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now}
+                record_epoch(accelerator, args, plan, state, history, bar, values)
 
-        stopping = stop.received(accelerator)
-        if stopping or state.step == total_steps or (ends and epoch % args.checkpoint_every == 0):
-            state.seconds, state.kl_weight = time.monotonic() - began, float(kl_weight)
-            means.store(state)
-            save_checkpoint(accelerator, args, state, settings, rate, ema)
-            if accelerator.is_main_process:
-                lines = {"KL (nats a photo)": (args.kl_target, "target")} if args.kl_target else None
-                plot_history(history, PANELS, args.run_dir / "training_losses.png", lines)
-        if stopping:
-            break
-    bar.close()
+            stopping = stop.received(accelerator)
+            if stopping or state.step == total_steps or (ends and epoch % args.checkpoint_every == 0):
+                state.seconds, state.kl_weight = time.monotonic() - began, float(kl_weight)
+                means.store(state)
+                save_checkpoint(accelerator, args, state, settings, rate, ema)
+                if accelerator.is_main_process:
+                    lines = {"KL (nats a photo)": (args.kl_target, "target")} if args.kl_target else None
+                    plot_history(history, PANELS, args.run_dir / "training_losses.png", lines)
+            if stopping:
+                break
 
     # save
     if accelerator.is_main_process and history:

@@ -15,6 +15,8 @@ WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep yo
 def write_card(folder: Path) -> None:
     """Writes README.md from what the run left in `folder`; a card without the line WRITTEN_BY is the user's and stays."""
     card = folder / "README.md"
+    if not (folder / "model_index.json").is_file():  # stopped before the first epoch: there is nothing to describe
+        return
     if card.is_file() and WRITTEN_BY not in card.read_text(encoding="utf-8"):
         return
     write_text(card, card_text(folder))

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -157,8 +158,13 @@ class BatchPlan:
         """The photos of one forward pass, (batch_size,)."""
         rows = self.rows(micro_step)
         places = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
-        orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(self.photos) for epoch in set(places // self.photos)}
-        return np.array([orders[place // self.photos][place % self.photos] for place in places])
+        return np.array([epoch_order(self.seed, place // self.photos, self.photos)[place % self.photos] for place in places])
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, photos: int) -> np.ndarray:
+    """The order of the photos in one epoch, (photos,)."""
+    return np.random.default_rng([seed, epoch]).permutation(photos)
 
 
 class BatchOrder(Sampler):
@@ -512,7 +518,6 @@ def explained_failures(args: TrainingArguments) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
             raise
         used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""
-        print(file=sys.stderr)  # ends the progress bar's line
         smaller = max(1, args.batch_size // 2)
         size = "x".join(map(str, args.size_px)) if args.size_px else "this size"
         raise UserError(
@@ -541,7 +546,6 @@ def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, means: RunningMea
         shown = means.means()
         bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         if not all(map(math.isfinite, shown.values())):
-            bar.close()
             way_out = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g})"
             raise UserError(f"the loss is no number any more at step {state.step}: {way_out}")
 

@@ -69,7 +69,7 @@ def test_measured_scale_makes_drawn_latents_standard(vae, pixels):
     generator = torch.Generator().manual_seed(0)
     many = torch.from_numpy(np.concatenate([moments] * 200))
     mirrored = torch.rand(len(many), generator=generator) < 0.5
-    latents = draw(many, mirrored, torch.randn(len(many), 4, 4, 4, generator=generator))
+    latents = draw(many, mirrored, torch.randn(len(many), 4, 8, 8, generator=generator))
     assert torch.allclose(latents.mean((0, 2, 3)), torch.tensor(mean), atol=0.02)
     assert torch.allclose(latents.std((0, 2, 3)), torch.tensor(std), rtol=0.03)
 

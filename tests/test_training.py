@@ -203,7 +203,7 @@ def test_a_published_model_has_its_marker_last(tmp_path, monkeypatch):
 
 def test_out_of_memory_names_the_flags_and_what_was_asked_for():
     args = VAEArguments(batch_size=16, image_size="128")
-    with pytest.raises(UserError, match="--batch-size 16 at 128x128 px.* try --batch-size 8 --grad-accum 2 .* smaller --image-size"):  # noqa: SIM117
+    with pytest.raises(UserError, match="--batch-size 16 at 128x128 px.* try --batch-size 8 --grad-accum 2 .* smaller --image-size"):
         with training.explained_failures(args):
             raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), training.explained_failures(args):

@@ -56,6 +56,8 @@ VALIDATION_DRAWS = 64  # pairs of noise and timestep over all held-out photos, a
 
 
 def main(args: UNetArguments) -> None:
+    if args.push_to_hub:
+        hub.require_token()
     accelerator = start_run(args)
     device = accelerator.device
     vae = load_vae(args.vae_checkpoint).to(device)

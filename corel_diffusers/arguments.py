@@ -112,10 +112,14 @@ class TrainingArguments:
         return self.path(self.output_dir)
 
     def settings(self) -> dict:
-        """What a resumed run must share with the interrupted one, as JSON values."""
-        free = {"output_dir", "base_dir", "epochs", "max_train_steps", "num_workers", "sample_every", "checkpoint_every",
-                "keep_checkpoints", "resume", "report_to", "no_mixed_precision"}  # fmt: skip
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name not in free}
+        """The flags that an interrupted run and its continuation must share, as JSON values.
+
+        Not those that say how long, how often or where: photos, VAE and size are compared by what they are, not by name.
+        """
+        where = {"data_dir", "dataset_name", "image_size", "vae_checkpoint", "output_dir", "base_dir", "push_to_hub", "hub_model_id"}
+        when = {"epochs", "max_train_steps", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "report_to"}
+        how = {"num_workers", "no_mixed_precision"}
+        return {name: value for name, value in asdict(self).items() if name not in where | when | how}
 
     def command(self, script: str) -> str:
         """The command line that gives these settings, without folders of the user's machine: it goes into model cards."""

@@ -88,6 +88,12 @@ def training_lines(run: dict, history: list[dict]) -> list[str]:
     return lines
 
 
+def require_token() -> None:
+    """Refuses to begin what would end in a push without a token."""
+    if not get_token():
+        raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
 def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
     """Uploads the pipeline folder with its card in one commit: no checkpoint, no photo, no run file.
 
@@ -103,8 +109,7 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
         print(f"  {file.relative_to(folder)}")
     if dry_run:
         return
-    if not get_token():
-        raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+    require_token()
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -10,12 +10,16 @@ CACHE = tempfile.mkdtemp(prefix="corel-diffusers-tests-")
 os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.pop("HF_TOKEN", None)
 
+import importlib
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
+from corel_diffusers.arguments import parse
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +64,20 @@ def script(name: str, *flags: object, **options: object) -> subprocess.Completed
 
 def tool(*flags: object, **options: object) -> subprocess.CompletedProcess:
     return launch(sys.executable, "-c", "from corel_diffusers.cli import main; main()", *flags, **options)
+
+
+def run_here(name: str, flags: list) -> None:
+    """A script's main in this process: as launched, but without the seconds of importing."""
+    module = importlib.import_module(name)
+    AcceleratorState._reset_state(True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
+    try:
+        module.main(parse(getattr(module, {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name])))
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

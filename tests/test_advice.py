@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_scripts import run_here
+from conftest import run_here
 
 from corel_diffusers.advice import on_kl, on_loss
 from corel_diffusers.arguments import VAEArguments

@@ -4,11 +4,12 @@ import shutil
 import sys
 
 import pytest
-from conftest import launch, script, tool
+from conftest import launch, run_here, script, tool
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from corel_diffusers.files import UserError
 from corel_diffusers.hub import WRITTEN_BY, write_card
 
 LOAD = """
@@ -58,6 +59,13 @@ def test_train_unet_pushes_when_it_ends(hub, unet_flags, tmp_path):
     flags = ["--output-dir", folder, "--max-train-steps", 2, "--push-to-hub", "--hub-model-id", "user/fresh"]
     script("train_unet", *unet_flags, *flags, env={k: v for k, v in hub.env("").items() if k != "HF_HOME"})
     check_loaded(hub, "user/fresh", folder, tmp_path)
+
+
+def test_training_for_the_hub_without_a_token_is_refused_before_it_begins(unet_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("corel_diffusers.hub.get_token", lambda: None)
+    with pytest.raises(UserError, match="no token for the Hub"):
+        run_here("train_unet", [*unet_flags, "--output-dir", tmp_path / "out", "--push-to-hub", "--hub-model-id", "user/x"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_touches_no_network_and_lists_what_would_go(trained_unet):

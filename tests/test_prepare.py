@@ -147,8 +147,12 @@ def test_bad_files_are_left_out_with_reason_converted_or_stopped_by_strict(tmp_p
     assert "left out: 5" in capsys.readouterr().out
     for name in ("0001_0095.png", "0001_0096.png"):
         assert Image.open(corel / "corel_all" / name).mode == "RGB"
-    with pytest.raises(UserError, match="--strict: 5 files"):
+    with pytest.raises(UserError, match="--strict: notes.txt cannot be used"):
         run(raw, tmp_path / "strict", strict=True)
+    (raw / "notes.txt").unlink()
+    with pytest.raises(UserError, match="--strict: 0001_0091.png cannot be used"):
+        run(raw, tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists(), "nothing is written"
 
 
 def test_one_output_folder_holds_one_source(tmp_path):

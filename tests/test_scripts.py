@@ -13,13 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import ROOT, launch, script
+from conftest import ROOT, launch, run_here, script
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from corel_diffusers.arguments import parse
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.files import UserError
@@ -92,20 +90,6 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(name, vae_fla
     assert_same_run(tmp_path / "whole", tmp_path / "cut", weights)
 
 
-def run_here(name: str, flags: list) -> None:
-    """A script's main in this process: as launched, but without the seconds of importing."""
-    module = importlib.import_module(name)
-    AcceleratorState._reset_state(True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
-    try:
-        module.main(parse(getattr(module, {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name])))
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
@@ -113,6 +97,7 @@ def run_here(name: str, flags: list) -> None:
         ("train_unet", ["--lr-scheduler", "cosine", "--no-ema"]),
         ("train_unet", ["--lr-scheduler", "linear", "--prediction-type", "epsilon", "--unconditional"]),
         ("train_unet", ["--lr-scheduler", "none", "--schedule", "cosine", "--num-workers", 1]),
+        ("train_unet", ["--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", 3, "--mixed-precision", "bf16"]),
         ("train_vae", ["--lr-scheduler", "cosine_warm_restarts", "--kl-target", 50]),
     ],
 )

@@ -124,7 +124,7 @@ def folder_numbers(names: Sequence[str]) -> dict[str, int]:
 def read_classes(file: Path) -> dict[int, str]:
     """classes.txt, `<number> <name>` a line, -> number -> name; empty where there is no such file."""
     classes = {}
-    for place, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else (), 1):
+    for place, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.is_file() else (), 1):
         if line.strip():
             number, _, name = line.strip().partition(" ")
             if not number.isdigit() or not name.strip():
@@ -259,7 +259,10 @@ def load_prepared(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
     photos = dataset_of(paths, [names.index(label) for label in labels], names, captions, file_names)
     sides = None
     if (folder / "split.json").is_file():
-        held_out = set(read_json(folder / "split.json")["validation"])
+        split = read_json(folder / "split.json")
+        if not isinstance(split, dict) or not isinstance(split.get("validation"), list):
+            raise UserError(f'{folder / "split.json"}: expected {{"train": [...], "validation": [...]}}; remove it to split anew')
+        held_out = set(split["validation"])
         sides = ["validation" if name in held_out else "train" for name in file_names]
     return with_split(photos, sides), numbers
 

@@ -49,15 +49,14 @@ def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str
     if (data_dir / "metadata.jsonl").is_file():
         raise UserError(f"--data-dir {data_dir} is prepared already (it has metadata.jsonl): train on it as it is")
     found = find_photos(data_dir, layout)
+    if strict:
+        refuse_bad_photos(found)
     corel = output_dir / "corel"
     check_same_source(corel, data_dir)
     (corel / "corel_all").mkdir(parents=True, exist_ok=True)
     done = prepare_photos(found, corel, trim_borders)
 
     skipped = found.not_photos | {photo.file_name: done[photo.file_name].reason for photo in found.photos if done[photo.file_name].reason}
-    if strict and skipped:
-        name, reason = next(iter(skipped.items()))
-        raise UserError(f"--strict: {len(skipped)} files cannot serve as photos, the first is {name}: {reason}")
     write_json(corel / "skipped.json", skipped)
     photos = [photo for photo in found.photos if not done[photo.file_name].reason]
     if len(photos) < 2:
@@ -79,6 +78,17 @@ def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped.values()).most_common(5))
         print(f"left out: {len(skipped)} ({reasons}), see {corel / 'skipped.json'}")
     print(f"prepared: {corel / 'corel_all'}")
+
+
+def refuse_bad_photos(found: Found) -> None:
+    """Opens every photo before anything is written; the first file that cannot serve as one ends the run."""
+    for name, reason in found.not_photos.items():
+        raise UserError(f"--strict: {name} cannot be used ({reason}): remove it, or leave out --strict")
+    for photo in tqdm(found.photos, "checking", leave=False, disable=None):
+        try:
+            open_photo(photo.path)
+        except PhotoError as error:
+            raise UserError(f"--strict: {photo.file_name} cannot be used ({error}): remove it, or leave out --strict") from None
 
 
 def check_same_source(corel: Path, data_dir: Path) -> None:

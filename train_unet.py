@@ -183,7 +183,7 @@ def validation_draws(
     """
     repeats = max(1, VALIDATION_DRAWS // len(moments))
     generator = torch.Generator().manual_seed(0)
-    means = torch.from_numpy(moments[:, 0]).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
+    means = torch.tensor(moments[:, 0]).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
     noise = torch.randn(means.shape, generator=generator)
     places = torch.randperm(len(means), generator=generator)
     timesteps = (places + 0.5) / len(means) * noise_scheduler.config.num_train_timesteps

@@ -134,7 +134,7 @@ def main(args: UNetArguments) -> None:
                             pipe.save_pretrained(folder)
                     if epoch % args.sample_every == 0 and accelerator.is_main_process:
                         with accelerator.autocast():
-                            save_picture(sample_grid(pipe, args.seed), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
+                            save_picture(sample_grid(pipe, args.seed, pictures=12), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
                 rate.validated(values["val_loss"])
                 state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
                 state.seconds = time.monotonic() - began
@@ -160,7 +160,7 @@ def main(args: UNetArguments) -> None:
         for line in advice.on_loss(history, "loss", args):
             print(f"notice: {line}")
         pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(device)  # the best, as any user loads it
-        save_picture(sample_grid(pipe, args.seed), args.run_dir / "grid.png")
+        save_picture(sample_grid(pipe, args.seed, pictures=36), args.run_dir / "grid.png")
         hub.write_card(args.run_dir)
         if args.push_to_hub and not stop.number:
             hub.push(args.run_dir, args.hub_model_id)
@@ -209,16 +209,16 @@ def validate(
     return float(torch.cat(losses).mean())
 
 
-def sample_grid(pipe: CorelPipeline, seed: int, steps: int = 20) -> Image.Image:
-    """A labelled row of pictures for each class (four rows without classes), by the shipped pipeline with DPM-Solver++."""
+def sample_grid(pipe: CorelPipeline, seed: int, pictures: int, steps: int = 20) -> Image.Image:
+    """About so many pictures, a labelled row for each class (two at least), by the shipped pipeline with DPM-Solver++."""
     names = list((pipe.config.class_names or {}).values())
-    per_row = max(2, 12 // len(names)) if names else 4
+    per_row = max(2, pictures // len(names)) if names else 4
     labels = [name for name in names for _ in range(per_row)] or None
     shown = type(pipe)(pipe.vae, pipe.unet, DPMSolverMultistepScheduler.from_config(pipe.scheduler.config), pipe.config.class_names)
     shown.set_progress_bar_config(disable=True)
-    count = len(labels) if labels else 16
-    pictures = shown(count, labels, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images
-    return picture_grid(pictures, per_row, names)
+    count = len(labels) if labels else pictures
+    images = shown(count, labels, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images
+    return picture_grid(images, per_row, names)
 
 
 if __name__ == "__main__":

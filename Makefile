@@ -7,7 +7,7 @@ BIN = .venv/bin
 DATA ?=
 OUT ?= $(if $(DATA),demo/$(notdir $(abspath $(DATA))),demo/scenes)
 # a prepared folder and "scenes" are trained on as they are, anything else is prepared first
-PREPARED = $(if $(DATA),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
+PREPARED = $(if $(filter-out scenes,$(DATA)),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
 SIZE = --image-size 64 --config tiny --resume latest
 
 .PHONY: demo test lint install

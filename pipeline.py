@@ -54,7 +54,7 @@ class CorelPipeline(DiffusionPipeline):
         callback_on_step_end(pipe, step, timestep, {"latents": ...}) may return a dict with new latents.
         """
         labels = self.label_ids(num_images, class_labels)
-        guided = labels is not None and guidance_scale != 1
+        guided = labels is not None and guidance_scale != 1 and bool((labels != self.null_label).any())
         if guided:
             labels = torch.cat([torch.full_like(labels, self.null_label), labels])
         device, dtype = self._execution_device, self.unet.dtype

@@ -15,14 +15,15 @@ import time
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from corel_diffusers import advice, hub
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.files import published_model
-from corel_diffusers.latents import cache_moments, draw, load_vae, scale, weights_key
+from corel_diffusers.generate import build_sampler
+from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.losses import denoising_loss, prediction_target
 from corel_diffusers.models import build_unet, parameter_count
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
@@ -39,7 +40,9 @@ from corel_diffusers.training import (
     explained_failures,
     find_resume,
     load_checkpoint,
+    mark_finished,
     note_validation,
+    of_main_process,
     open_history,
     print_data_and_model,
     progress_bar,
@@ -60,7 +63,7 @@ def main(args: UNetArguments) -> None:
         hub.require_token()
     accelerator = start_run(args)
     device = accelerator.device
-    vae = load_vae(args.vae_checkpoint).to(device)
+    vae = load_vae(args.vae_location).to(device)
     size_px = args.size_px or trained_size_px(vae)
 
     # data
@@ -69,7 +72,9 @@ def main(args: UNetArguments) -> None:
         photos, pixels = cache_pixels(photos, size_px)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     total_steps = plan.total_steps(args)
-    settings = run_settings(args, photos, size_px=size_px, global_batch=plan.global_batch, vae=weights_key(vae))
+    settings = run_settings(
+        args, photos, "unet", size_px=size_px, global_batch=plan.global_batch, vae=weights_key(vae), scale=scale_key(vae)
+    )
     checkpoint = find_resume(args, settings)
     class_names = photos["train"].features["label"].names
     class_names = None if args.unconditional or len(class_names) < 2 else class_names
@@ -97,7 +102,8 @@ def main(args: UNetArguments) -> None:
 
     # loop
     state = load_checkpoint(accelerator, checkpoint, rate, ema)
-    history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_checkpoint))
+    state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
+    history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_location))
     means, stop = RunningMean(state, device), StopSignal()
     began = time.monotonic() - state.seconds
     passes = batches(plan, state.step, total_steps, args.num_workers, moments["train"], labels["train"])
@@ -127,10 +133,10 @@ def main(args: UNetArguments) -> None:
             epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
             if ends:
                 with ema_weights(ema, model):
-                    values = {"val_loss": validate(model, noise_scheduler, *held_out)}
+                    values = {"val_loss": of_main_process(accelerator, validate(model, noise_scheduler, *held_out))}
                     best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
                     if best and accelerator.is_main_process:
-                        with published_model(args.run_dir, "model_index.json") as folder:
+                        with published_model(args.run_dir) as folder:
                             pipe.save_pretrained(folder)
                     if epoch % args.sample_every == 0 and accelerator.is_main_process:
                         with accelerator.autocast():
@@ -144,7 +150,7 @@ def main(args: UNetArguments) -> None:
             stopping = stop.received(accelerator)
             if stopping or state.step == total_steps or state.stop_reason or (ends and epoch % args.checkpoint_every == 0):
                 state.seconds = time.monotonic() - began
-                means.store(state)
+                means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
                     plot_history(history, PANELS, args.run_dir / "loss_history.png")
@@ -164,6 +170,7 @@ def main(args: UNetArguments) -> None:
         hub.write_card(args.run_dir)
         if args.push_to_hub and not stop.number:
             hub.push(args.run_dir, args.hub_model_id)
+        mark_finished(args)
     accelerator.end_training()
     stop.exit(state)
 
@@ -210,11 +217,11 @@ def validate(
 
 
 def sample_grid(pipe: CorelPipeline, seed: int, pictures: int, steps: int = 20) -> Image.Image:
-    """About so many pictures, a labelled row for each class (two at least), by the shipped pipeline with DPM-Solver++."""
-    names = list((pipe.config.class_names or {}).values())
+    """About so many pictures, a labelled row for each of the first twelve classes, by the shipped pipeline with DPM-Solver++."""
+    names = list((pipe.config.class_names or {}).values())[:12]
     per_row = max(2, pictures // len(names)) if names else 4
     labels = [name for name in names for _ in range(per_row)] or None
-    shown = type(pipe)(pipe.vae, pipe.unet, DPMSolverMultistepScheduler.from_config(pipe.scheduler.config), pipe.config.class_names)
+    shown = type(pipe)(pipe.vae, pipe.unet, build_sampler("dpm-solver++", pipe.scheduler), pipe.config.class_names)
     shown.set_progress_bar_config(disable=True)
     count = len(labels) if labels else pictures
     images = shown(count, labels, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images

@@ -41,7 +41,9 @@ from corel_diffusers.training import (
     explained_failures,
     find_resume,
     load_checkpoint,
+    mark_finished,
     note_validation,
+    of_main_process,
     open_history,
     print_data_and_model,
     progress_bar,
@@ -62,7 +64,7 @@ PANELS = {
 
 def main(args: VAEArguments) -> None:
     accelerator = start_run(args)
-    device, size_px = accelerator.device, args.size_px or (128, 128)
+    device, size_px = accelerator.device, args.size_px
 
     # data
     with accelerator.main_process_first():
@@ -70,7 +72,7 @@ def main(args: VAEArguments) -> None:
         photos, pixels = cache_pixels(photos, size_px)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     total_steps = plan.total_steps(args)
-    settings = run_settings(args, photos, size_px=size_px, global_batch=plan.global_batch)
+    settings = run_settings(args, photos, "vae", size_px=size_px, global_batch=plan.global_batch)
     checkpoint = find_resume(args, settings)
 
     # model
@@ -97,6 +99,7 @@ def main(args: VAEArguments) -> None:
             rate.set(state.step)
             if not args.kl_target:
                 kl_weight.fill_(kl_warmup(args.kl_weight, state.step, args.kl_warmup * plan.steps_per_epoch))
+            kl = 0.0
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
                 batch = to_float(next(passes)[0].to(device, non_blocking=True))  # (B, 3, H, W)
@@ -110,8 +113,9 @@ def main(args: VAEArguments) -> None:
                     optimizer.step()
                     optimizer.zero_grad()
                 means.add(loss=loss, **terms)
+                kl += terms["kl"].detach() / args.grad_accum
             if args.kl_target:
-                kl_weight = controlled_kl_weight(kl_weight, accelerator.reduce(terms["kl"].detach(), "mean"), args.kl_target)
+                kl_weight = controlled_kl_weight(kl_weight, accelerator.reduce(kl, "mean"), args.kl_target)
             if ema:
                 ema.step(model.parameters())
             state.step += 1
@@ -122,7 +126,7 @@ def main(args: VAEArguments) -> None:
                 with ema_weights(ema, model):
                     values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
                     if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
-                        with published_model(args.run_dir, "config.json") as folder:
+                        with published_model(args.run_dir) as folder:
                             vae.save_pretrained(folder)
                     if epoch % args.sample_every == 0 and accelerator.is_main_process:
                         write_pictures(args, accelerator, vae, pixels["validation"], epoch)
@@ -134,7 +138,7 @@ def main(args: VAEArguments) -> None:
             stopping = stop.received(accelerator)
             if stopping or state.step == total_steps or (ends and epoch % args.checkpoint_every == 0):
                 state.seconds, state.kl_weight = time.monotonic() - began, float(kl_weight)
-                means.store(state)
+                means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
                     lines = {"KL (nats a photo)": (args.kl_target, "target")} if args.kl_target else None
@@ -153,6 +157,7 @@ def main(args: VAEArguments) -> None:
         )
         for line in advice.on_loss(history, "loss", args) + advice.on_kl(history, args, latent_shape, mean_picture_psnr(pixels)):
             print(f"notice: {line}")
+        mark_finished(args)
     accelerator.end_training()
     stop.exit(state)
 
@@ -200,7 +205,8 @@ def validate(
             sums[name] = sums.get(name, 0.0) + float(value) * len(photos)
     values = {f"val_{name}": value / len(pixels) for name, value in sums.items()}
     kl_term = max(0.0, math.log(values["val_kl"] / args.kl_target)) if args.kl_target else args.kl_weight * values["val_kl"]
-    return {"val_loss": values["val_reconstruction"] + args.perceptual_weight * values.get("val_perceptual", 0) + kl_term} | values
+    loss = values["val_reconstruction"] + args.perceptual_weight * values.get("val_perceptual", 0) + kl_term
+    return of_main_process(accelerator, {"val_loss": loss} | values)
 
 
 @torch.no_grad()

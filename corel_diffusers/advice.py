@@ -44,7 +44,7 @@ def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...]
             if args.kl_target
             else f"lower --kl-weight (was {args.kl_weight:g}; 1e-6 suits most)"
         )
-        return [f"the KL is too low, the latents carry almost nothing ({measured}): {flag} or lengthen --kl-warmup"]
+        return [f"the KL is too low, the latents carry almost nothing ({measured}): {flag}"]
     if args.kl_target and not 0.8 < kl / args.kl_target < 1.25:
         return [f"the KL is not at its target of {args.kl_target:g} ({measured}): train longer, or set --kl-target nearer to {kl:.0f}"]
     if kl > HIGH_KL_PER_VALUE * latent_values:

@@ -4,6 +4,7 @@ Parsing needs no torch, so that `--help` and a refused flag answer at once. `par
 a photo or a model, and resolves relative paths against `--base-dir`.
 """
 
+import importlib.util
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -61,7 +62,7 @@ class TrainingArguments:
     learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-4
     """Peak learning rate of AdamW."""
     lr_scheduler: LR_SCHEDULERS = "cosine"
-    """Course of the learning rate: the first four end at --lr-min, the others are diffusers' own."""
+    """Course of the learning rate: the first two end at --lr-min, plateau halves down to it; from linear on, diffusers' own."""
     lr_min: float = 1e-5
     """Lowest learning rate of cosine, cosine_warm_restarts and plateau."""
     lr_warmup_steps: int = 0
@@ -118,8 +119,15 @@ class TrainingArguments:
         """
         where = {"data_dir", "dataset_name", "image_size", "vae_checkpoint", "output_dir", "base_dir", "push_to_hub", "hub_model_id"}
         when = {"epochs", "max_train_steps", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "report_to"}
-        how = {"num_workers", "no_mixed_precision"}
-        return {name: value for name, value in asdict(self).items() if name not in where | when | how}
+        how = {
+            "batch_size",
+            "grad_accum",
+            "num_workers",
+            "no_mixed_precision",
+            "config",
+        }  # the global batch is compared, the config's content
+        stopping = {"early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"}
+        return {name: value for name, value in asdict(self).items() if name not in where | when | how | stopping}
 
     def command(self, script: str) -> str:
         """The command line that gives these settings, without folders of the user's machine: it goes into model cards."""
@@ -144,7 +152,7 @@ class TrainingArguments:
         for name in ("max_train_steps", "max_train_samples"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more")
-        for name in ("num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
+        for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
@@ -155,6 +163,8 @@ class TrainingArguments:
             parse_size(self.image_size)
         if self.dataset_name and self.data_dir != SCENES:
             raise UserError("--dataset-name and --data-dir exclude each other: give one of them")
+        if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
+            raise UserError(f"--report-to {self.report_to} is not installed: pip install {self.report_to}")
         if self.no_mixed_precision:
             require(self.mixed_precision in ("auto", "no"), "mixed_precision", self.mixed_precision, "leave out --no-mixed-precision")
             self.mixed_precision = "no"
@@ -174,7 +184,7 @@ class VAEArguments(TrainingArguments):
 
     output_dir: str = "vae_models"
     checkpoint_every: int = 20
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-4
+    image_size: str = "128"
 
     # model
     latent_dim: int | None = None
@@ -196,7 +206,7 @@ class VAEArguments(TrainingArguments):
     kl_warmup: int = 10
     """Epochs over which the KL weight rises to its value."""
     kl_target: float | None = None
-    """Steer the KL weight so that the KL reaches this many nats per photo."""
+    """Steer the KL weight so that the KL reaches this many nats per photo (from the first step: --kl-warmup is not used)."""
 
     def check(self) -> None:
         super().check()
@@ -253,7 +263,12 @@ class UNetArguments(TrainingArguments):
             raise UserError("--push-to-hub needs --hub-model-id user/name")
         if self.hub_model_id:
             check_repo_id(self.hub_model_id, "--hub-model-id")
-        self.vae_checkpoint = str(model_location(self.vae_checkpoint, Path(self.base_dir), "--vae-checkpoint"))
+        _ = self.vae_location
+
+    @property
+    def vae_location(self) -> Path | str:
+        """The VAE's folder as a Path, or its Hub id."""
+        return model_location(self.vae_checkpoint, Path(self.base_dir), "--vae-checkpoint")
 
 
 def parse(kind: type[TrainingArguments]) -> TrainingArguments:
@@ -286,14 +301,17 @@ def check_repo_id(repo_id: str, flag: str) -> None:
 def model_location(given: str, base_dir: Path, flag: str) -> Path | str:
     """A model's folder as a Path, or its Hub id as a string.
 
-    A path to a file in a model's folder (`vae_models/best_model.pt` of older scripts) stands for that folder.
+    A path to a file in a model's folder (`vae_models/best_model.pt` of older scripts) stands for that folder. A name that
+    begins with one of the default output folders is never looked for on the Hub.
     """
     folder = base_dir / given
     if folder.is_dir():
         return folder
-    if Path(given).suffix in {".pt", ".pth", ".safetensors", ".json"} and folder.parent.is_dir():
+    is_file = Path(given).suffix in {".pt", ".pth", ".safetensors", ".json"}
+    if is_file and folder.parent.is_dir():
         return folder.parent
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not folder.parent.is_dir():
+    ours = Path(given).parts[0] in {"vae_models", "diffusion_models"} or folder.parent.is_dir()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not is_file and not ours:
         return given
     trainer = "train_vae.py" if flag == "--vae-checkpoint" else "train_unet.py"
     raise UserError(f"{flag} {folder} is no folder: train with {trainer} first, or give its --output-dir or a Hub id")

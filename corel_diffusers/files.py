@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MARKERS = ("model_index.json", "config.json")  # what loading a pipeline, a model starts from
+
 
 class UserError(Exception):
     """Something the user can mend: its text names the flag or the file and the way out."""
@@ -39,40 +41,60 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path` to fill, then puts it in the place of `path`, an older one of that name included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    beside.mkdir()
-    try:
-        yield beside
-        if path.exists():
-            os.replace(path, old)
-        os.replace(beside, path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-@contextmanager
-def published_model(folder: Path, marker: str) -> Iterator[Path]:
+def published_model(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to save a model in, then moves its files into `folder`, which may hold other things as well.
 
-    `marker` is the file that loading starts from (`config.json`, `model_index.json`): it goes first and comes back last, so
-    that new weights are never read with an old config, and a run killed in between leaves no model rather than a mixed one.
+    The file that loading starts from (MARKERS) goes first and comes back last, so that new weights are never read with an old
+    config. What a kill leaves in between, `finish_publishing` makes good.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    finish_publishing(folder)
     staged = folder / ".publishing"
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
+    staged.mkdir(parents=True)
     yield staged
-    (folder / marker).unlink(missing_ok=True)
-    files = sorted((f for f in staged.rglob("*") if f.is_file()), key=lambda f: f == staged / marker)
+    os.replace(staged, folder / ".published")  # complete: from here on it will be the model, whatever happens
+    finish_publishing(folder)
+
+
+def finish_publishing(folder: Path) -> None:
+    """Moves what `published_model` completed into its place; where a kill interrupted that, goes on."""
+    complete = folder / ".published"
+    if not complete.is_dir():
+        return
+    files = sorted((f for f in complete.rglob("*") if f.is_file()), key=lambda f: f.parent == complete and f.name in MARKERS)
+    for marker in MARKERS:
+        if complete / marker in files:
+            (folder / marker).unlink(missing_ok=True)
     for file in files:
-        target = folder / file.relative_to(staged)
+        target = folder / file.relative_to(complete)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
-    shutil.rmtree(staged)
+    shutil.rmtree(complete)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder; a kill in between leaves it under a hidden name, not gutted under its own."""
+    if path.is_dir():
+        hidden = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, as a part of one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one cut off by a kill, which can only be the last, is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
 
 
 def write_bytes(path: Path, content: bytes) -> None:

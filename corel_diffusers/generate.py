@@ -5,21 +5,23 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from corel_diffusers.cli import Generate
-from corel_diffusers.files import UserError, whole_folder
+from corel_diffusers.files import UserError, first_line, whole_file
 from corel_diffusers.latents import load_vae, weights_key
 from corel_diffusers.plots import picture_grid, save_picture
 
-SAMPLERS = {  # name: scheduler, default steps
-    "ddpm": (DDPMScheduler, 1000),
-    "ddim": (DDIMScheduler, 50),
-    "dpm-solver++": (DPMSolverMultistepScheduler, 25),
-    "unipc": (UniPCMultistepScheduler, 25),
-}
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm-solver++": 25, "unipc": 25}
 INDIVIDUAL_UP_TO = 16
 
 
@@ -31,9 +33,8 @@ def generate(args: Generate, output: Path) -> None:
     device = pick_device(args.device)
     pipe = load_pipeline(args, device)
     labels = pick_labels(pipe, args)
-    scheduler, default_steps = SAMPLERS[args.sampler or "ddpm"]
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    steps = args.steps or default_steps
+    pipe.scheduler = build_sampler(args.sampler or "ddpm", pipe.scheduler)
+    steps = args.steps or DEFAULT_STEPS[args.sampler or "ddpm"]
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     print(f"{args.num_images} pictures, {args.sampler or 'ddpm'} with {steps} steps on {device}, seed {seed}")
 
@@ -56,14 +57,27 @@ def generate(args: Generate, output: Path) -> None:
     print(f"grid: {output}")
     if args.individual or args.num_images <= INDIVIDUAL_UP_TO:
         folder = output.with_name(f"{output.stem}_individual")
-        with whole_folder(folder) as beside:
-            for place, picture in enumerate(pictures):
-                info = PngInfo()
-                info.add_text("seed", str(seed + place))
-                if labels:
-                    info.add_text("class", pipe.config.class_names[str(labels[place])])
-                picture.save(beside / f"image_{place:04d}.png", pnginfo=info)
+        for stale in folder.glob("image_*.png"):
+            stale.unlink()
+        for place, picture in enumerate(pictures):
+            info = PngInfo()
+            info.add_text("seed", str(seed + place))
+            if labels:
+                info.add_text("class", pipe.config.class_names[str(labels[place])])
+            with whole_file(folder / f"image_{place:04d}.png") as beside:
+                picture.save(beside, pnginfo=info)
         print(f"each picture: {folder}/")
+
+
+def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The sampler for a model trained with `scheduler`.
+
+    DPM-Solver++ leaves out the last timesteps of the cosine schedule, where a predicted noise has to be divided by almost 0
+    (log-SNR / 2 below -5.1, as diffusers advises).
+    """
+    if name == "dpm-solver++":
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, lambda_min_clipped=-5.1)
+    return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler}[name].from_config(scheduler.config)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -84,7 +98,7 @@ def load_pipeline(args: Generate, device: torch.device) -> DiffusionPipeline:
         pipe = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True, local_files_only=isinstance(args.pipeline, Path))
     except (OSError, ValueError, ImportError) as error:
         way_out = "give the --output-dir of a train_unet.py run, or a Hub id"
-        raise UserError(f"--pipeline {args.pipeline} cannot be loaded ({str(error).splitlines()[0]}): {way_out}") from None
+        raise UserError(f"--pipeline {args.pipeline} cannot be loaded ({first_line(error)}): {way_out}") from None
     if args.vae_checkpoint:
         vae = load_vae(args.vae_checkpoint)
         if weights_key(vae) != weights_key(pipe.vae):

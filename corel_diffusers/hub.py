@@ -3,26 +3,27 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData, get_token
-from huggingface_hub.errors import HfHubHTTPError
 
-from corel_diffusers.files import UserError, read_json, write_text
-from corel_diffusers.training import read_metrics
+from corel_diffusers.files import UserError, first_line, read_json, read_metrics, write_text
 
 PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
 
 
-def write_card(folder: Path) -> None:
-    """Writes README.md from what the run left in `folder`; a card without the line WRITTEN_BY is the user's and stays."""
+def write_card(folder: Path, repo_id: str = "user/name") -> None:
+    """Writes README.md from what the run left in `folder`, to be loaded as `repo_id`.
+
+    A card without the line WRITTEN_BY is the user's and stays as it is.
+    """
     card = folder / "README.md"
     if not (folder / "model_index.json").is_file():  # stopped before the first epoch: there is nothing to describe
         return
     if card.is_file() and WRITTEN_BY not in card.read_text(encoding="utf-8"):
         return
-    write_text(card, card_text(folder))
+    write_text(card, card_text(folder, repo_id))
 
 
-def card_text(folder: Path) -> str:
+def card_text(folder: Path, repo_id: str) -> str:
     """The model card: how to load, what it was trained on, with which commands, what was measured."""
     index = read_json(folder / "model_index.json")
     names = list((index.get("class_names") or {}).values())
@@ -42,7 +43,7 @@ def card_text(folder: Path) -> str:
         "```python",
         "from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler",
         "",
-        'pipe = DiffusionPipeline.from_pretrained("this/repository", trust_remote_code=True)',
+        f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)',
         "pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)",
         f"images = pipe(num_images=4{label}, num_inference_steps=25).images",
         "```",
@@ -101,7 +102,7 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(f"--pipeline {folder} holds no pipeline (no model_index.json): give the --output-dir of train_unet.py")
-    write_card(folder)
+    write_card(folder, repo_id)
     files = sorted(file for pattern in PIPELINE_FILES for file in folder.glob(pattern) if file.is_file())
     total = sum(file.stat().st_size for file in files) / 1e6
     print(f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total:.1f} MB, to {repo_id}{' (private)' if private else ''}:")
@@ -116,6 +117,7 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=list(PIPELINE_FILES), commit_message="Upload pipeline"
         )
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"--repo-id {repo_id} was not pushed: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the client has many: refused, not found, no network, a name that the Hub does not take
+        again = f"corel-diffusers push --pipeline {folder} --repo-id {repo_id} tries again"
+        raise UserError(f"{repo_id} was not pushed ({first_line(error)}): {again}") from None
     print(f"pushed: {commit.commit_url}")

@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from corel_diffusers.data.transforms import Pixels, cached_array
-from corel_diffusers.files import UserError
+from corel_diffusers.data.transforms import Pixels, cached_array, digest
+from corel_diffusers.files import UserError, first_line
 
 
 def load_vae(location: Path | str) -> AutoencoderKL:
@@ -23,7 +23,7 @@ def load_vae(location: Path | str) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(location, local_files_only=isinstance(location, Path), use_safetensors=True)
     except Exception as error:  # diffusers and the Hub's client raise many kinds
         way_out = "train it first (train_vae.py), or give the --output-dir of a finished training or a Hub id"
-        raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({str(error).splitlines()[0]}): {way_out}") from None
+        raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({first_line(error)}): {way_out}") from None
     if trained_here and vae.config.latents_mean is None:
         raise UserError(f"--vae-checkpoint {location}: its training is not finished: go on with train_vae.py --resume latest")
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -36,6 +36,11 @@ def weights_key(vae: AutoencoderKL) -> str:
         key.update(name.encode())
         key.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return key.hexdigest()[:24]
+
+
+def scale_key(vae: AutoencoderKL) -> str:
+    """Stands for the scale of a VAE's latents, as its config has it."""
+    return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
 
 
 @torch.no_grad()
@@ -92,6 +97,14 @@ def measure_scale(moments: np.ndarray) -> tuple[list[float], list[float]]:
 
     moments: (N, 2, 2C, h, w). Var(z) = Var(mean) + E(exp(logvar)), the law of total variance.
     """
-    mean, logvar = np.split(np.asarray(moments, dtype=np.float64), 2, axis=2)
-    axes = (0, 1, 3, 4)
-    return mean.mean(axes).tolist(), np.sqrt(mean.var(axes) + np.exp(logvar).mean(axes)).tolist()
+    channels = moments.shape[2] // 2
+    total, square, spread = np.zeros((3, channels))
+    for start in range(0, len(moments), 1024):  # in parts: a large cache stays on the disk
+        mean, logvar = np.split(moments[start : start + 1024].astype(np.float64), 2, axis=2)
+        axes = (0, 1, 3, 4)
+        total += mean.sum(axes)
+        square += (mean**2).sum(axes)
+        spread += np.exp(logvar).sum(axes)
+    count = moments.size / moments.shape[2]
+    average = total / count
+    return average.tolist(), np.sqrt(square / count - average**2 + spread / count).tolist()

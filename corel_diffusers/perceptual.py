@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, first_line
 
 
 class PerceptualLoss(nn.Module):
@@ -77,7 +77,7 @@ class VGG16Features(nn.Module):
             self.layers = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features[: self.TAPS[-1] + 1]
         except Exception as error:  # not installed, not fitting this torch, or weights neither cached nor to be had
             way_out = "install torchvision and its weights, or use --perceptual-network efficientnet-lite0"
-            raise UserError(f"--perceptual-network vgg16 cannot be loaded ({str(error).splitlines()[0]}): {way_out}") from None
+            raise UserError(f"--perceptual-network vgg16 cannot be loaded ({first_line(error)}): {way_out}") from None
         for layer in self.layers:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # a tapped activation must keep its values

@@ -17,13 +17,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from datasets import DatasetDict
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -33,7 +34,8 @@ from tqdm import tqdm
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.transforms import digest
-from corel_diffusers.files import UserError, read_json, write_json, write_text
+from corel_diffusers.files import UserError, finish_publishing, read_json, read_metrics, remove_folder, write_json, write_text
+from corel_diffusers.models import load_config
 
 # --- the run: device, precision, folder --------------------------------------------------------------------------------
 
@@ -41,8 +43,7 @@ from corel_diffusers.files import UserError, read_json, write_json, write_text
 def start_run(args: TrainingArguments) -> Accelerator:
     """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
     args.mixed_precision = resolve_precision(args.mixed_precision)
-    metrics = args.run_dir / "metrics.jsonl"
-    if metrics.is_file() and not args.resume:
+    if read_metrics(args.run_dir / "metrics.jsonl") and not args.resume:
         way_out = "give --resume latest to go on with it, or another --output-dir"
         raise UserError(f"--output-dir {args.run_dir} already holds a run: {way_out}")
     torch.backends.cudnn.benchmark = True
@@ -50,6 +51,7 @@ def start_run(args: TrainingArguments) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.grad_accum,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the first rank may decode photos for long
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
     )
@@ -269,7 +271,8 @@ class RunState:
 
     step: int = 0
     seconds: float = 0.0
-    best: float = math.inf
+    best: float = math.inf  # lowest validation loss
+    to_beat: float = math.inf  # by early_stopping_delta, or the epoch counts as one without a new best
     epochs_since_best: int = 0
     recent: list[float] = field(default_factory=list)  # validation losses of the oscillation window
     totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
@@ -299,24 +302,30 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # every rank writes a file of its own
     if accelerator.is_main_process:
         if ema:
             save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, partial / "ema.safetensors")
         write_json(partial / "state.json", {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()})
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
         os.replace(partial, path)
         for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
-            shutil.rmtree(old)
+            remove_folder(old)
     accelerator.wait_for_everyone()
 
 
-def run_settings(args: TrainingArguments, photos: DatasetDict, **more: object) -> dict:
+def run_settings(args: TrainingArguments, photos: DatasetDict, model: str, **more: object) -> dict:
     """What an interrupted run and its continuation must share: the flags that bear on the weights, and the photos.
 
-    Photos count by name, label and split, not by folder: a run may go on where its data have moved.
+    Photos count by name, label and split, not by folder: a run may go on where its data have moved. A config counts by content.
     """
     rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
-    return args.settings() | {"photos": digest(rows)} | more
+    return args.settings() | {"photos": digest(rows), "config": digest(load_config(model, args.config))} | more
+
+
+def mark_finished(args: TrainingArguments) -> None:
+    """Notes in run.json that the run came to its end: without checkpoints, it is not begun anew over its own model."""
+    write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
 
 
 def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
@@ -330,6 +339,11 @@ def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
     known = find_checkpoints(args.run_dir)
     if args.resume == "latest":
         if not known:
+            run = args.run_dir / "run.json"
+            if run.is_file() and read_json(run)["finished"]:
+                raise UserError(
+                    f"--resume latest: {args.run_dir} holds a finished run whose checkpoints are gone: give another --output-dir"
+                )
             print(f"no checkpoint in {args.run_dir} yet: starting from the beginning")
             return None
         checkpoint = known[-1]
@@ -352,9 +366,15 @@ def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, rate: LearningRate, ema: EMAModel | None) -> RunState:
-    """Loads model, optimizer, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state."""
+    """Loads model, optimizer, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state.
+
+    Checkpoints newer than this one go: the run writes them again, and "latest" must not mean them before it has.
+    """
     if checkpoint is None:
         return RunState()
+    if accelerator.is_main_process:
+        for newer in [path for path in find_checkpoints(checkpoint.parent.parent) if path.name > checkpoint.name]:
+            remove_folder(newer)
     accelerator.load_state(str(checkpoint))
     saved = read_json(checkpoint / "state.json")
     state = RunState(**saved["state"])
@@ -407,9 +427,10 @@ class RunningMean:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
         self.passes += 1
 
-    def store(self, state: RunState) -> None:
-        """Puts the sums so far into the state, for a checkpoint in mid-epoch."""
-        state.totals, state.passes = {name: float(value) for name, value in self.sums.items()}, self.passes
+    def store(self, state: RunState, accelerator: Accelerator) -> None:
+        """Puts the sums so far, averaged over ranks, into the state, for a checkpoint in mid-epoch."""
+        state.totals = {name: float(accelerator.reduce(value, "mean")) for name, value in self.sums.items()}
+        state.passes = self.passes
 
     def means(self) -> dict[str, float]:
         """This rank's means so far."""
@@ -429,17 +450,6 @@ def append_metrics(path: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; one cut off by a kill, which can only be the last, is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 def open_history(
     accelerator: Accelerator, args: TrainingArguments, state: RunState, script: str, photos: DatasetDict, **more: object
 ) -> list[dict]:
@@ -448,6 +458,8 @@ def open_history(
     Lines after that step, which a resumed run writes again, are dropped. Returns those that stay.
     """
     path = args.run_dir / "metrics.jsonl"
+    if accelerator.is_main_process:
+        finish_publishing(args.run_dir)
     history = [record for record in read_metrics(path) if record["step"] <= state.step]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -457,7 +469,10 @@ def open_history(
             "classes": photos["train"].features["label"].names,
             "photos": {split: len(part) for split, part in photos.items()},
         }
-        write_json(args.run_dir / "run.json", {"command": args.command(script), "device": device_name(accelerator), "data": data} | more)
+        write_json(
+            args.run_dir / "run.json",
+            {"finished": False, "command": args.command(script), "device": device_name(accelerator), "data": data} | more,
+        )
     accelerator.init_trackers(script.removesuffix(".py"))
     return history
 
@@ -518,13 +533,13 @@ def explained_failures(args: TrainingArguments) -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
             raise
         used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""
-        smaller = max(1, args.batch_size // 2)
-        size = "x".join(map(str, args.size_px)) if args.size_px else "this size"
-        raise UserError(
-            f"out of memory with --batch-size {args.batch_size} at {size} px{used}: "
-            f"try --batch-size {smaller} --grad-accum {args.grad_accum * math.ceil(args.batch_size / smaller)} (the same effective batch), "
-            "or a smaller --image-size"
-        ) from None
+        size = f"{'x'.join(map(str, args.size_px))} px" if args.size_px else "the VAE's size"
+        divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
+        way_out = "a smaller --image-size or --config"
+        if divisors:
+            accumulated = args.grad_accum * args.batch_size // divisors[-1]
+            way_out = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {way_out}"
+        raise UserError(f"out of memory with --batch-size {args.batch_size} at {size}{used}: try {way_out}") from None
 
 
 def progress_bar(plan: BatchPlan, state: RunState, total_steps: int, accelerator: Accelerator) -> tqdm:
@@ -571,10 +586,16 @@ def record_epoch(
 
 
 def note_validation(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> bool:
-    """Books a validation loss in the state; True where it is the best so far, by more than `delta`."""
+    """Books a validation loss in the state; True where it is the lowest so far. Less than `delta` lower does not end the waiting."""
     state.recent = [*state.recent, loss][-window:] if window else []
-    if loss < state.best - delta:
-        state.best, state.epochs_since_best = loss, 0
-        return True
     state.epochs_since_best += 1
-    return False
+    if loss < state.to_beat - delta:
+        state.to_beat, state.epochs_since_best = loss, 0
+    best = loss < state.best
+    state.best = min(loss, state.best)
+    return best
+
+
+def of_main_process(accelerator: Accelerator, value: object) -> object:
+    """The first rank's value on every rank: measured alike, kernels may still differ in the last bit, and decisions must not."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

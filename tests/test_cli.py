@@ -33,7 +33,10 @@ def test_the_guides_command(base, trained_vae):
 def test_pictures_are_the_pipelines_own_whatever_the_batch(base):
     common = ["generate", "--base-dir", base, "--num-images", 3, "--ddim-steps", 4, "--seed", 5, "--class", "pine forest", 0]
     tool(*common, "--batch-size", 2, "--output", "two.png")
+    (base / "three_individual").mkdir()
+    (base / "three_individual" / "mine.txt").write_text("a user's own file")
     tool(*common, "--batch-size", 3, "--output", "three.png")
+    assert (base / "three_individual" / "mine.txt").is_file()
     pipe = DiffusionPipeline.from_pretrained(base / "diffusion_models", trust_remote_code=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     generators = [torch.Generator().manual_seed(5 + place) for place in range(3)]

@@ -46,6 +46,7 @@ def test_push_and_load_again(hub, trained_unet, tmp_path):
     assert not [name for name in files if "checkpoint" in name or "samples" in name or "metrics" in name or "run.json" in name]
     assert TOKEN not in done.stdout + done.stderr
     assert not any(TOKEN.encode() in content for content in files.values())
+    assert 'from_pretrained("user/corel"' in files["README.md"].decode()
     check_loaded(hub, "user/corel", trained_unet, tmp_path)
     generated = tool(
         "generate", "--pipeline", "user/corel", "--trust-remote-code", "--base-dir", tmp_path, "--num-images", 1, "--ddim-steps", 2,
@@ -79,6 +80,11 @@ def test_refusals_are_one_line(hub, trained_unet, tmp_path):
         (["--repo-id", "nothing", "--pipeline", trained_unet], {}, "--repo-id nothing: give user/name"),
         (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token=""), "no token for the Hub"),
         (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token="hf_wrong"), "was not pushed"),
+        (
+            ["--repo-id", "user/x", "--pipeline", trained_unet],
+            hub.env(tmp_path / "h") | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "was not pushed",
+        ),
     ):
         done = tool("push", *flags, env=env, check=False)
         assert done.returncode == 2, done.stderr

@@ -59,6 +59,8 @@ def test_somebodys_numbered_photos_are_flat(raw_photos, tmp_path):
 def test_class_folders_like_datasets_own_reader(raw_photos, tmp_path):
     folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog", "tree") for n in range(4)])
     reference = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))["train"]
+    (folder / "dog" / "notes.txt").write_text("x")
+    assert find_photos(folder).not_photos == {"dog/notes.txt": "not a picture (.txt)"}
     photos = load_photos(folder)
     assert photos["train"].features["label"].names == reference.features["label"].names
     assert labels_by_file(photos)["dog/2.png"] == "dog"
@@ -111,6 +113,8 @@ def test_split_is_stratified_stable_and_keeps_groups_together():
     grouped = split_photos(labels, names, groups)
     assert all(grouped[i] == grouped[i + 1] for i in range(0, 50, 2))
     assert "validation" in grouped
+    pairs = split_photos([0] * 6, [f"{n}.png" for n in range(6)], [0, 0, 1, 1, 2, 2])
+    assert pairs.count("validation") == 2, "duplicates larger than the share still leave a class something to validate on"
 
 
 def test_prepared_folder_keeps_its_written_split(raw_photos, tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch, run_here, script
+from conftest import ROOT, UNET_CONFIG, launch, run_here, script
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -134,20 +135,25 @@ def test_accumulated_passes_are_the_larger_batch_within_rounding(vae_flags, tmp_
     assert one["val_psnr"] == pytest.approx(two["val_psnr"], rel=1e-3)
 
 
-def test_two_processes_are_one_with_the_same_global_batch(vae_flags, tmp_path):
-    """DDP over gloo, as torchrun starts it on CPUs."""
-    common = [*vae_flags, "--max-train-steps", 3, "--lr", 1e-3, "--no-perceptual", "--output-dir"]
-    script("train_vae", *common, tmp_path / "one", "--batch-size", 4)
-    launch(
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29533, ROOT / "train_vae.py", *common,
-        tmp_path / "two", "--batch-size", 2, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ["train_vae", "train_unet"])
+def test_two_processes_are_one_with_the_same_global_batch(name, vae_flags, unet_flags, configs, tmp_path):
+    """DDP over gloo, as torchrun starts it on CPUs, resumed in between. Without dropout, which each process draws for itself."""
+    config = configs / "without-dropout.json"
+    config.write_text(json.dumps(UNET_CONFIG | {"dropout": 0.0}))
+    extra = {"train_vae": ["--no-perceptual"], "train_unet": ["--config", config, "--lr-scheduler", "plateau"]}[name]
+    common = [*(vae_flags if name == "train_vae" else unet_flags), *extra, "--lr", 1e-3, "--output-dir"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29533, ROOT / f"{name}.py"]
+    processes = {"env": {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}}
+    run_here(name, [*common, tmp_path / "one", "--batch-size", 4, "--epochs", 2])
+    launch(*torchrun, *common, tmp_path / "two", "--batch-size", 2, "--epochs", 1, **processes)
+    launch(*torchrun, *common, tmp_path / "two", "--batch-size", 2, "--epochs", 2, "--resume", "latest", **processes)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(one) == len(two)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two, strict=True):
         assert a["images_seen"] == b["images_seen"]
-        for value in ("reconstruction", "kl", "val_psnr"):
-            assert a[value] == pytest.approx(b[value], rel=1e-3)
+        for value in {"reconstruction", "kl", "val_psnr", "loss", "val_loss"} & set(a):
+            if name == "train_unet" or value != "loss":
+                assert a[value] == pytest.approx(b[value], rel=2e-3), value
 
 
 def test_accelerate_launch_and_the_guides_flags(unet_flags, tmp_path):
@@ -181,6 +187,26 @@ def test_a_finished_run_goes_on_with_more_epochs_and_early_stopping_ends_one(une
     run_here("train_unet", stopping)
     assert len(metrics(tmp_path / "stopping")) == 3
     assert "no better validation loss for 2 epochs" in capsys.readouterr().out
+    run_here("train_unet", [*stopping, "--resume", "latest", "--early-stopping-patience", 3])
+    assert len(metrics(tmp_path / "stopping")) == 4, "more patience goes on"
+
+
+def test_an_unfinished_vae_is_refused_by_the_script(vae_flags, unet_flags, tmp_path, monkeypatch):
+    """Killed before the scale of the latents was measured: training on it would go on with a scale of 1."""
+    module = importlib.import_module("train_vae")
+    monkeypatch.setattr(module, "measure_scale", lambda moments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_here("train_vae", [*vae_flags, "--output-dir", tmp_path / "vae", "--max-train-steps", 1, "--no-perceptual"])
+    with pytest.raises(UserError, match="its training is not finished"):
+        run_here("train_unet", [*unet_flags, "--vae-checkpoint", tmp_path / "vae", "--output-dir", tmp_path / "unet"])
+    assert not (tmp_path / "unet").exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew_over_its_model(unet_flags, tmp_path):
+    run_here("train_unet", [*unet_flags, "--output-dir", tmp_path, "--max-train-steps", 1])
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="a finished run whose checkpoints are gone"):
+        run_here("train_unet", [*unet_flags, "--output-dir", tmp_path, "--max-train-steps", 1, "--resume", "latest"])
 
 
 def test_unlabelled_photos_make_an_unconditional_model(raw_photos, configs, trained_vae, tmp_path):
@@ -206,6 +232,8 @@ REFUSED = [
     ("train_vae", ["--lr", "-1"], "--learning-rate -1.0: give a number above 0"),
     ("train_vae", ["--lr", "1e-6"], "--lr-min 1e-05: give at most --learning-rate"),
     ("train_unet", ["--vae-checkpoint", "nowhere"], "--vae-checkpoint nowhere is no folder: train with train_vae.py first"),
+    ("train_unet", ["--vae-checkpoint", "vae_models/best_model.pt"], "--vae-checkpoint vae_models/best_model.pt is no folder: train with"),
+    ("train_unet", ["--seed", -1], "--seed -1: give 0 or more"),
     ("train_unet", ["--push-to-hub"], "--push-to-hub needs --hub-model-id"),
     ("train_unet", ["--ema-decay", "1.5"], "--ema-decay 1.5"),
 ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from accelerate import Accelerator
 
 from corel_diffusers import training
 from corel_diffusers.arguments import UNetArguments, VAEArguments
-from corel_diffusers.files import UserError, published_model, whole_file, whole_folder
-from corel_diffusers.training import BatchPlan, RunState, StepRandom, append_metrics, early_stop, lr_factor, note_validation, read_metrics
+from corel_diffusers.files import UserError, finish_publishing, published_model, read_metrics, whole_file
+from corel_diffusers.training import BatchPlan, RunState, StepRandom, append_metrics, early_stop, lr_factor, note_validation
 
 
 def test_every_photo_is_seen_equally_often_in_a_new_order_each_epoch():
@@ -103,7 +104,7 @@ def test_early_stopping_by_patience_and_delta():
     state = RunState()
     for loss in (1.0, 0.9, 0.8999999, 0.9, 0.95):
         note_validation(state, loss, delta=1e-5)
-    assert state.best == 0.9
+    assert state.best == 0.8999999, "what is saved is the lowest; the delta only bears on patience"
     assert state.epochs_since_best == 3
     assert early_stop(state, 4, 0, 0.0) == ""
     assert "no better validation loss for 3 epochs" in early_stop(state, 3, 0, 0.0)
@@ -162,7 +163,7 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
-    same = UNetArguments(output_dir=str(tmp_path), learning_rate=1e-4, epochs=900, resume="latest")
+    same = UNetArguments(output_dir=str(tmp_path), learning_rate=1e-4, epochs=900, early_stopping_patience=99, resume="latest")
     assert training.find_resume(same, same.settings()) == checkpoint
     other = UNetArguments(output_dir=str(tmp_path), learning_rate=2e-4, schedule="cosine", resume="latest")
     with pytest.raises(UserError, match=r"learning-rate was 0.0001, is 0.0002; schedule was linear, is cosine"):
@@ -171,34 +172,55 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
         training.find_resume(UNetArguments(output_dir=str(tmp_path), resume="elsewhere"), saved)
 
 
-def test_files_and_folders_appear_whole_or_not_at_all(tmp_path):
+def test_files_appear_whole_or_not_at_all(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "a.txt") as beside:
         beside.write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "a.txt").read_text() == "old"
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "kept").touch()
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "folder") as beside:
-        (beside / "half").touch()
-        raise KeyboardInterrupt
-    assert [f.name for f in (tmp_path / "folder").iterdir()] == ["kept"]
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.txt", "folder"]
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_published_model_has_its_marker_last(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text("old")
-    (tmp_path / "weights").write_text("old")
-    order = []
-    import os
+@pytest.mark.parametrize("killed_at", range(5))
+def test_a_model_is_the_old_or_the_new_one_wherever_a_kill_cuts_its_publication(tmp_path, monkeypatch, killed_at):
+    """Each rename may be the last thing that a run does: until the next run, never new weights under an old config."""
+    for name in ("config.json", "weights", "more/weights"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    renames, original = [], os.replace
 
-    original = os.replace
-    monkeypatch.setattr("os.replace", lambda a, b: (order.append((b.name, (tmp_path / "config.json").exists())), original(a, b)))
-    with published_model(tmp_path, "config.json") as folder:
-        (folder / "config.json").write_text("new")
-        (folder / "weights").write_text("new")
-    assert order == [("weights", False), ("config.json", False)]
-    assert (tmp_path / "weights").read_text() == "new"
+    def killing(source, target):
+        if len(renames) == killed_at:
+            raise KeyboardInterrupt
+        renames.append(original(source, target))
+
+    monkeypatch.setattr("os.replace", killing)
+    try:
+        with published_model(tmp_path) as folder:
+            for name in ("config.json", "weights", "more/weights"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text("new")
+    except KeyboardInterrupt:
+        assert killed_at < 4
+    monkeypatch.undo()
+    if (tmp_path / "config.json").is_file():
+        assert len({(tmp_path / name).read_text() for name in ("config.json", "weights", "more/weights")}) == 1
+    finish_publishing(tmp_path)
+    contents = {(tmp_path / name).read_text() for name in ("config.json", "weights", "more/weights")}
+    assert contents == ({"old"} if killed_at == 0 else {"new"})
+
+
+def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(tmp_path):
+    args = VAEArguments(output_dir=str(tmp_path), keep_checkpoints=0)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    module = torch.nn.Linear(2, 2)
+    _, optimizer = accelerator.prepare(module, torch.optim.AdamW(module.parameters()))
+    rate = training.LearningRate(optimizer, args, 10)
+    for step in (1, 2, 3):
+        training.save_checkpoint(accelerator, args, RunState(step=step), {}, rate, None)
+    state = training.load_checkpoint(accelerator, training.find_checkpoints(tmp_path)[0], rate, None)
+    assert state.step == 1
+    assert [path.name for path in training.find_checkpoints(tmp_path)] == ["step-000001"]
 
 
 def test_out_of_memory_names_the_flags_and_what_was_asked_for():

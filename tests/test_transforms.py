@@ -46,6 +46,13 @@ def test_sixteen_bits_keep_their_brightness():
     assert photo.shape == (40, 60, 3)
 
 
+def test_black_sixteen_bits_and_damaged_exif_are_no_reason_to_stop():
+    black = open_photo(encoded(Image.fromarray(np.zeros((40, 60), np.uint16)), "PNG"))
+    assert np.asarray(black).max() == 0
+    damaged = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert open_photo(damaged).size == (60, 40)
+
+
 def test_cmyk_palette_and_grey_become_rgb():
     flat = Image.new("RGB", (60, 40), (200, 60, 30))
     assert np.abs(np.asarray(open_photo(encoded(flat.convert("CMYK"), "JPEG", quality=95))).astype(int) - np.asarray(flat)).max() < 20

@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 
 from corel_diffusers.arguments import SCENES
-from corel_diffusers.files import UserError, read_json
+from corel_diffusers.files import UserError, first_line, read_json
 
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FOLDER_FILES = {"classes.txt", "captions.json", "metadata.jsonl", "split.json", "skipped.json"}
@@ -50,13 +50,17 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     `folders` (one folder a class), `flat` (no classes). `auto` tells them apart by the names.
     Raises UserError where there is no photo, and on a classes.txt or captions.json that cannot be read.
     """
-    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name not in FOLDER_FILES)
+    files = visible_files(folder)
     pictures = [f for f in files if f.suffix.lower() in PHOTO_ENDINGS]
-    subfolders = {d: picture_files(d) for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")}
+    subfolders = {
+        d: [f for f in visible_files(d) if f.suffix.lower() in PHOTO_ENDINGS]
+        for d in sorted(folder.iterdir())
+        if d.is_dir() and not d.name.startswith(".")
+    }
     subfolders = {d: inside for d, inside in subfolders.items() if inside}
     if layout == "auto":
         layout = "folders" if subfolders and not pictures else layout_by_names([f.stem for f in pictures], folder)
-    found = Found(layout, [], {}, {f.name: f"not a picture ({f.suffix or 'no ending'})" for f in files if f not in pictures})
+    found = Found(layout, [], {}, {f.name: not_a_picture(f) for f in files if f not in pictures})
     if not (subfolders if layout == "folders" else pictures):
         raise UserError(f"No images found in {folder}: looked for {' '.join(PHOTO_ENDINGS)}; check --data-dir")
     captions = read_captions(folder / "captions.json")
@@ -66,6 +70,8 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
         numbers = folder_numbers([d.name for d in subfolders])
         found.classes = {numbers[d.name]: names.get(numbers[d.name], d.name) for d in subfolders}
         for directory, inside in subfolders.items():
+            others = [f for f in visible_files(directory) if f not in inside]
+            found.not_photos |= {f"{directory.name}/{f.name}": not_a_picture(f) for f in others}
             inside_captions = read_captions(directory / "captions.json")
             for file in inside:
                 name = f"{directory.name}/{file.name}"
@@ -95,9 +101,13 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     return found
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The files directly in a folder that end like pictures, by name."""
-    return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in PHOTO_ENDINGS and not f.name.startswith("."))
+def visible_files(folder: Path) -> list[Path]:
+    """The files directly in a folder, by name, but for hidden ones and those that describe the folder."""
+    return sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name not in FOLDER_FILES)
+
+
+def not_a_picture(file: Path) -> str:
+    return f"not a picture ({file.suffix or 'no ending'})"
 
 
 def layout_by_names(stems: Sequence[str], folder: Path) -> str:
@@ -165,7 +175,7 @@ def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None
         label_groups.sort(key=lambda indices: hashlib.sha256(f"{SPLIT_SEED} {min(names[i] for i in indices)}".encode()).digest())
         wanted, taken = max(1, round(VALIDATION_FRACTION * sum(map(len, label_groups)))), 0
         for indices in label_groups[:-1]:  # the last one always trains
-            if taken < wanted and taken + len(indices) <= max(wanted, 1):
+            if taken < wanted and (not taken or taken + len(indices) <= wanted):
                 for index in indices:
                     sides[index] = "validation"
                 taken += len(indices)
@@ -272,7 +282,7 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
     try:
         loaded = load_dataset(repo_id)
     except Exception as error:  # the Hub's client has many: offline, not found, gated, no such format
-        raise UserError(f"--dataset-name {repo_id} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--dataset-name {repo_id} cannot be loaded: {first_line(error)}") from None
     features = next(iter(loaded.values())).features
     image = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
     if image is None:

@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from corel_diffusers.data.photos import Found, Photo, default_caption, find_photos, split_photos
-from corel_diffusers.data.transforms import PhotoError, open_photo
-from corel_diffusers.files import UserError, whole_file, write_json, write_text
+from corel_diffusers.data.transforms import PhotoError, open_photo, orientation
+from corel_diffusers.files import UserError, read_json, whole_file, write_json, write_text
 from corel_diffusers.plots import contact_sheet, save_picture
 
 DARK = 32  # a line whose 90th percentile of brightness is below this, of 255, is black film
@@ -49,6 +49,8 @@ def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str
     if (data_dir / "metadata.jsonl").is_file():
         raise UserError(f"--data-dir {data_dir} is prepared already (it has metadata.jsonl): train on it as it is")
     found = find_photos(data_dir, layout)
+    if len(found.photos) < 2:
+        raise UserError(f"{data_dir} holds one photo: two or more are needed, one of them to validate on")
     if strict:
         refuse_bad_photos(found)
     corel = output_dir / "corel"
@@ -94,11 +96,9 @@ def refuse_bad_photos(found: Found) -> None:
 def check_same_source(corel: Path, data_dir: Path) -> None:
     """Refuses to mix the photos of two sources in one output folder."""
     record = corel / "source.json"
-    source = {"data_dir": str(data_dir.resolve())}
-    if record.is_file() and json.loads(record.read_text()) != source:
-        raise UserError(
-            f"--output-dir {corel.parent} holds photos prepared from {json.loads(record.read_text())['data_dir']}: give another one"
-        )
+    source = {"data_dir": os.path.relpath(data_dir.resolve(), corel.resolve())}
+    if record.is_file() and read_json(record) != source:
+        raise UserError(f"--output-dir {corel.parent} holds photos prepared from another folder (see {record}): give another one")
     write_json(record, source)
 
 
@@ -136,10 +136,7 @@ def prepare_photo(photo: Photo, line: Prepared, folder: Path) -> Prepared:
     trimmed = picture.crop((left, top, picture.width - right, picture.height - bottom))
     line.phash = str(imagehash.phash(trimmed))
     with Image.open(photo.path) as original:
-        as_it_is = (
-            not any(line.borders) and original.mode == "RGB" and original.size == picture.size and original.getexif().get(0x0112, 1) == 1
-        )
-        as_it_is = as_it_is and original.format in ("PNG", "JPEG")
+        as_it_is = original.mode == "RGB" and original.format in ("PNG", "JPEG") and orientation(original) == 1 and not any(line.borders)
     line.file_name = line.file_name if as_it_is else str(Path(line.file_name).with_suffix(".png"))
     with whole_file(folder / line.file_name) as beside:
         if as_it_is:

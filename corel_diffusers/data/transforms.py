@@ -7,6 +7,7 @@ and refuses the rest with a reason, once, for preparing and for training alike.
 import hashlib
 import io
 import json
+import struct
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from datasets import DatasetDict, config
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from corel_diffusers.files import UserError, whole_file
@@ -48,7 +49,8 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         raise PhotoError("truncated" if "truncated" in str(error) else f"damaged ({error})") from None
     if min(photo.size) < MIN_SIDE_PX:
         raise PhotoError(f"tiny ({photo.width}x{photo.height} px)")
-    photo = ImageOps.exif_transpose(photo)
+    if orientation(photo) != 1:
+        photo = ImageOps.exif_transpose(photo)
     if photo.mode.startswith("I") or photo.mode == "F":
         photo = eight_bits(photo)
     if photo.has_transparency_data:
@@ -57,11 +59,19 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
     return photo.convert("RGB")
 
 
+def orientation(photo: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none or where it cannot be read."""
+    try:
+        return photo.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return 1
+
+
 def eight_bits(photo: Image.Image) -> Image.Image:
     """A grey picture of 16 or 32 bits -> 8 bits. 16-bit values are divided by 257, so that 65535 becomes 255."""
     values = np.asarray(photo).astype(np.float64)
-    top = {"F": 1, "I": 255}.get(photo.mode, 0)  # values up to here are read as 0 to 1, as 0 to 255
-    scale = {"F": 255, "I": 1}[photo.mode] if values.max() <= top else 1 if photo.mode == "F" else 1 / 257
+    small = {"F": 1, "I": 255}.get(photo.mode, -1)  # up to here, values are read as 0 to 1, as 0 to 255
+    scale = {"F": 255, "I": 1}[photo.mode] if values.max() <= small else 1 if photo.mode == "F" else 1 / 257
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 

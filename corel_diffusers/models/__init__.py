@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from torch import nn
 
-from corel_diffusers.files import UserError, read_json
+from corel_diffusers.files import UserError, first_line, read_json
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,7 @@ def from_config(model: type, values: dict, config: str) -> nn.Module:
     try:
         return model.from_config(values).to(memory_format=torch.channels_last)
     except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"--config {config} makes no {model.__name__}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--config {config} makes no {model.__name__}: {first_line(error)}") from None
 
 
 def build_vae(config: str, size_px: tuple[int, int], latent_dim: int | None = None, downsample: int | None = None) -> AutoencoderKL:
@@ -41,14 +41,14 @@ def build_vae(config: str, size_px: tuple[int, int], latent_dim: int | None = No
     if downsample:
         stages = downsample.bit_length()
         channels = (channels + channels[-1:] * stages)[:stages]
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * len(channels), "up_block_types": ["UpDecoderBlock2D"] * len(channels)}
+    values = (values | blocks) if downsample else (blocks | values)
     values |= {
         "block_out_channels": channels,
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
         "sample_size": size_px[0] if size_px[0] == size_px[1] else list(size_px),
         "scaling_factor": 1.0,
-        "force_upcast": False,
     }
+    values.setdefault("force_upcast", False)
     check_size(size_px, 2 ** (len(channels) - 1), "the VAE")
     return from_config(AutoencoderKL, values, config)
 

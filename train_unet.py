@@ -170,7 +170,8 @@ def main(args: UNetArguments) -> None:
         hub.write_card(args.run_dir)
         if args.push_to_hub and not stop.number:
             hub.push(args.run_dir, args.hub_model_id)
-        mark_finished(args)
+        if not stop.number:
+            mark_finished(args)
     accelerator.end_training()
     stop.exit(state)
 

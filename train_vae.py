@@ -157,7 +157,8 @@ def main(args: VAEArguments) -> None:
         )
         for line in advice.on_loss(history, "loss", args) + advice.on_kl(history, args, latent_shape, mean_picture_psnr(pixels)):
             print(f"notice: {line}")
-        mark_finished(args)
+        if not stop.number:
+            mark_finished(args)
     accelerator.end_training()
     stop.exit(state)
 

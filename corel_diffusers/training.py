@@ -373,8 +373,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, rate: Lea
     if checkpoint is None:
         return RunState()
     if accelerator.is_main_process:
-        for newer in [path for path in find_checkpoints(checkpoint.parent.parent) if path.name > checkpoint.name]:
-            remove_folder(newer)
+        known = [path.name for path in find_checkpoints(checkpoint.parent.parent)]
+        for newer in known[known.index(checkpoint.name) + 1 :]:
+            remove_folder(checkpoint.with_name(newer))
     accelerator.load_state(str(checkpoint))
     saved = read_json(checkpoint / "state.json")
     state = RunState(**saved["state"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 CACHE = tempfile.mkdtemp(prefix="corel-diffusers-tests-")
 os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests at a time: more threads than cores would wait for each other
 os.environ.pop("HF_TOKEN", None)
 
 import importlib

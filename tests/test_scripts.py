@@ -140,9 +140,12 @@ def test_two_processes_are_one_with_the_same_global_batch(name, vae_flags, unet_
     """DDP over gloo, as torchrun starts it on CPUs, resumed in between. Without dropout, which each process draws for itself."""
     config = configs / "without-dropout.json"
     config.write_text(json.dumps(UNET_CONFIG | {"dropout": 0.0}))
-    extra = {"train_vae": ["--no-perceptual"], "train_unet": ["--config", config, "--lr-scheduler", "plateau"]}[name]
+    extra = {"train_vae": ["--no-perceptual", "--lr-scheduler", "none"], "train_unet": ["--config", config, "--lr-scheduler", "plateau"]}[
+        name
+    ]
     common = [*(vae_flags if name == "train_vae" else unet_flags), *extra, "--lr", 1e-3, "--output-dir"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29533, ROOT / f"{name}.py"]
+    port = {"train_vae": 29533, "train_unet": 29534}[name]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, ROOT / f"{name}.py"]
     processes = {"env": {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}}
     run_here(name, [*common, tmp_path / "one", "--batch-size", 4, "--epochs", 2])
     launch(*torchrun, *common, tmp_path / "two", "--batch-size", 2, "--epochs", 1, **processes)

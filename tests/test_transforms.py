@@ -46,6 +46,7 @@ def test_sixteen_bits_keep_their_brightness():
     assert photo.shape == (40, 60, 3)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_black_sixteen_bits_and_damaged_exif_are_no_reason_to_stop():
     black = open_photo(encoded(Image.fromarray(np.zeros((40, 60), np.uint16)), "PNG"))
     assert np.asarray(black).max() == 0

@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/python train_vae.py --data-dir "$(PREPARED)" --output-dir "$(OUT)/vae_models" $(SIZE) \
 	  --batch-size 8 --learning-rate 1e-3 --max-train-steps 350 --sample-every 1
 	$(BIN)/python train_unet.py --vae-checkpoint "$(OUT)/vae_models" --data-dir "$(PREPARED)" --output-dir "$(OUT)/diffusion_models" $(SIZE) \
-	  --batch-size 32 --learning-rate 2e-3 --lr-warmup-steps 20 --lr-scheduler cosine --max-train-steps 500 --sample-every 5
+	  --batch-size 32 --learning-rate 2e-3 --lr-warmup-steps 20 --lr-scheduler cosine --max-train-steps 450 --sample-every 5
 	$(BIN)/corel-diffusers generate --pipeline "$(OUT)/diffusion_models" --sampler dpm-solver++ --num-images 36 --nrow 6 --seed 1 \
 	  --output "$(OUT)/generated.png"
 	@echo

@@ -6,7 +6,6 @@ and refuses the rest with a reason, once, for preparing and for training alike.
 
 import hashlib
 import io
-import json
 import struct
 import warnings
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import DatasetDict, config
+from datasets import Dataset, DatasetDict, config
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from corel_diffusers.files import UserError, whole_file
+from corel_diffusers.files import UserError, read_json, whole_file, write_json
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100-megapixel cameras exist; twice as much is refused
 MIN_SIDE_PX = 32
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers"
 
@@ -34,13 +34,11 @@ class PhotoError(Exception):
 def open_photo(file: Path | str | bytes) -> Image.Image:
     """A file's path or bytes -> 8-bit RGB, upright, alpha laid on white. Raises PhotoError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 100-megapixel cameras exist
-            photo = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-            frames = getattr(photo, "n_frames", 1)
-            if frames > 1 and photo.format != "MPO":  # an MPO is a phone's JPEG with a preview behind it
-                raise PhotoError(f"animated or multi-page ({frames} frames)")
-            photo.load()
+        photo = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        frames = getattr(photo, "n_frames", 1)
+        if frames > 1 and photo.format != "MPO":  # an MPO is a phone's JPEG with a preview behind it
+            raise PhotoError(f"animated or multi-page ({frames} frames)")
+        photo.load()
     except UnidentifiedImageError:
         raise PhotoError("not a picture") from None
     except Image.DecompressionBombError:
@@ -117,39 +115,40 @@ def cache_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> tuple[Dataset
     Returns the photos without those that cannot be read (they are named in one line) and, for each split, their Pixels. The
     key holds each file's path, size and time of change, and the size in pixels: what changes any of them is decoded anew.
     """
-    kept, pixels, bad = {}, {}, {}
+    kept, pixels, bad = {}, {}, []
     for split, part in photos.items():
-        rows = part.cast_column("image", ImageFeature(decode=False))["image"]
-        key = "pixels-" + digest([file_key(row) for row in rows], size_px)
-        reasons_file = CACHE_DIR / f"{key}.json"
-
-        names = part["file_name"][:]
-
-        def fill(array: np.ndarray, rows=rows, names=names, reasons_file=reasons_file) -> None:
-            def decode(index: int) -> str | None:
-                row = rows[index]
-                try:
-                    array[index] = np.asarray(fit_photo(open_photo(row["bytes"] or row["path"]), size_px))
-                except PhotoError as error:
-                    return f"{names[index]}: {error}"
-
-            with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-                found = list(tqdm(pool.map(decode, range(len(array))), "decoding photos", len(array), leave=False, disable=None))
-            with whole_file(reasons_file) as beside:
-                beside.write_text(json.dumps({i: reason for i, reason in enumerate(found) if reason}))
-
-        values = cached_array(key, (len(rows), *size_px, 3), np.uint8, fill)
-        reasons = {int(i): reason for i, reason in json.loads(reasons_file.read_text()).items()}
-        good = [i for i in range(len(part)) if i not in reasons]
+        all_pixels, reasons = decode_split(part, size_px)
+        good = [index for index in range(len(part)) if index not in reasons]
+        bad += [f"{part['file_name'][index]}: {reason}" for index, reason in reasons.items()]
+        if not good:
+            raise UserError(f"no photo of the {split} split can be read: {'; '.join(bad[:3])}")
         kept[split] = part.select(good)
-        pixels[split] = Pixels(values[good] if reasons else values, key)
-        bad |= dict.fromkeys(reasons.values())
+        pixels[split] = Pixels(all_pixels.values[good], all_pixels.key) if reasons else all_pixels
     if bad:
-        print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(list(bad)[:5])}{' …' if len(bad) > 5 else ''}")
-    for split, part in kept.items():
-        if not len(part):
-            raise UserError(f"no photo of the {split} split can be read: {'; '.join(list(bad)[:3])}")
+        print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     return DatasetDict(kept), pixels
+
+
+def decode_split(part: Dataset, size_px: tuple[int, int]) -> tuple[Pixels, dict[int, str]]:
+    """The cached pixels of every photo of a split, and index -> reason for those that cannot be read (their pixels are 0)."""
+    rows = part.cast_column("image", ImageFeature(decode=False))["image"]
+    key = "pixels-" + digest([file_key(row) for row in rows], size_px)
+    reasons_file = CACHE_DIR / f"{key}.json"
+
+    def fill(array: np.ndarray) -> None:
+        def decode(index: int) -> str | None:
+            row = rows[index]
+            try:
+                array[index] = np.asarray(fit_photo(open_photo(row["bytes"] or row["path"]), size_px))
+            except PhotoError as error:
+                return str(error)
+
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+            found = list(tqdm(pool.map(decode, range(len(array))), "decoding photos", len(array), leave=False, disable=None))
+        write_json(reasons_file, {index: reason for index, reason in enumerate(found) if reason})
+
+    values = cached_array(key, (len(rows), *size_px, 3), np.uint8, fill)
+    return Pixels(values, key), {int(index): reason for index, reason in read_json(reasons_file).items()}
 
 
 def file_key(row: dict) -> tuple:

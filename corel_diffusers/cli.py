@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from corel_diffusers.arguments import check_repo_id, model_location, require
+from corel_diffusers.arguments import SCENES, check_repo_id, model_location, require
 from corel_diffusers.files import UserError, one_line_errors
 
 
@@ -28,6 +28,8 @@ class Prepare:
     """Cut off black film borders."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Stop at photos that cannot be used, in place of leaving them out."""
+    test_fraction: float = 0.0
+    """Share of each class to set aside as the split `test`, which training never reads and `evaluate` reports on."""
     layout: Literal["auto", "corel", "corel-1k", "folders", "flat"] = "auto"
     """How the folder names its classes."""
 
@@ -35,74 +37,123 @@ class Prepare:
         base = Path(self.base_dir)
         if not (base / self.data_dir).is_dir():
             raise UserError(f"--data-dir {base / self.data_dir} is no folder: check the path (relative ones start at --base-dir)")
+        require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a share from 0 to 0.5")
         from corel_diffusers.data.prepare import prepare
 
         figs_dir = base / self.figs_dir if self.visualize else None
-        prepare(base / self.data_dir, base / self.output_dir, figs_dir, self.layout, self.trim_borders, self.strict)
+        prepare(base / self.data_dir, base / self.output_dir, figs_dir, self.layout, self.trim_borders, self.strict, self.test_fraction)
 
 
 @dataclass(kw_only=True)
-class Generate:
-    """Pictures from a trained pipeline: a grid, and each by itself."""
+class Sampling:
+    """What drawing pictures from a pipeline takes."""
 
     pipeline: Annotated[str, tyro.conf.arg(aliases=["--diffusion-checkpoint"])] = "diffusion_models"
     """Pipeline folder that train_unet.py wrote, or a Hub id."""
-    vae_checkpoint: str | None = None
-    """Decode with this VAE in place of the pipeline's own."""
     trust_remote_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the pipeline.py of a Hub repository."""
-    output: str = "generated_images.png"
-    """The grid; single pictures go to <output>_individual/."""
     base_dir: str = "."
     """Relative paths start here."""
     num_images: int = 16
     """How many pictures."""
-    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Classes by name or number from 0, in turn (default: all of them in turn)."""
     guidance_scale: float = 1.5
     """Strength of the class; 1 is none."""
     sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc"] | None = None
     """Sampler (default: ddpm, or ddim with --ddim-steps)."""
     steps: int | None = None
     """Denoising steps (default: ddpm 1000, ddim 50, the others 25)."""
-    ddim_steps: int | None = None
-    """Short for --sampler ddim --steps N."""
-    eta: float = 0.0
-    """DDIM's share of fresh noise."""
     batch_size: int = 16
     """Pictures at a time; does not change them."""
     seed: int | None = None
     """Fixes the pictures (default: drawn, and printed)."""
-    nrow: int = 4
-    """Pictures in a row of the grid."""
-    individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write each picture by itself, however many; up to 16 are in any case."""
     device: str = "auto"
     """auto, cuda or cpu."""
 
-    def run(self) -> None:
-        for name in ("num_images", "batch_size", "nrow"):
+    def check(self) -> None:
+        """Refuses values that nothing can be drawn with; the pipeline becomes a Path or a Hub id."""
+        for name in ("num_images", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in ("steps", "ddim_steps"):
-            value = getattr(self, name)
-            require(value is None or 1 <= value <= 1000, name, value, "give 1 to 1000")
-        if self.ddim_steps:
-            if self.steps or self.sampler not in (None, "ddim"):
-                raise UserError("--ddim-steps is short for --sampler ddim --steps: give one or the other")
-            self.sampler, self.steps = "ddim", self.ddim_steps
-        base = Path(self.base_dir)
-        self.pipeline = model_location(self.pipeline, base, "--pipeline")
-        if self.vae_checkpoint:
-            self.vae_checkpoint = model_location(self.vae_checkpoint, base, "--vae-checkpoint")
+        require(self.steps is None or 1 <= self.steps <= 1000, "steps", self.steps, "give 1 to 1000")
+        self.pipeline = model_location(self.pipeline, Path(self.base_dir), "--pipeline")
         if isinstance(self.pipeline, str) and not self.trust_remote_code:
             raise UserError(
                 f"--pipeline {self.pipeline} runs the code of that repository: read its pipeline.py, then give --trust-remote-code"
             )
+
+
+@dataclass(kw_only=True)
+class Generate(Sampling):
+    """Pictures from a trained pipeline: a grid, and each by itself."""
+
+    vae_checkpoint: str | None = None
+    """Decode with this VAE in place of the pipeline's own."""
+    output: str = "generated_images.png"
+    """The grid; single pictures go to <output>_individual/."""
+    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Classes by name or number from 0, in turn (default: all of them in turn)."""
+    ddim_steps: int | None = None
+    """Short for --sampler ddim --steps N."""
+    eta: float = 0.0
+    """DDIM's share of fresh noise."""
+    nrow: int = 4
+    """Pictures in a row of the grid."""
+    individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write each picture by itself, however many; up to 16 are in any case."""
+
+    def run(self) -> None:
+        require(self.nrow >= 1, "nrow", self.nrow, "give 1 or more")
+        require(self.ddim_steps is None or 1 <= self.ddim_steps <= 1000, "ddim_steps", self.ddim_steps, "give 1 to 1000")
+        if self.ddim_steps:
+            if self.steps or self.sampler not in (None, "ddim"):
+                raise UserError("--ddim-steps is short for --sampler ddim --steps: give one or the other")
+            self.sampler, self.steps = "ddim", self.ddim_steps
+        self.check()
+        base = Path(self.base_dir)
+        if self.vae_checkpoint:
+            self.vae_checkpoint = model_location(self.vae_checkpoint, base, "--vae-checkpoint")
         if (base / self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
         from corel_diffusers.generate import generate
 
         generate(self, base / self.output)
+
+
+@dataclass(kw_only=True)
+class Evaluate(Sampling):
+    """How good the pictures are beside held-out photos, and how many are copies of training photos."""
+
+    data_dir: str
+    """The photos that the model was trained on, held-out ones included: prepared, raw, or "scenes"."""
+    classes: tuple[str, ...] = ()
+    """Compare with these classes only, by name or number (default: those that the model has)."""
+    against: Literal["auto", "test", "validation", "all"] = "auto"
+    """Photos to compare with. auto: those set aside as test, or else the validation photos."""
+    pictures: str | None = None
+    """Judge the pictures of this folder, whatever made them, in place of drawing from --pipeline."""
+    features: Literal["efficientnet-lite0", "inception", "dinov2"] = "efficientnet-lite0"
+    """Network that sees the pictures. The first comes with the package, the others are fetched once."""
+    output_dir: str | None = None
+    """evaluation.json and evaluation.html go here (default: the pipeline's folder; evaluation/ for pictures and Hub ids)."""
+    num_images: int = 300
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc"] = "dpm-solver++"
+    """Sampler."""
+    batch_size: int = 50
+    seed: int = 0
+    """Fixes the pictures."""
+
+    def run(self) -> None:
+        base = Path(self.base_dir)
+        if self.pictures:
+            require((base / self.pictures).is_dir(), "pictures", base / self.pictures, "this is no folder: check the path")
+        else:
+            self.check()
+        source = self.data_dir if self.data_dir == SCENES else base / self.data_dir
+        if source != SCENES and not source.is_dir():
+            raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
+        from corel_diffusers.evaluation.evaluate import evaluate
+
+        own = self.pipeline if isinstance(self.pipeline, Path) else base / "evaluation"
+        evaluate(self, source, base / self.output_dir if self.output_dir else own)
 
 
 @dataclass(kw_only=True)
@@ -132,4 +183,6 @@ class Push:
 
 def main() -> None:
     with one_line_errors():
-        tyro.extras.subcommand_cli_from_dict({"prepare": Prepare, "generate": Generate, "push": Push}, prog="corel-diffusers").run()
+        tyro.extras.subcommand_cli_from_dict(
+            {"prepare": Prepare, "generate": Generate, "evaluate": Evaluate, "push": Push}, prog="corel-diffusers"
+        ).run()

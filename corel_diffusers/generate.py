@@ -1,6 +1,7 @@
 """Pictures from a trained pipeline: `corel-diffusers generate`."""
 
 import secrets
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -31,27 +33,16 @@ def generate(args: Generate, output: Path) -> None:
     Each picture has a generator of its own, seed + place: neither the batch size nor the number of pictures changes it.
     """
     device = pick_device(args.device)
-    pipe = load_pipeline(args, device)
-    labels = pick_labels(pipe, args)
-    pipe.scheduler = build_sampler(args.sampler or "ddpm", pipe.scheduler)
-    steps = args.steps or DEFAULT_STEPS[args.sampler or "ddpm"]
+    pipe = load_pipeline(args.pipeline, device, args.vae_checkpoint)
+    labels = pick_labels(pipe, args.class_, args.num_images)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    print(f"{args.num_images} pictures, {args.sampler or 'ddpm'} with {steps} steps on {device}, seed {seed}")
-
-    pictures = []
-    for start in tqdm(range(0, args.num_images, args.batch_size), "generating", disable=args.num_images <= args.batch_size):
-        places = range(start, min(start + args.batch_size, args.num_images))
-        generators = [torch.Generator().manual_seed(seed + place) for place in places]
-        pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
-        part = pipe(
-            len(places),
-            [labels[place] for place in places] if labels else None,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=steps,
-            eta=args.eta,
-            generator=generators,
-        )
-        pictures += part.images
+    sampler = args.sampler or "ddpm"
+    steps = args.steps or DEFAULT_STEPS[sampler]
+    print(f"{args.num_images} pictures, {sampler} with {steps} steps on {device}, seed {seed}")
+    pipe.scheduler = build_sampler(sampler, pipe.scheduler)
+    pictures = sample_pictures(
+        pipe, args.num_images, labels, seed, args.batch_size, guidance_scale=args.guidance_scale, num_inference_steps=steps, eta=args.eta
+    )
 
     save_picture(picture_grid(pictures, args.nrow), output)
     print(f"grid: {output}")
@@ -67,6 +58,19 @@ def generate(args: Generate, output: Path) -> None:
             with whole_file(folder / f"image_{place:04d}.png") as beside:
                 picture.save(beside, pnginfo=info)
         print(f"each picture: {folder}/")
+
+
+def sample_pictures(
+    pipe: DiffusionPipeline, num_images: int, labels: list[int] | None, seed: int, batch_size: int, **options: object
+) -> list[Image.Image]:
+    """Pictures in batches, each from a generator of its own, seed + place. options: the pipeline's own."""
+    pictures = []
+    for start in tqdm(range(0, num_images, batch_size), "generating", leave=False, disable=num_images <= batch_size):
+        places = range(start, min(start + batch_size, num_images))
+        generators = [torch.Generator().manual_seed(seed + place) for place in places]
+        pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
+        pictures += pipe(len(places), [labels[place] for place in places] if labels else None, generator=generators, **options).images
+    return pictures
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -92,34 +96,34 @@ def pick_device(wanted: str) -> torch.device:
         raise UserError(f"--device {wanted} is unknown: give auto, cuda or cpu") from None
 
 
-def load_pipeline(args: Generate, device: torch.device) -> DiffusionPipeline:
+def load_pipeline(location: Path | str, device: torch.device, vae_location: Path | str | None = None) -> DiffusionPipeline:
     """The pipeline of a folder or a Hub id, with another VAE where --vae-checkpoint names one."""
     try:
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True, local_files_only=isinstance(args.pipeline, Path))
+        pipe = DiffusionPipeline.from_pretrained(location, trust_remote_code=True, local_files_only=isinstance(location, Path))
     except (OSError, ValueError, ImportError) as error:
         way_out = "give the --output-dir of a train_unet.py run, or a Hub id"
-        raise UserError(f"--pipeline {args.pipeline} cannot be loaded ({first_line(error)}): {way_out}") from None
-    if args.vae_checkpoint:
-        vae = load_vae(args.vae_checkpoint)
+        raise UserError(f"--pipeline {location} cannot be loaded ({first_line(error)}): {way_out}") from None
+    if vae_location:
+        vae = load_vae(vae_location)
         if weights_key(vae) != weights_key(pipe.vae):
             if vae.config.latent_channels != pipe.vae.config.latent_channels:
-                raise UserError(f"--vae-checkpoint {args.vae_checkpoint} has other latents than the pipeline's VAE: leave the flag out")
+                raise UserError(f"--vae-checkpoint {vae_location} has other latents than the pipeline's VAE: leave the flag out")
             print("notice: --vae-checkpoint is not the VAE that this UNet was trained with: the pictures may be garbage")
             pipe.register_modules(vae=vae)
     return pipe.to(device)
 
 
-def pick_labels(pipe: DiffusionPipeline, args: Generate) -> list[int] | None:
+def pick_labels(pipe: DiffusionPipeline, classes: Sequence[str], num_images: int) -> list[int] | None:
     """A class id for each picture: the wanted classes, or all, in turn. None for a model without classes."""
     names = {int(number): name for number, name in (pipe.config.class_names or {}).items()}
     if not names:
-        if args.class_:
+        if classes:
             raise UserError("--class: this model was trained without classes; leave the flag out")
         return None
     wanted = []
-    for word in args.class_:
+    for word in classes:
         number = next((n for n, name in names.items() if name == word), int(word) if word.isdigit() else None)
         if number not in names:
             raise UserError(f"--class {word} is unknown: the classes are {', '.join(f'{n} {name}' for n, name in names.items())}")
         wanted.append(number)
-    return list(islice(cycle(wanted or names), args.num_images))
+    return list(islice(cycle(wanted or names), num_images))

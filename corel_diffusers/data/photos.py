@@ -1,4 +1,4 @@
-"""Any source of photos -> a DatasetDict with `image`, `label`, `caption`, `file_name`, split into train and validation.
+"""Any source of photos -> a DatasetDict with `image`, `label`, `caption`, `file_name`, split into train, validation and test.
 
 `find_photos` reads a folder in each shape that photos are found in; `load_photos` is what the scripts call.
 """
@@ -19,6 +19,7 @@ from corel_diffusers.files import UserError, first_line, read_json
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FOLDER_FILES = {"classes.txt", "captions.json", "metadata.jsonl", "split.json", "skipped.json"}
 VALIDATION_FRACTION = 0.1
+SPLITS = ("train", "validation", "test")  # seen, chosen by, only reported on
 SPLIT_SEED = 0  # not the training seed: both scripts must hold out the same photos whatever seed they train with
 
 
@@ -157,11 +158,12 @@ def default_caption(class_name: str | None) -> str:
     return f"a photo of a {class_name}" if class_name else "a photo"
 
 
-def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None = None) -> list[str]:
-    """ "train" or "validation" for each photo: stratified by label, seeded, photo by photo.
+def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None = None, test_fraction: float = 0.0) -> list[str]:
+    """ "train", "validation" or "test" for each photo: stratified by label, seeded, photo by photo.
 
-    A photo's place in its class is the hash of its name, so photos added later leave most others on their side. Photos of one
-    group (duplicates) go to one side. Every class with two groups or more gets a validation photo.
+    A photo's place in its class is the hash of its name, so photos added later leave most others on their side, and a test
+    fraction leaves the validation photos what they were. Photos of one group (duplicates) go to one side. Every class with
+    two groups or more gets a validation photo.
     """
     groups = list(range(len(names))) if groups is None else groups
     members = defaultdict(list)
@@ -173,12 +175,16 @@ def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None
     sides = ["train"] * len(names)
     for label_groups in by_label.values():
         label_groups.sort(key=lambda indices: hashlib.sha256(f"{SPLIT_SEED} {min(names[i] for i in indices)}".encode()).digest())
-        wanted, taken = max(1, round(VALIDATION_FRACTION * sum(map(len, label_groups)))), 0
-        for indices in label_groups[:-1]:  # the last one always trains
-            if taken < wanted and (not taken or taken + len(indices) <= wanted):
-                for index in indices:
-                    sides[index] = "validation"
-                taken += len(indices)
+        photos = sum(map(len, label_groups))
+        free = label_groups[:-1]  # the last one always trains
+        for side, wanted in (("validation", max(1, round(VALIDATION_FRACTION * photos))), ("test", round(test_fraction * photos))):
+            taken = 0
+            for indices in list(free):
+                if taken < wanted and (not taken or taken + len(indices) <= wanted):
+                    for index in indices:
+                        sides[index] = side
+                    taken += len(indices)
+                    free.remove(indices)
     return sides
 
 
@@ -188,7 +194,7 @@ def load_photos(
     classes: Iterable[str] = (),
     max_train_samples: int | None = None,
 ) -> DatasetDict:
-    """Photos of any source, with the splits `train` and `validation`.
+    """Photos of any source, with the splits `train` and `validation`, and `test` where photos were set aside to report on.
 
     source: a folder (prepared by `corel-diffusers prepare`, raw Corel, class folders, flat), a Hub dataset id, or "scenes".
     classes: names or numbers of the classes to keep.
@@ -208,7 +214,7 @@ def load_photos(
         raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
     photos = keep_classes(photos, numbers, list(classes))
     if not len(photos["validation"]):  # the classes that were picked have none held out
-        photos = with_split(photos["train"])
+        photos = DatasetDict(photos | with_split(photos["train"]))
     if max_train_samples and max_train_samples < len(photos["train"]):
         order = sorted(range(len(photos["train"])), key=lambda i: hashlib.sha256(photos["train"]["file_name"][i].encode()).digest())
         photos["train"] = photos["train"].select(sorted(order[:max_train_samples]))
@@ -226,9 +232,10 @@ def dataset_of(images: list, labels: list[int], class_names: list[str], captions
 
 
 def with_split(photos: Dataset, sides: Sequence[str] | None = None) -> DatasetDict:
-    """One Dataset -> train and validation, by `sides` or else by `split_photos`."""
+    """One Dataset -> its splits, by `sides` or else by `split_photos`; there is no `test` where no photo is in it."""
     sides = sides or split_photos(photos["label"][:], photos["file_name"][:])
-    return DatasetDict({split: photos.select([i for i, side in enumerate(sides) if side == split]) for split in ("train", "validation")})
+    parts = {split: [i for i, side in enumerate(sides) if side == split] for split in SPLITS}
+    return DatasetDict({split: photos.select(rows) for split, rows in parts.items() if rows or split != "test"})
 
 
 def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
@@ -272,8 +279,8 @@ def load_prepared(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
         split = read_json(folder / "split.json")
         if not isinstance(split, dict) or not isinstance(split.get("validation"), list):
             raise UserError(f'{folder / "split.json"}: expected {{"train": [...], "validation": [...]}}; remove it to split anew')
-        held_out = set(split["validation"])
-        sides = ["validation" if name in held_out else "train" for name in file_names]
+        side_of = {name: side for side in ("validation", "test") for name in split.get(side, ())}
+        sides = [side_of.get(name, "train") for name in file_names]
     return with_split(photos, sides), numbers
 
 
@@ -311,7 +318,8 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
     held_out = next((split for split in ("validation", "test") if split in loaded and split != train), None)
     numbers = dict(enumerate(ordered, 1))
     if held_out:
-        return DatasetDict(train=uniform(train), validation=uniform(held_out)), numbers
+        splits = {"train": train, "validation": held_out} | ({"test": "test"} if held_out == "validation" and "test" in loaded else {})
+        return DatasetDict({split: uniform(name) for split, name in splits.items()}), numbers
     return with_split(uniform(train)), numbers
 
 

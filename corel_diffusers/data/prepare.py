@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from corel_diffusers.data.photos import Found, Photo, default_caption, find_photos, split_photos
+from corel_diffusers.data.photos import SPLITS, Found, Photo, default_caption, find_photos, split_photos
 from corel_diffusers.data.transforms import PhotoError, open_photo, orientation
 from corel_diffusers.files import UserError, read_json, whole_file, write_json, write_text
 from corel_diffusers.plots import contact_sheet, save_picture
@@ -44,7 +44,9 @@ class Prepared:
     reason: str = ""  # why it was left out
 
 
-def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str, trim_borders: bool, strict: bool) -> None:
+def prepare(
+    data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str, trim_borders: bool, strict: bool, test_fraction: float
+) -> None:
     """Prepares the photos below `data_dir`; prints a summary. Raises UserError with the way out, `strict` on any bad photo."""
     if (data_dir / "metadata.jsonl").is_file():
         raise UserError(f"--data-dir {data_dir} is prepared already (it has metadata.jsonl): train on it as it is")
@@ -65,7 +67,7 @@ def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str
         raise UserError(f"No images found in {data_dir} that can be used: {'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:3])}")
     groups = duplicate_groups([done[photo.file_name].phash for photo in photos])
     repeated = list_duplicates(corel, photos, groups)
-    sides = split_photos([photo.number for photo in photos], [photo.file_name for photo in photos], groups)
+    sides = split_photos([photo.number for photo in photos], [photo.file_name for photo in photos], groups, test_fraction)
     write_folders(corel, found, photos, [done[photo.file_name].file_name for photo in photos], sides)
     if figs_dir:
         draw_sheet(figs_dir / "corel_dataset_samples.png", corel / "corel_all", found, photos, done)
@@ -73,7 +75,9 @@ def prepare(data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str
     for notice in found.notices:
         print(f"notice: {notice}")
     trimmed = sum(any(done[photo.file_name].borders) for photo in photos)
-    sizes = f"{sides.count('train')} to train, {sides.count('validation')} held out"
+    sizes = f"{sides.count('train')} to train, {sides.count('validation')} held out" + (
+        f", {sides.count('test')} to report on" if "test" in sides else ""
+    )
     print(f"{len(photos)} photos in {max(1, len(found.classes))} classes ({found.layout}): {sizes}")
     print(f"black borders trimmed: {trimmed}; duplicates kept on one side: {repeated}")
     if skipped:
@@ -235,7 +239,8 @@ def write_lists(folder: Path, rows: list[tuple[dict, str, int | None]], classes:
     text = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values, _, _ in rows)
     write_text(folder / "metadata.jsonl", text)
     write_json(folder / "captions.json", {values["file_name"]: values["caption"] for values, _, _ in rows})
-    write_json(folder / "split.json", {s: [values["file_name"] for values, side, _ in rows if side == s] for s in ("train", "validation")})
+    split = {s: [values["file_name"] for values, side, _ in rows if side == s] for s in SPLITS}
+    write_json(folder / "split.json", {side: names for side, names in split.items() if names or side != "test"})
     if classes:
         write_text(folder / "classes.txt", "".join(f"{number} {name}\n" for number, name in classes.items()))
 

@@ -1,0 +1,202 @@
+"""`corel-diffusers evaluate`: photos and pictures -> features -> numbers -> a table, evaluation.json, evaluation.html."""
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from corel_diffusers.cli import Evaluate
+from corel_diffusers.data.photos import PHOTO_ENDINGS, load_photos
+from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, digest, fit_photo, open_photo, to_float
+from corel_diffusers.evaluation import report
+from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder
+from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, within_class_distance
+from corel_diffusers.files import UserError, write_json
+from corel_diffusers.generate import DEFAULT_STEPS, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
+from corel_diffusers.perceptual import PerceptualLoss
+from corel_diffusers.plots import to_pictures
+
+FEWEST = 4  # photos on either side; with fewer, no distance means anything
+PLANTED = 200  # training photos that are reconstructed and searched for, to see whether copies are found
+
+
+def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
+    """Writes evaluation.json and evaluation.html to `output_dir` and prints the table. Raises UserError with the way out."""
+    began, device = time.monotonic(), pick_device(args.device)
+    pipe = None if args.pictures else load_pipeline(args.pipeline, device)
+    pictures = read_pictures(Path(args.base_dir) / args.pictures) if args.pictures else []
+    size_px = picture_size_px(pipe) if pipe else (pictures[0].height, pictures[0].width)
+    photos, pixels = cache_pixels(load_photos(source, classes=args.classes or classes_of(pipe, source)), size_px)
+    class_names = photos["train"].features["label"].names
+    photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
+    held_out = pick_held_out(args.against, pixels)
+    pixels["all"], photo_labels["all"] = joined(pixels), torch.cat(list(photo_labels.values()))
+    network = load_network(args.features, device)
+
+    settings: dict = {"pictures": Path(args.pictures or ".").name}
+    labels = None
+    if pipe:
+        steps = args.steps or DEFAULT_STEPS[args.sampler]
+        settings = {"pipeline": Path(args.pipeline).name, "sampler": args.sampler, "steps": steps}
+        settings |= {"guidance_scale": args.guidance_scale, "seed": args.seed}
+        pipe.scheduler = build_sampler(args.sampler, pipe.scheduler)
+        model_labels = pick_labels(pipe, (), args.num_images)
+        pictures = sample_pictures(
+            pipe, args.num_images, model_labels, args.seed, args.batch_size, num_inference_steps=steps, guidance_scale=args.guidance_scale
+        )
+        labels = data_labels(pipe, model_labels, class_names)
+    values = as_array(pictures)
+    features = extract(network, values)
+    real = {split: photo_features(network, part) for split, part in pixels.items()}
+    finder = CopyFinder.of(pixels["train"], network)
+
+    results = settings | {
+        "photos": {split: len(part) for split, part in photos.items()},
+        "held_out": held_out,
+        "size_px": list(size_px),
+        "features": network.name,
+        "generation": compare(features, real[held_out]),
+        "halves": halves(real["all"]),
+        "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
+        "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(values, features)},
+    }
+    if held_out != "all":
+        results["held_out_against_train"] = compare(real[held_out], real["train"])
+        results["copies"]["held_out"] = finder.shares(pixels[held_out].values, real[held_out])
+    if labels is not None:
+        results["diversity"] = {
+            "pictures": within_class_distance(features, labels),
+            "photos": within_class_distance(real["all"], photo_labels["all"]),
+        }
+        results["classes"] = class_scores(class_names, features, labels, real, photo_labels, held_out)
+    reconstructions = None
+    if pipe:
+        reconstructions = reconstruct(pipe.vae, pixels[held_out].values)
+        results["reconstruction"] = reconstruction_scores(reconstructions, pixels[held_out].values, network, real[held_out])
+        planted = reconstruct(pipe.vae, pixels["train"].values[:PLANTED])
+        results["copies"]["planted"] = finder.shares(planted, extract(network, planted))
+    if isinstance(args.pipeline, Path) and pipe:
+        results["unet_sha256"] = unet_digest(args.pipeline)
+    results["seconds"] = round(time.monotonic() - began, 1)
+
+    write_json(output_dir / "evaluation.json", results)
+    sheets = {
+        "Pictures": report.sample_sheet(values, labels, class_names),
+        "Nearest in features": report.pair_sheet(values, pixels["train"].values, finder.search(values, features)[1]),
+        "Nearest in pixels": report.pair_sheet(values, pixels["train"].values, finder.search(values, features)[0]),
+    }
+    if reconstructions is not None:
+        sheets["Held-out photos over their reconstructions"] = report.reconstruction_sheet(pixels[held_out].values, reconstructions)
+    report.write_html(output_dir / "evaluation.html", results, sheets)
+    print(report.table_text(results))
+    print(f"numbers: {output_dir / 'evaluation.json'}\npictures: {output_dir / 'evaluation.html'} (it shows your photos)")
+
+
+def read_pictures(folder: Path) -> list[Image.Image]:
+    """Every picture below a folder, sorted by name, at the first one's size."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS)
+    try:
+        pictures = [open_photo(file) for file in files]
+    except PhotoError as error:
+        raise UserError(f"--pictures {folder}: {files[len(files) - 1].name} cannot be read ({error})") from None
+    if len(pictures) < FEWEST:
+        raise UserError(
+            f"--pictures {folder} holds {len(pictures)} pictures: {FEWEST} or more are needed, some hundred to trust the numbers"
+        )
+    return [picture if picture.size == pictures[0].size else fit_photo(picture, pictures[0].size[::-1]) for picture in pictures]
+
+
+def picture_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """(height, width) of what the pipeline makes."""
+    size, factor = pipe.unet.config.sample_size, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * factor, width * factor
+
+
+def classes_of(pipe: DiffusionPipeline | None, source: Path | str) -> list[str]:
+    """The classes that the model was trained on, where the photos have them all; none otherwise, which means all photos."""
+    names = list((pipe.config.class_names or {}).values()) if pipe else []
+    return names if set(names) <= set(load_photos(source)["train"].features["label"].names) else []
+
+
+def data_labels(pipe: DiffusionPipeline, labels: list[int] | None, class_names: list[str]) -> torch.Tensor | None:
+    """The pictures' classes as the photos' labels; None where the model has none, or others than the photos."""
+    names = [pipe.config.class_names[str(label)] for label in labels] if labels else []
+    return torch.tensor([class_names.index(name) for name in names]) if names and set(names) <= set(class_names) else None
+
+
+def pick_held_out(wanted: str, pixels: dict[str, Pixels]) -> str:
+    """The split to compare with. Raises UserError where it is missing or too small."""
+    split = ("test" if "test" in pixels else "validation") if wanted == "auto" else wanted
+    if split not in {*pixels, "all"}:
+        raise UserError(
+            f"--against {split}: no photos were set aside as test: run prepare with --test-fraction 0.15, or leave the flag out"
+        )
+    count = sum(map(len, pixels.values())) if split == "all" else len(pixels[split])
+    if count < FEWEST:
+        raise UserError(f"--data-dir has {count} photos in {split} to compare with, {FEWEST} or more are needed: give --against all")
+    return split
+
+
+def joined(pixels: dict[str, Pixels]) -> Pixels:
+    """The photos of all splits."""
+    return Pixels(np.concatenate([part.values for part in pixels.values()]), digest([part.key for part in pixels.values()]))
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, photos: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, 3) -> what the VAE makes of it, through the posterior's mean, uint8 of the same shape."""
+    made = []
+    for start in range(0, len(photos), 32):
+        part = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
+        made += to_pictures(vae.decode(vae.encode(part).latent_dist.mean).sample)
+    return as_array(made)
+
+
+def reconstruction_scores(made: np.ndarray, photos: np.ndarray, network: Network, real: torch.Tensor) -> dict[str, float]:
+    """What the VAE loses: PSNR (dB), SSIM, perceptual distance, and its own distances, under which no sample set comes but by luck."""
+    a, b = (to_float(torch.from_numpy(np.array(values))) for values in (made, photos))
+    with torch.no_grad():
+        perceptual = float(PerceptualLoss("efficientnet-lite0")(a, b))
+    return {
+        "psnr_db": float(peak_signal_noise_ratio((a + 1) / 2, (b + 1) / 2, data_range=1.0, dim=(1, 2, 3))),
+        "ssim": float(structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0)),
+        "perceptual": perceptual,
+    } | compare(extract(network, made), real)
+
+
+def class_scores(
+    class_names: list[str],
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    real: dict[str, torch.Tensor],
+    photo_labels: dict[str, torch.Tensor],
+    held_out: str,
+) -> dict[str, dict]:
+    """For each class: its pictures beside its photos (all of them: the held-out ones of a class are few), and how many are
+    nearest to their own class's mean training photo, beside the same share of held-out photos."""
+    train = real["train"], photo_labels["train"]
+    matches = class_match(features, labels, *train)
+    real_matches = class_match(real[held_out], photo_labels[held_out], *train)
+    found = {}
+    for label, name in enumerate(class_names):
+        own, own_photos = labels == label, photo_labels["all"] == label
+        if own.sum() < 2 or own_photos.sum() < 2:
+            continue
+        held = real_matches[photo_labels[held_out] == label]
+        found[name] = compare(features[own], real["all"][own_photos]) | {
+            "match": float(matches[own].double().mean()),
+            "match_photos": float(held.double().mean()) if len(held) else None,
+        }
+    return found
+
+
+def unet_digest(folder: Path) -> str:
+    """Stands for the weights that were evaluated: a card quotes no other's numbers."""
+    return hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()

@@ -1,0 +1,99 @@
+"""Frozen networks that turn a picture into one vector: the space in which sets of pictures are compared.
+
+A number in one network's space says nothing beside a number in another's: every report names its features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from corel_diffusers.data.transforms import Pixels, cached_array
+from corel_diffusers.files import UserError, first_line
+from corel_diffusers.perceptual import load_efficientnet
+
+
+@dataclass
+class Network:
+    """A frozen network: uint8 pictures (B, H, W, 3) -> (B, width)."""
+
+    name: str
+    width: int
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+
+def load_network(name: str, device: torch.device) -> Network:
+    """ "efficientnet-lite0" (comes with the package), "inception" (what FID and KID are published with) or "dinov2".
+
+    Raises UserError where its weights are neither here nor to be had.
+    """
+    loaders = {"efficientnet-lite0": efficientnet, "inception": inception, "dinov2": dinov2}
+    try:
+        return loaders[name](device)
+    except Exception as error:  # not installed, no network, not on the Hub
+        way_out = "install it and connect once so that its weights are kept, or use --features efficientnet-lite0"
+        raise UserError(f"--features {name} cannot be loaded ({first_line(error)}): {way_out}") from None
+
+
+def efficientnet(device: torch.device) -> Network:
+    """Spatial means of the last feature map at 224 px."""
+    network = load_efficientnet().eval().to(device, memory_format=torch.channels_last)
+
+    def run(pictures: torch.Tensor) -> torch.Tensor:
+        x = (enlarged(pictures, 224).permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
+        return network.extract_features(x.to(device)).mean((2, 3))
+
+    return Network("efficientnet-lite0", 1280, run)
+
+
+def inception(device: torch.device) -> Network:
+    """What the Inception that FID was defined with has before its classifier (Heusel et al. 2017, arXiv:1706.08500)."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    network = FeatureExtractorInceptionV3("inception", ["2048"]).eval().to(device)  # it resizes to 299 px itself
+    return Network("inception", 2048, lambda pictures: network(pictures.permute(0, 3, 1, 2).to(device))[0])
+
+
+def dinov2(device: torch.device, location: str = "facebook/dinov2-small") -> Network:
+    """The class token of DINOv2 at 224 px (Stein et al. 2023, arXiv:2306.04675: nearer to what people see than Inception)."""
+    from transformers import AutoModel
+
+    network = AutoModel.from_pretrained(location).eval().to(device)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def run(pictures: torch.Tensor) -> torch.Tensor:
+        x = (enlarged(pictures, 224).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return network(x.to(device)).last_hidden_state[:, 0]
+
+    return Network("dinov2", network.config.hidden_size, run)
+
+
+def enlarged(pictures: torch.Tensor, side_px: int) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> uint8 (B, side, side, 3), bicubic with Pillow, whose filter antialiases (Parmar et al. 2022)."""
+    resized = [Image.fromarray(p.numpy()).resize((side_px, side_px), Image.Resampling.BICUBIC) for p in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in resized]))
+
+
+@torch.no_grad()
+def extract(network: Network, pictures: np.ndarray, batch_size: int = 32) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> float64 (N, D)."""
+    parts = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
+    return torch.cat([network.run(torch.from_numpy(np.array(part))).double().cpu() for part in parts])
+
+
+def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> torch.Tensor:
+    """The features of a split's photos, or of their mirror images: computed once, cached by what the photos hold."""
+    values = pixels.values[:, :, ::-1] if mirrored else pixels.values
+    key = f"features-{network.name}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}{'-mirrored' * mirrored}"
+
+    def fill(array: np.ndarray) -> None:
+        array[:] = extract(network, values).numpy()
+
+    return torch.from_numpy(np.array(cached_array(key, (len(pixels), network.width), np.float64, fill)))
+
+
+def as_array(pictures: Sequence[Image.Image]) -> np.ndarray:
+    """Pictures of one size -> uint8 (N, H, W, 3)."""
+    return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])

@@ -1,0 +1,95 @@
+"""Which generated pictures are copies of training photos.
+
+A copy is much nearer to one photo than to any other: the distance to the nearest over that to the second nearest. Bonnaire et
+al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In a network's features, where a blurred or shifted copy still
+stands out, the ratio below which it counts is calibrated on the photos themselves.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from corel_diffusers.data.transforms import Pixels
+from corel_diffusers.evaluation.features import Network, photo_features
+
+PIXEL_RATIO = 1 / 3
+COMPARED_PX = 32  # pixels are compared at this size: a copy stays one, and ten thousand photos fit in memory
+CROP = 0.85  # of the side: a photo's centre and corners count as the photo
+
+
+@dataclass
+class Nearest:
+    """For each picture: its nearest training photo, and the distance to it over that to the second nearest photo."""
+
+    photo: torch.Tensor  # (N,) int64
+    second: torch.Tensor  # (N,) int64
+    ratio: torch.Tensor  # (N,)
+
+    def share_below(self, ratio: float) -> float:
+        return float((self.ratio < ratio).double().mean())
+
+
+def views(photos: np.ndarray) -> list[np.ndarray]:
+    """uint8 (N, H, W, 3) -> each photo, its centre and its four corners, and the mirror image of each: 12 arrays of that shape."""
+    height, width = photos.shape[1:3]
+    kept_h, kept_w = round(CROP * height), round(CROP * width)
+    below, beside = height - kept_h, width - kept_w
+    boxes = [(0, 0, width, height)]
+    for top, left in ((below // 2, beside // 2), (0, 0), (0, beside), (below, 0), (below, beside)):
+        boxes.append((left, top, left + kept_w, top + kept_h))
+    resized = [resize(photos, (height, width), box) for box in boxes]
+    return resized + [view[:, :, ::-1] for view in resized]
+
+
+def resize(pictures: np.ndarray, size_px: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """A box of each picture at another size, uint8 (N, *size_px, 3)."""
+    size = (size_px[1], size_px[0])
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BILINEAR, box=box)) for p in pictures])
+
+
+def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], leave_out_self: bool = False) -> Nearest:
+    """pictures (N, D), each view of the photos (M, D) -> the two nearest photos, a photo being as near as its nearest view.
+
+    leave_out_self: the pictures are the photos themselves, and a photo is not its own neighbour.
+    """
+    distance = torch.stack([torch.cdist(pictures, view) for view in photo_views]).amin(0)
+    if leave_out_self:
+        distance.fill_diagonal_(float("inf"))
+    two, photo = distance.topk(2, dim=1, largest=False)
+    return Nearest(photo[:, 0], photo[:, 1], two[:, 0] / two[:, 1].clamp_min(1e-12))
+
+
+def pixel_vectors(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> float32 (N, D) at COMPARED_PX."""
+    return torch.from_numpy(resize(pictures, (COMPARED_PX, COMPARED_PX)).reshape(len(pictures), -1).astype(np.float32))
+
+
+@dataclass
+class CopyFinder:
+    """The training photos in pixels and in features, and the ratio below which features tell a copy."""
+
+    pixels: list[torch.Tensor]
+    features: list[torch.Tensor]
+    feature_ratio: float
+
+    @classmethod
+    def of(cls, photos: Pixels, network: Network) -> "CopyFinder":
+        """In features a photo counts by itself and its mirror image: the networks see past small crops.
+
+        The feature ratio is the one that 1 % of the photos themselves are below when each is compared with the others: photos
+        of a series that look alike set what is not yet a copy.
+        """
+        features = [photo_features(network, photos, mirrored) for mirrored in (False, True)]
+        own = nearest_photos(features[0], features, leave_out_self=True)
+        return cls([pixel_vectors(view) for view in views(photos.values)], features, float(torch.quantile(own.ratio, 0.01)))
+
+    def search(self, pictures: np.ndarray, features: torch.Tensor) -> tuple[Nearest, Nearest]:
+        """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""
+        return nearest_photos(pixel_vectors(pictures), self.pixels), nearest_photos(features, self.features)
+
+    def shares(self, pictures: np.ndarray, features: torch.Tensor) -> dict[str, float]:
+        """The share of pictures that count as copies, by either measure."""
+        in_pixels, in_features = self.search(pictures, features)
+        return {"pixels": in_pixels.share_below(PIXEL_RATIO), "features": in_features.share_below(self.feature_ratio)}

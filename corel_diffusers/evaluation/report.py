@@ -1,0 +1,159 @@
+"""What an evaluation shows: a table on the screen, rows for the model card, sheets of pictures, one self-contained page."""
+
+import base64
+import io
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+
+from corel_diffusers.evaluation.memorization import Nearest
+from corel_diffusers.files import write_text
+from corel_diffusers.plots import picture_grid
+
+SHOWN_PAIRS = 8
+ROWS = {
+    "generation": "pictures",
+    "reconstruction": "VAE reconstructions (the floor)",
+    "held_out_against_train": "held-out photos against training photos",
+    "halves": "one half of the photos against the other",
+}
+
+
+def distance_rows(results: dict) -> list[tuple[str, ...]]:
+    """The distances as text, a row for each pair of sets; the first row is the heading."""
+    rows = [("against held-out photos", "n", "KID x1000 [95 %]", "FD (biased up at small n)", "precision", "recall")]
+    for key, name in ROWS.items():
+        if key in results:
+            v = results[key]
+            kid = f"{v['kid_e3']:.1f} [{v['kid_e3_low']:.1f}, {v['kid_e3_high']:.1f}]"
+            counts = f"{v['n'][0]:.0f} / {v['n'][1]:.0f}"
+            rows.append((name, counts, kid, f"{v['fd']:.1f}", f"{v['precision']:.2f}", f"{v['recall']:.2f}"))
+    return rows
+
+
+def copy_rows(results: dict) -> list[tuple[str, ...]]:
+    """The shares of copies as text; the first row is the heading."""
+    copies = results["copies"]
+    rows = [
+        (
+            "nearest / second nearest training photo",
+            f"in pixels < {copies['pixel_ratio']:.2f}",
+            f"in features < {copies['feature_ratio']:.2f}",
+        )
+    ]
+    names = {"pictures": "pictures", "held_out": "held-out photos (false alarms)", "planted": "training photos through the VAE (found)"}
+    return rows + [(names[k], *(f"{copies[k][m]:.1%}" for m in ("pixels", "features"))) for k in names if k in copies]
+
+
+def class_rows(results: dict) -> list[tuple[str, ...]]:
+    """The classes as text; the first row is the heading."""
+    rows = [("class, against all its photos", "n", "KID x1000 [95 %]", "looks like its class", "held-out photos do")]
+    for name, v in results.get("classes", {}).items():
+        photos = "-" if v["match_photos"] is None else f"{v['match_photos']:.0%}"
+        kid = f"{v['kid_e3']:.1f} [{v['kid_e3_low']:.1f}, {v['kid_e3_high']:.1f}]"
+        rows.append((name, f"{v['n'][0]} / {v['n'][1]}", kid, f"{v['match']:.0%}", photos))
+    return rows
+
+
+def look_rows(results: dict) -> list[tuple[str, ...]]:
+    """Colours and diversity of the pictures beside the photos' as text; the first row is the heading."""
+    colours = results["colours"]
+    rows = [("", "pictures", "photos")]
+    rows += [(name, f"{value:.0f}", f"{colours['photos'][name]:.0f}") for name, value in colours["pictures"].items()]
+    if "diversity" in results:
+        rows.append(("distance within a class", *(f"{results['diversity'][k]:.1f}" for k in ("pictures", "photos"))))
+    return rows
+
+
+def tables(results: dict) -> list[list[tuple[str, ...]]]:
+    """Every table that has more than its heading."""
+    return [rows for rows in (distance_rows(results), copy_rows(results), class_rows(results), look_rows(results)) if len(rows) > 1]
+
+
+def heading(results: dict) -> str:
+    """What was compared with what, in one line."""
+    made = f"{results['generation']['n'][0]} pictures"
+    if "sampler" in results:
+        made += f" by {results['sampler']} in {results['steps']} steps, guidance {results['guidance_scale']:g}, seed {results['seed']}"
+    height, width = results["size_px"]
+    held = {"test": "the test photos", "validation": "the validation photos, which also chose the best epoch", "all": "all photos"}
+    return f"{made}, {width}x{height} px, against {held[results['held_out']]}; features: {results['features']}"
+
+
+def reconstruction_line(results: dict) -> str:
+    """The VAE's own measures in one line, empty where there is no VAE."""
+    values = results.get("reconstruction")
+    if not values:
+        return ""
+    psnr, ssim, perceptual = (values[name] for name in ("psnr_db", "ssim", "perceptual"))
+    return f"reconstruction of held-out photos: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, perceptual {perceptual:.3f}"
+
+
+def table_text(results: dict) -> str:
+    """All tables in columns, for the screen."""
+    parts = [line for line in (heading(results), reconstruction_line(results)) if line]
+    for rows in tables(results):
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        parts += ["", *lines]
+    return "\n".join(parts)
+
+
+def card_rows(results: dict) -> list[str]:
+    """Rows of the model card's table of measured values."""
+    lines = []
+    for name, counts, kid, fd, _, _ in distance_rows(results)[1:]:
+        lines.append(f"| {name}, n {counts}: KID x1000 [95 %], FD ({results['features']}) | {kid}, {fd} |")
+    shares = {key: f"{value['pixels']:.1%}, {value['features']:.1%}" for key, value in results["copies"].items() if isinstance(value, dict)}
+    lines.append(f"| copies of training photos, in pixels and in features | {shares['pictures']} |")
+    if "held_out" in shares:
+        lines.append(f"| the same share of held-out photos (false alarms) | {shares['held_out']} |")
+    return lines
+
+
+def sample_sheet(pictures: np.ndarray, labels: torch.Tensor | None, class_names: list[str], per_row: int = 12) -> Image.Image:
+    """The first pictures, a labelled row for each class."""
+    if labels is None:
+        return picture_grid([Image.fromarray(p) for p in pictures[: 6 * per_row]], per_row)
+    shown, names = [], []
+    for label in labels.unique().tolist():
+        own = [Image.fromarray(pictures[i]) for i in (labels == label).nonzero().flatten().tolist()[:per_row]]
+        shown += own + [Image.new("RGB", own[0].size, "white")] * (min(per_row, len(pictures)) - len(own))
+        names.append(class_names[label])
+    return picture_grid(shown, min(per_row, len(pictures)), names)
+
+
+def pair_sheet(pictures: np.ndarray, photos: np.ndarray, nearest: Nearest) -> Image.Image:
+    """The pictures most like a copy, their nearest and second nearest training photo below them; the ratio is falling to the left."""
+    order = nearest.ratio.argsort()[:SHOWN_PAIRS].tolist()
+    rows = [pictures[order], photos[nearest.photo[order].numpy()], photos[nearest.second[order].numpy()]]
+    return picture_grid([Image.fromarray(p) for row in rows for p in row], len(order), ["picture", "nearest", "second"])
+
+
+def reconstruction_sheet(photos: np.ndarray, made: np.ndarray, shown: int = 12) -> Image.Image:
+    """Photos over what the VAE makes of them."""
+    places = np.linspace(0, len(photos) - 1, min(shown, len(photos))).astype(int)
+    return picture_grid(
+        [Image.fromarray(p) for row in (photos[places], made[places]) for p in row], len(places), ["photo", "reconstruction"]
+    )
+
+
+def write_html(path: Path, results: dict, sheets: dict[str, Image.Image]) -> None:
+    """One page with the tables and the sheets in it: nothing is loaded from elsewhere."""
+    images = {}
+    for name, sheet in sheets.items():
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG")
+        images[name] = base64.b64encode(buffer.getvalue()).decode()
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = environment.get_template("report.html").render(
+        title=results.get("pipeline") or results["pictures"],
+        heading=heading(results),
+        reconstruction=reconstruction_line(results),
+        tables=tables(results),
+        images=images,
+    )
+    write_text(path, page)

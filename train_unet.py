@@ -12,6 +12,7 @@ if __name__ == "__main__":
         arguments = parse(UNetArguments)
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +22,18 @@ from PIL import Image
 from corel_diffusers import advice, hub
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
 from corel_diffusers.files import published_model
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.losses import denoising_loss, prediction_target
 from corel_diffusers.models import build_unet, parameter_count
+from corel_diffusers.muon import build_optimizers
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
 from corel_diffusers.training import (
     BatchPlan,
     LearningRate,
+    RunLength,
     RunningMean,
     StepRandom,
     StopSignal,
@@ -37,6 +41,7 @@ from corel_diffusers.training import (
     build_ema,
     early_stop,
     ema_weights,
+    epochs_between_validations,
     explained_failures,
     find_resume,
     load_checkpoint,
@@ -50,17 +55,39 @@ from corel_diffusers.training import (
     run_settings,
     save_checkpoint,
     show_progress,
+    shows,
     start_run,
 )
 from pipeline import CorelPipeline
 
-PANELS = {"denoising loss": {"loss": "training", "val_loss": "held-out"}, "learning rate": {"learning_rate": "learning rate"}}
-VALIDATION_DRAWS = 64  # pairs of noise and timestep over all held-out photos, at least one a photo
+BANDS = 4  # equal parts of the timesteps, the first one the cleanest
+JUDGED = 48  # samples that --evaluate-every looks at
+FIXED_DRAWS = 128  # pairs of noise and timestep over the held-out photos, at least one a photo
+PANELS = {
+    "denoising loss": {"loss": "training", "seen_loss": "seen photos, fixed noise", "val_loss": "held-out, fixed noise"},
+    "overfitting gauge: held-out over seen": {
+        "gauge": "all timesteps",
+        **{f"gauge_{band + 1}": f"t {1000 * band // BANDS} to {1000 * (band + 1) // BANDS}" for band in range(BANDS)},
+    },
+    "copies of training photos": {"copies_pixels": "in pixels", "copies_features": "in features"},
+    "KID x1000 of a few samples": {"kid_e3": "against held-out photos"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
+
+class FixedDraws(NamedTuple):
+    """Latents (N, C, h, w), noise of that shape, timesteps (N,) and labels (N,)."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    labels: torch.Tensor | None
 
 
 def main(args: UNetArguments) -> None:
     if args.push_to_hub:
         hub.require_token()
+    began = time.monotonic()
     accelerator = start_run(args)
     device = accelerator.device
     vae = load_vae(args.vae_location).to(device)
@@ -71,7 +98,6 @@ def main(args: UNetArguments) -> None:
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos, pixels = cache_pixels(photos, size_px)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
-    total_steps = plan.total_steps(args)
     settings = run_settings(
         args, photos, "unet", size_px=size_px, global_batch=plan.global_batch, vae=weights_key(vae), scale=scale_key(vae)
     )
@@ -91,25 +117,30 @@ def main(args: UNetArguments) -> None:
     with accelerator.main_process_first():
         moments = {split: cache_moments(vae, part, device) for split, part in pixels.items()}
     labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
-    held_out = validation_draws(vae, moments["validation"], labels["validation"] if class_names else None, noise_scheduler, device)
+    same = {"train": alike(labels["train"], labels["validation"]), "validation": np.arange(len(labels["validation"]))}
+    seen, held_out = (
+        fixed_draws(vae, moments[split][rows], labels[split][rows] if class_names else None, noise_scheduler, device)
+        for split, rows in same.items()
+    )
+    accelerator.print(reconstruction_limit(vae, pixels["validation"]))
+    judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    model, *optimizers = accelerator.prepare(unet, *build_optimizers(args.optimizer, unet, args.learning_rate, args.weight_decay))
     ema = build_ema(args, model)
-    rate = LearningRate(optimizer, args, total_steps)
+    rate = LearningRate(optimizers, args)
     print_data_and_model(accelerator, photos, size_px, f"UNet of {parameter_count(unet)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop
     state = load_checkpoint(accelerator, checkpoint, rate, ema)
     state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
     history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_location))
-    means, stop = RunningMean(state, device), StopSignal()
-    began = time.monotonic() - state.seconds
-    passes = batches(plan, state.step, total_steps, args.num_workers, moments["train"], labels["train"])
-    with progress_bar(plan, state, total_steps, accelerator) as bar:
-        while state.step < total_steps and not state.stop_reason:
-            rate.set(state.step)
+    length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
+    validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
+    passes = batches(plan, state.step, length, args.num_workers, moments["train"], labels["train"])
+    with progress_bar(plan, state, length, accelerator) as bar:
+        while not length.reached(state) and not state.stop_reason:
+            rate.set(state.step, length.total_steps(state))
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
                 batch, label = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2, 2C, h, w), (B,)
@@ -122,34 +153,38 @@ def main(args: UNetArguments) -> None:
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
                 means.add(loss=loss)
             if ema:
                 ema.step(model.parameters())
             state.step += 1
-            show_progress(bar, plan, state, means, args)
+            length.tick(state, accelerator)
+            show_progress(bar, plan, state, length, means, args)
 
-            epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
-            if ends:
+            epoch, over = plan.epoch(state.step), length.reached(state)
+            if over or plan.ends_epoch(state.step, validate_every):
+                shown = shows(args, epoch, validate_every)
                 with ema_weights(ema, model):
-                    values = {"val_loss": of_main_process(accelerator, validate(model, noise_scheduler, *held_out))}
+                    values = of_main_process(accelerator, gauge(model, noise_scheduler, seen, held_out))
                     best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
                     if best and accelerator.is_main_process:
                         with published_model(args.run_dir) as folder:
                             pipe.save_pretrained(folder)
-                    if epoch % args.sample_every == 0 and accelerator.is_main_process:
+                    if shown and accelerator.is_main_process:
                         with accelerator.autocast():
                             save_picture(sample_grid(pipe, args.seed, pictures=12), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
+                    if judge and epoch % args.evaluate_every < validate_every:
+                        with accelerator.autocast():
+                            values |= judge.scores(samples(pipe, args.seed, JUDGED)[0])
                 rate.validated(values["val_loss"])
                 state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
-                state.seconds = time.monotonic() - began
                 values = means.close(accelerator) | values | {"learning_rate": rate.now}
-                record_epoch(accelerator, args, plan, state, history, bar, values)
+                record_epoch(accelerator, args, plan, state, history, bar, values, shown)
 
             stopping = stop.received(accelerator)
-            if stopping or state.step == total_steps or state.stop_reason or (ends and epoch % args.checkpoint_every == 0):
-                state.seconds = time.monotonic() - began
+            if stopping or over or state.stop_reason or plan.ends_epoch(state.step, args.checkpoint_every):
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
@@ -182,51 +217,74 @@ def trained_size_px(vae: AutoencoderKL) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def validation_draws(
+def fixed_draws(
     vae: AutoencoderKL, moments: np.ndarray, labels: np.ndarray | None, noise_scheduler: DDPMScheduler, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Latents, noise, timesteps and labels of the validation loss: the same at each epoch, so that it is no lottery.
+) -> FixedDraws:
+    """What a set of photos is measured on: the same at each validation, so that the loss is no lottery.
 
-    Each held-out photo (its posterior's mean, not mirrored) comes in equally often; the timesteps are spread evenly.
+    Each photo (its posterior's mean, not mirrored) comes in equally often; the timesteps are spread evenly. Sets of one size get
+    the same noise and timesteps.
     """
-    repeats = max(1, VALIDATION_DRAWS // len(moments))
+    repeats = -(-FIXED_DRAWS // len(moments))
     generator = torch.Generator().manual_seed(0)
     means = torch.tensor(moments[:, 0]).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
     noise = torch.randn(means.shape, generator=generator)
     places = torch.randperm(len(means), generator=generator)
     timesteps = (places + 0.5) / len(means) * noise_scheduler.config.num_train_timesteps
     label = None if labels is None else torch.from_numpy(labels).repeat(repeats).to(device)
-    return scale(means, vae).to(device), noise.to(device), timesteps.long().to(device), label
+    return FixedDraws(scale(means, vae).to(device), noise.to(device), timesteps.long().to(device), label)
+
+
+def alike(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Places of as many photos as `wanted` has labels, of the same classes where there are enough, evenly over `labels`."""
+    chosen = []
+    for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
+        own = np.flatnonzero(labels == label)
+        chosen.append(own[np.linspace(0, len(own) - 1, min(count, len(own))).astype(int)])
+    return np.sort(np.concatenate(chosen))
 
 
 @torch.no_grad()
-def validate(
-    model: UNet2DModel,
-    noise_scheduler: DDPMScheduler,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    labels: torch.Tensor | None,
-) -> float:
-    """The mean denoising loss over the fixed draws."""
+def measure(model: UNet2DModel, noise_scheduler: DDPMScheduler, draws: FixedDraws) -> dict[str, float]:
+    """The mean denoising loss over the fixed draws, and over those of each quarter of the timesteps, clean ones first."""
     losses = []
-    for rows in torch.arange(len(latents)).split(64):
-        part = latents[rows], noise[rows], timesteps[rows]
-        prediction = model(noise_scheduler.add_noise(*part), part[2], None if labels is None else labels[rows]).sample
+    for rows in torch.arange(len(draws.latents)).split(64):
+        part = draws.latents[rows], draws.noise[rows], draws.timesteps[rows]
+        prediction = model(noise_scheduler.add_noise(*part), part[2], None if draws.labels is None else draws.labels[rows]).sample
         losses.append(denoising_loss(prediction, prediction_target(noise_scheduler, *part)))
-    return float(torch.cat(losses).mean())
+    losses = torch.cat(losses)
+    bands = draws.timesteps * BANDS // noise_scheduler.config.num_train_timesteps
+    return {"loss": float(losses.mean())} | {f"loss_{band + 1}": float(losses[bands == band].mean()) for band in range(BANDS)}
 
 
-def sample_grid(pipe: CorelPipeline, seed: int, pictures: int, steps: int = 20) -> Image.Image:
-    """About so many pictures, a labelled row for each of the first twelve classes, by the shipped pipeline with DPM-Solver++."""
+def gauge(model: UNet2DModel, noise_scheduler: DDPMScheduler, seen: FixedDraws, held_out: FixedDraws) -> dict[str, float]:
+    """The losses of photos that are trained on and of held-out ones at the same noise, and the second over the first.
+
+    As long as the model learns what photos have in common, the ratio stays where it was; it rises when the model learns these photos.
+    """
+    on_seen, on_held_out = measure(model, noise_scheduler, seen), measure(model, noise_scheduler, held_out)
+    values = {f"val_{name}": value for name, value in on_held_out.items()} | {f"seen_{name}": value for name, value in on_seen.items()}
+    return values | {name.replace("loss", "gauge"): on_held_out[name] / on_seen[name] for name in on_seen}
+
+
+def samples(pipe: CorelPipeline, seed: int, pictures: int, steps: int = 20) -> tuple[list[Image.Image], list[str]]:
+    """About so many pictures, as many of each of the first twelve classes, class by class, and the names of those classes.
+
+    By the shipped pipeline with DPM-Solver++.
+    """
     names = list((pipe.config.class_names or {}).values())[:12]
-    per_row = max(2, pictures // len(names)) if names else 4
-    labels = [name for name in names for _ in range(per_row)] or None
-    shown = type(pipe)(pipe.vae, pipe.unet, build_sampler("dpm-solver++", pipe.scheduler), pipe.config.class_names)
-    shown.set_progress_bar_config(disable=True)
+    per_class = max(2, pictures // len(names)) if names else pictures
+    labels = [name for name in names for _ in range(per_class)] or None
+    drawing = type(pipe)(pipe.vae, pipe.unet, build_sampler("dpm-solver++", pipe.scheduler), pipe.config.class_names)
+    drawing.set_progress_bar_config(disable=True)
     count = len(labels) if labels else pictures
-    images = shown(count, labels, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images
-    return picture_grid(images, per_row, names)
+    return drawing(count, labels, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images, names
+
+
+def sample_grid(pipe: CorelPipeline, seed: int, pictures: int) -> Image.Image:
+    """Samples, a labelled row for each class."""
+    images, names = samples(pipe, seed, pictures)
+    return picture_grid(images, len(images) // len(names) if names else 4, names)
 
 
 if __name__ == "__main__":

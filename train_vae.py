@@ -22,22 +22,32 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from corel_diffusers import advice
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import Pixels, cache_pixels, to_float
+from corel_diffusers.data.transforms import Pixels, cache_pixels, random_views
 from corel_diffusers.files import published_model, read_json, write_json
 from corel_diffusers.latents import cache_moments, measure_scale
-from corel_diffusers.losses import controlled_kl_weight, kl_divergence, kl_warmup, reconstruction_loss
-from corel_diffusers.models import VAEWithPosterior, build_vae, downsample_factor, parameter_count
+from corel_diffusers.losses import (
+    adaptive_weight,
+    controlled_kl_weight,
+    discriminator_loss,
+    kl_divergence,
+    kl_warmup,
+    reconstruction_loss,
+)
+from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, downsample_factor, parameter_count
+from corel_diffusers.muon import build_optimizers
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
 from corel_diffusers.training import (
     BatchPlan,
     LearningRate,
+    RunLength,
     RunningMean,
     StepRandom,
     StopSignal,
     batches,
     build_ema,
     ema_weights,
+    epochs_between_validations,
     explained_failures,
     find_resume,
     load_checkpoint,
@@ -51,6 +61,7 @@ from corel_diffusers.training import (
     run_settings,
     save_checkpoint,
     show_progress,
+    shows,
     start_run,
 )
 
@@ -59,10 +70,14 @@ PANELS = {
     "perceptual": {"perceptual": "training", "val_perceptual": "held-out"},
     "KL (nats a photo)": {"kl": "training", "val_kl": "held-out"},
     "PSNR (dB)": {"val_psnr": "held-out"},
+    "adversarial": {"adversarial": "decoder", "discriminator": "discriminator"},
 }
+CROP_SCALE = 2.5  # photos are kept at so many times the training size, for crops
+DISCRIMINATOR_LEAD = 0.1  # of the run: so long it learns before its verdict counts
 
 
 def main(args: VAEArguments) -> None:
+    began = time.monotonic()
     accelerator = start_run(args)
     device, size_px = accelerator.device, args.size_px
 
@@ -70,8 +85,8 @@ def main(args: VAEArguments) -> None:
     with accelerator.main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos, pixels = cache_pixels(photos, size_px)
+        large = cache_pixels(photos, tuple(round(CROP_SCALE * side) for side in size_px))[1] if args.crop_chance else pixels
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
-    total_steps = plan.total_steps(args)
     settings = run_settings(args, photos, "vae", size_px=size_px, global_batch=plan.global_batch)
     checkpoint = find_resume(args, settings)
 
@@ -81,37 +96,59 @@ def main(args: VAEArguments) -> None:
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     perceptual = PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last) if args.perceptual else None
     model = VAEWithPosterior(vae)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, *optimizers = accelerator.prepare(model, *build_optimizers(args.optimizer, model, args.learning_rate, args.weight_decay))
+    trained, discriminator = [model], build_discriminator() if args.adversarial_weight else None
+    if discriminator:
+        judge = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
+        discriminator, judge = accelerator.prepare(discriminator, judge)
+        trained.append(discriminator)
     ema = build_ema(args, model)
-    rate = LearningRate(optimizer, args, total_steps)
+    rate = LearningRate(optimizers + ([judge] if discriminator else []), args)
     print_data_and_model(accelerator, photos, size_px, f"VAE of {parameter_count(vae)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop
     state = load_checkpoint(accelerator, checkpoint, rate, ema)
     history = open_history(accelerator, args, state, "train_vae.py", photos)
     kl_weight = torch.tensor(state.kl_weight or args.kl_weight, device=device)
-    means, stop = RunningMean(state, device), StopSignal()
-    began = time.monotonic() - state.seconds
-    passes = batches(plan, state.step, total_steps, args.num_workers, pixels["train"].values)
-    with progress_bar(plan, state, total_steps, accelerator) as bar:
-        while state.step < total_steps:
-            rate.set(state.step)
+    length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
+    validate_every = epochs_between_validations(args, plan, len(pixels["validation"]))
+    passes = batches(plan, state.step, length, args.num_workers, pixels["train"].values, large["train"].values)
+    with progress_bar(plan, state, length, accelerator) as bar:
+        while not length.reached(state):
+            rate.set(state.step, length.total_steps(state))
             if not args.kl_target:
                 kl_weight.fill_(kl_warmup(args.kl_weight, state.step, args.kl_warmup * plan.steps_per_epoch))
+            early = args.adversarial_start - length.share(state)  # so much of the run before the discriminator's verdict counts
             kl = 0.0
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
-                batch = to_float(next(passes)[0].to(device, non_blocking=True))  # (B, 3, H, W)
+                fitted, whole = (tensor.to(device, non_blocking=True) for tensor in next(passes))
+                jitter = args.colour_jitter * (2 * random.uniform(2) - 1)
+                batch = random_views(whole, fitted, random.chance(args.crop_chance), random.uniform(3), jitter)  # (B, 3, H, W)
                 batch = torch.where(random.chance(0.5).view(-1, 1, 1, 1), batch.flip(-1), batch)
-                with accelerator.accumulate(model):
-                    terms = loss_terms(args, accelerator, perceptual, batch, *model(batch, random.normal(*latent_shape)))
-                    loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0) + kl_weight * terms["kl"]
+                with accelerator.accumulate(*trained):
+                    reconstruction, mean, logvar = model(batch, random.normal(*latent_shape))
+                    terms = loss_terms(args, accelerator, perceptual, batch, reconstruction, mean, logvar)
+                    loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
+                    if discriminator and early <= 0:  # only the VAE learns from it
+                        critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
+                        terms["adversarial"] = -critic(reconstruction).mean()
+                        critic.requires_grad_(True)
+                        pull = adaptive_weight(loss, terms["adversarial"], vae.decoder.conv_out.weight)
+                        loss = loss + args.adversarial_weight * pull * terms["adversarial"]
+                    loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    if discriminator and early <= DISCRIMINATOR_LEAD:  # only the discriminator learns from it
+                        verdicts = discriminator(torch.cat([batch, reconstruction.detach()])).float()
+                        terms["discriminator"] = discriminator_loss(*verdicts.chunk(2))
+                        accelerator.backward(terms["discriminator"])
+                        judge.step()
+                        judge.zero_grad()
                 means.add(loss=loss, **terms)
                 kl += terms["kl"].detach() / args.grad_accum
             if args.kl_target:
@@ -119,25 +156,26 @@ def main(args: VAEArguments) -> None:
             if ema:
                 ema.step(model.parameters())
             state.step += 1
-            show_progress(bar, plan, state, means, args)
+            length.tick(state, accelerator)
+            show_progress(bar, plan, state, length, means, args)
 
-            epoch, ends = plan.epoch(state.step), plan.ends_epoch(state.step) or state.step == total_steps
-            if ends:
+            epoch, over = plan.epoch(state.step), length.reached(state)
+            if over or plan.ends_epoch(state.step, validate_every):
+                shown = shows(args, epoch, validate_every)
                 with ema_weights(ema, model):
                     values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
                     if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
                         with published_model(args.run_dir) as folder:
                             vae.save_pretrained(folder)
-                    if epoch % args.sample_every == 0 and accelerator.is_main_process:
+                    if shown and accelerator.is_main_process:
                         write_pictures(args, accelerator, vae, pixels["validation"], epoch)
                 rate.validated(values["val_loss"])
-                state.seconds = time.monotonic() - began
                 values = means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now}
-                record_epoch(accelerator, args, plan, state, history, bar, values)
+                record_epoch(accelerator, args, plan, state, history, bar, values, shown)
 
             stopping = stop.received(accelerator)
-            if stopping or state.step == total_steps or (ends and epoch % args.checkpoint_every == 0):
-                state.seconds, state.kl_weight = time.monotonic() - began, float(kl_weight)
+            if stopping or over or plan.ends_epoch(state.step, args.checkpoint_every):
+                state.kl_weight = float(kl_weight)
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:

@@ -55,12 +55,16 @@ class TrainingArguments:
     """Passes over the training photos."""
     max_train_steps: int | None = None
     """Optimizer steps, in place of --epochs."""
+    max_train_minutes: float | None = None
+    """Minutes from the script's first line on, in place of --epochs: the learning rate runs over them, the end is on time."""
     batch_size: int = 16
     """Photos a forward pass, on each device."""
     grad_accum: int = 1
     """Forward passes an optimizer step: the effective batch is batch size x this x devices."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon makes the steps of convolutions and matrices orthogonal; the rest stays with AdamW."""
     lr_scheduler: LR_SCHEDULERS = "cosine"
     """Course of the learning rate: the first two end at --lr-min, plateau halves down to it; from linear on, diffusers' own."""
     lr_min: float = 1e-5
@@ -68,7 +72,7 @@ class TrainingArguments:
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises to its peak."""
     weight_decay: float = 1e-2
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     ema: bool = True
@@ -82,7 +86,9 @@ class TrainingArguments:
     seed: int = 42
     """Everything random in a step derives from this and the step's number."""
 
-    # what is written when, in epochs
+    # what is measured and written when, in epochs
+    validate_every: int | None = None
+    """Epochs between validations (default: as few as keep them at 3 % of the time)."""
     sample_every: int = 10
     """Epochs between pictures."""
     checkpoint_every: int = 10
@@ -118,7 +124,8 @@ class TrainingArguments:
         Not those that say how long, how often or where: photos, VAE and size are compared by what they are, not by name.
         """
         where = {"data_dir", "dataset_name", "image_size", "vae_checkpoint", "output_dir", "base_dir", "push_to_hub", "hub_model_id"}
-        when = {"epochs", "max_train_steps", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "report_to"}
+        when = {"epochs", "max_train_steps", "max_train_minutes", "validate_every", "sample_every", "checkpoint_every", "evaluate_every"}
+        kept = {"keep_checkpoints", "resume", "report_to"}
         how = {
             "batch_size",
             "grad_accum",
@@ -127,7 +134,7 @@ class TrainingArguments:
             "config",
         }  # the global batch is compared, the config's content
         stopping = {"early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"}
-        return {name: value for name, value in asdict(self).items() if name not in where | when | how | stopping}
+        return {name: value for name, value in asdict(self).items() if name not in where | when | kept | how | stopping}
 
     def command(self, script: str) -> str:
         """The command line that gives these settings, without folders of the user's machine: it goes into model cards."""
@@ -149,9 +156,13 @@ class TrainingArguments:
         """Refuses values that no run can take."""
         for name in ("epochs", "batch_size", "grad_accum", "sample_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in ("max_train_steps", "max_train_samples"):
+        for name in ("max_train_steps", "max_train_samples", "validate_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more")
+        minutes = self.max_train_minutes
+        require(minutes is None or 0 < minutes < math.inf, "max_train_minutes", minutes, "give a number above 0")
+        if minutes and self.max_train_steps:
+            raise UserError("--max-train-minutes and --max-train-steps exclude each other: give one of them")
         for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("learning_rate", "max_grad_norm"):
@@ -192,6 +203,12 @@ class VAEArguments(TrainingArguments):
     downsample: Literal[4, 8, 16] | None = None
     """Pixels a latent position, in each direction (default: the config's)."""
 
+    # photos, as they vary
+    crop_chance: float = 0.5
+    """Share of photos seen as a random crop at a random scale, down to the photo's own pixels."""
+    colour_jitter: float = 0.05
+    """Brightness and contrast vary by up to this share."""
+
     # loss
     reconstruction: Literal["l1", "mse"] = "l1"
     """Distance between photo and reconstruction, averaged over values."""
@@ -201,6 +218,10 @@ class VAEArguments(TrainingArguments):
     """Weight of that term."""
     perceptual_network: Literal["efficientnet-lite0", "vgg16"] = "efficientnet-lite0"
     """vgg16 needs torchvision and its weights."""
+    adversarial_weight: float = 0.0
+    """Weight of a patch discriminator's verdict, in units of the reconstruction's gradient at the last layer (0: no discriminator)."""
+    adversarial_start: float = 0.4
+    """Share of the run after which the verdict counts; the discriminator learns from a tenth of the run earlier."""
     kl_weight: float = 1e-6
     """Final weight of the KL divergence in nats per photo."""
     kl_warmup: int = 10
@@ -210,8 +231,10 @@ class VAEArguments(TrainingArguments):
 
     def check(self) -> None:
         super().check()
-        for name in ("perceptual_weight", "kl_weight", "kl_warmup"):
+        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "kl_weight", "kl_warmup"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")
+        require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a share from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")
         require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "give a number above 0")
 
@@ -238,6 +261,10 @@ class UNetArguments(TrainingArguments):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the UNet predicts."""
 
+    # samples, judged while it trains
+    evaluate_every: int = 0
+    """Epochs between evaluations of a few samples: KID and copies, into metrics.jsonl and the plot (0: none)."""
+
     # early stopping, on the validation loss at fixed noise and timesteps
     early_stopping_patience: int = 30
     """Epochs without a new best before the run stops (0: never stops early)."""
@@ -257,7 +284,7 @@ class UNetArguments(TrainingArguments):
     def check(self) -> None:
         super().check()
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "give a number from 0 to below 1")
-        for name in ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"):
+        for name in ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold", "evaluate_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         if self.push_to_hub and not self.hub_model_id:
             raise UserError("--push-to-hub needs --hub-model-id user/name")

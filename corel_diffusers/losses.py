@@ -22,6 +22,20 @@ def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
+def discriminator_loss(on_photos: torch.Tensor, on_reconstructions: torch.Tensor) -> torch.Tensor:
+    """Hinge: E max(0, 1 - D(x)) + E max(0, 1 + D(x')) -> scalar (Lim & Ye 2017, arXiv:1705.02894, eq. 3)."""
+    return F.relu(1 - on_photos).mean() + F.relu(1 + on_reconstructions).mean()
+
+
+def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+    """|grad reconstruction| / |grad adversarial| at the decoder's last weights (Esser et al. 2021, arXiv:2012.09841, eq. 7) -> scalar.
+
+    Both terms then pull equally hard, whatever the discriminator's scale. Clamped to 10^4, and detached.
+    """
+    pulls = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].float().norm() for term in (reconstruction, adversarial)]
+    return (pulls[0] / (pulls[1] + 1e-4)).clamp(max=1e4).detach()
+
+
 def kl_warmup(weight: float, step: int, warmup_steps: int) -> float:
     """The KL weight at a step: rises in a line from 0 to `weight` over the warm-up."""
     return weight * min(1.0, step / warmup_steps) if warmup_steps else weight

@@ -14,11 +14,13 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +112,13 @@ class StepRandom:
         """Whole numbers from 0 to high - 1, (rows,)."""
         return torch.randint(high, (self.global_batch,), generator=self.generator)[self.rows].to(self.device)
 
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform values from 0 to below 1, (rows, *shape)."""
+        return torch.rand(self.global_batch, *shape, generator=self.generator)[self.rows].to(self.device)
+
     def chance(self, probability: float) -> torch.Tensor:
         """True with the probability, (rows,)."""
-        return (torch.rand(self.global_batch, generator=self.generator)[self.rows] < probability).to(self.device)
+        return self.uniform() < probability
 
 
 @dataclass
@@ -133,9 +139,6 @@ class BatchPlan:
     def of(cls, args: TrainingArguments, accelerator: Accelerator, photos: int) -> "BatchPlan":
         return cls(photos, args.batch_size, args.grad_accum, accelerator.num_processes, accelerator.process_index, args.seed)
 
-    def total_steps(self, args: TrainingArguments) -> int:
-        return args.max_train_steps or args.epochs * self.steps_per_epoch
-
     @property
     def global_batch(self) -> int:
         return self.batch_size * self.grad_accum * self.num_processes
@@ -148,8 +151,9 @@ class BatchPlan:
         """The epoch, from 1, that the `step`-th step belonged to."""
         return math.ceil(step / self.steps_per_epoch)
 
-    def ends_epoch(self, step: int) -> bool:
-        return step % self.steps_per_epoch == 0
+    def ends_epoch(self, step: int, every: int = 1) -> bool:
+        """Whether the `step`-th step is the last of an epoch, and of every so many epochs."""
+        return step % (every * self.steps_per_epoch) == 0
 
     def rows(self, micro_step: int) -> slice:
         """The rows of the global batch that this rank handles in its `micro_step`-th forward pass."""
@@ -192,18 +196,63 @@ class ArrayBatches(Dataset):
         return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
 
 
-def batches(plan: BatchPlan, first_step: int, last_step: int, num_workers: int, *arrays: np.ndarray) -> Iterator[list[torch.Tensor]]:
+def batches(plan: BatchPlan, first_step: int, length: "RunLength", num_workers: int, *arrays: np.ndarray) -> Iterator[list[torch.Tensor]]:
     """The batches of every forward pass from `first_step` on."""
-    order = BatchOrder(plan, first_step, last_step)
+    order = BatchOrder(plan, first_step, length.steps or sys.maxsize // plan.grad_accum)
     pin = torch.cuda.is_available()
     return iter(DataLoader(ArrayBatches(*arrays), sampler=order, batch_size=None, num_workers=num_workers, pin_memory=pin))
+
+
+# --- how long, and how often to look --------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunLength:
+    """Where a run ends: after so many steps, or after so many seconds since its script began (resumed time included)."""
+
+    steps: int | None
+    seconds: float | None
+    began: float  # time.monotonic() of the beginning
+
+    @classmethod
+    def of(cls, args: TrainingArguments, plan: BatchPlan, began: float) -> "RunLength":
+        if args.max_train_minutes:
+            return cls(None, 60 * args.max_train_minutes, began)
+        return cls(args.max_train_steps or args.epochs * plan.steps_per_epoch, None, began)
+
+    def tick(self, state: "RunState", accelerator: Accelerator) -> None:
+        """Books the time; where it decides when the run ends, every rank gets the first one's."""
+        state.seconds = time.monotonic() - self.began
+        if self.seconds:
+            state.seconds = of_main_process(accelerator, state.seconds)
+
+    def total_steps(self, state: "RunState") -> int:
+        """The steps of the whole run; of one that ends by time, as many as its pace so far leads to."""
+        return self.steps or max(state.step + 1, round(state.step * self.seconds / max(state.seconds, 1e-9)))
+
+    def share(self, state: "RunState") -> float:
+        """How much of the run is done, from 0 to 1."""
+        return state.step / self.steps if self.steps else state.seconds / self.seconds
+
+    def reached(self, state: "RunState") -> bool:
+        return self.share(state) >= 1
+
+
+def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward_passes: int) -> int:
+    """--validate-every, or as few epochs as keep validation, so many photos' forward passes, at 3 % of the time or less.
+
+    A training step costs three forward passes a photo. At least ten validations fall into a run that counts epochs.
+    """
+    every = args.validate_every or math.ceil(forward_passes / (0.03 * 3 * plan.steps_per_epoch * plan.global_batch))
+    epochs = math.ceil(args.max_train_steps / plan.steps_per_epoch) if args.max_train_steps else args.epochs
+    return args.validate_every or (every if args.max_train_minutes else min(every, max(1, epochs // 10)))
 
 
 # --- learning rate ------------------------------------------------------------------------------------------------------
 
 
-def lr_factor(args: TrainingArguments, total_steps: int) -> Callable[[int], float]:
-    """Step -> share of --learning-rate, a pure function of the step. See --lr-scheduler.
+def lr_factor(args: TrainingArguments, step: int, total_steps: int) -> float:
+    """The share of --learning-rate at a step, a pure function. See --lr-scheduler.
 
     cosine: half a cosine down to --lr-min (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5). cosine_warm_restarts: three of
     them, each twice as long as the last, the third ending with the run (same paper, T_mult = 2).
@@ -211,27 +260,23 @@ def lr_factor(args: TrainingArguments, total_steps: int) -> Callable[[int], floa
     name, warmup, floor = args.lr_scheduler, args.lr_warmup_steps, args.lr_min / args.learning_rate
     if name not in ("cosine", "cosine_warm_restarts", "none", "plateau"):
         bare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-        return get_scheduler(name, bare, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0]
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if name in ("none", "plateau"):
-            return 1.0
-        share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        if name == "cosine_warm_restarts" and share < 1:
-            start, length = next((s, n) for s, n in ((3 / 7, 4 / 7), (1 / 7, 2 / 7), (0, 1 / 7)) if share >= s)
-            share = (share - start) / length
-        return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
-
-    return factor
+        return get_scheduler(name, bare, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0](step)
+    if step < warmup:
+        return (step + 1) / warmup
+    if name in ("none", "plateau"):
+        return 1.0
+    share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if name == "cosine_warm_restarts" and share < 1:
+        start, length = next((s, n) for s, n in ((3 / 7, 4 / 7), (1 / 7, 2 / 7), (0, 1 / 7)) if share >= s)
+        share = (share - start) / length
+    return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
 
 
 class LearningRate:
-    """Sets the optimizer's learning rate: by the step, and for "plateau" also by the validation loss."""
+    """Sets the optimizers' learning rate: by the step, and for "plateau" also by the validation loss."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, args: TrainingArguments, total_steps: int) -> None:
-        self.optimizer, self.peak, self.factor = optimizer, args.learning_rate, lr_factor(args, total_steps)
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], args: TrainingArguments) -> None:
+        self.optimizers, self.args = optimizers, args
         self.now, self.plateau = 0.0, None
         if args.lr_scheduler == "plateau":  # its scale multiplies the peak; torch's class keeps the count
             holder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -239,11 +284,11 @@ class LearningRate:
                 holder, factor=0.5, patience=10, min_lr=args.lr_min / args.learning_rate
             )
 
-    def set(self, step: int) -> None:
-        """Sets the rate of `step`."""
+    def set(self, step: int, total_steps: int) -> None:
+        """Sets the rate of `step` in a run of so many."""
         scale = self.plateau.optimizer.param_groups[0]["lr"] if self.plateau else 1.0
-        self.now = self.peak * self.factor(step) * scale
-        for group in self.optimizer.param_groups:
+        self.now = self.args.learning_rate * lr_factor(self.args, step, total_steps) * scale
+        for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = self.now
 
     def validated(self, loss: float) -> None:
@@ -543,10 +588,10 @@ def explained_failures(args: TrainingArguments) -> Iterator[None]:
         raise UserError(f"out of memory with --batch-size {args.batch_size} at {size}{used}: try {way_out}") from None
 
 
-def progress_bar(plan: BatchPlan, state: RunState, total_steps: int, accelerator: Accelerator) -> tqdm:
+def progress_bar(plan: BatchPlan, state: RunState, length: RunLength, accelerator: Accelerator) -> tqdm:
     """Photos per second and time left; in a log file one line every half minute."""
     return tqdm(
-        total=total_steps * plan.global_batch,
+        total=length.steps and length.steps * plan.global_batch,
         initial=state.step * plan.global_batch,
         unit=" photos",
         mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -555,15 +600,21 @@ def progress_bar(plan: BatchPlan, state: RunState, total_steps: int, accelerator
     )
 
 
-def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, means: RunningMean, args: TrainingArguments) -> None:
+def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, length: RunLength, means: RunningMean, args: TrainingArguments) -> None:
     """Moves the bar by one step; every tenth shows the epoch's losses so far, and ends a run whose loss is no number any more."""
-    bar.update(plan.global_batch)
     if state.step % 10 == 0 or state.step <= 3:
+        bar.total = length.total_steps(state) * plan.global_batch
         shown = means.means()
         bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         if not all(map(math.isfinite, shown.values())):
             way_out = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g})"
             raise UserError(f"the loss is no number any more at step {state.step}: {way_out}")
+    bar.update(plan.global_batch)
+
+
+def shows(args: TrainingArguments, epoch: int, validate_every: int) -> bool:
+    """Whether pictures are due at the validation after `epoch`: a multiple of --sample-every has passed since the last one."""
+    return epoch % args.sample_every < validate_every
 
 
 def record_epoch(
@@ -574,15 +625,16 @@ def record_epoch(
     history: list[dict],
     bar: tqdm,
     values: dict[str, float],
+    shown: bool,
 ) -> None:
-    """One line of metrics.jsonl, in the history, the trackers and, every --sample-every epochs, on the screen."""
+    """One line of metrics.jsonl, in the history, the trackers and, where it is `shown`, on the screen."""
     epoch = plan.epoch(state.step)
     place = {"step": state.step, "epoch": epoch, "images_seen": state.step * plan.global_batch, "seconds": round(state.seconds, 3)}
     history.append(place | {name: float(f"{value:.6g}") for name, value in values.items()})
     accelerator.log(values, step=state.step)
     if accelerator.is_main_process:
         append_metrics(args.run_dir / "metrics.jsonl", history[-1])
-        if epoch % args.sample_every == 0:
+        if shown:
             bar.write(f"epoch {epoch}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()))
 
 

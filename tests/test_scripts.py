@@ -110,8 +110,8 @@ def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run(name, extra, 
     module = importlib.import_module(name)
     original = module.show_progress
 
-    def interrupting(bar, plan, state, means, args):
-        original(bar, plan, state, means, args)
+    def interrupting(bar, plan, state, length, means, args):
+        original(bar, plan, state, length, means, args)
         if state.step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, DatasetDict, config
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from corel_diffusers.files import UserError, read_json, whole_file, write_json
@@ -96,6 +97,27 @@ class Pixels:
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def random_views(
+    large: torch.Tensor, fitted: torch.Tensor, cropped: torch.Tensor, places: torch.Tensor, jitter: torch.Tensor
+) -> torch.Tensor:
+    """Photos as training sees them, float32 (B, 3, H, W) in [-1, 1]: as they are, or a random crop; brightness and contrast varied.
+
+    large: uint8 (B, H2, W2, 3), the same photos at more pixels; fitted: uint8 (B, H, W, 3). cropped (B,) bool: which come as a crop.
+    places (B, 3) in [0, 1): how far the crop's side lies from the smallest, of H by W pixels of `large`, to the whole photo, on
+    a logarithmic scale, and where it begins, down and across. jitter (B, 2): added to the contrast 1, and to the brightness.
+    """
+    photos = to_float(fitted)
+    height, width = photos.shape[-2:]
+    for row in cropped.nonzero().flatten().tolist():
+        scale, down, across = places[row].tolist()
+        sides = [round(small * (big / small) ** scale) for small, big in ((height, large.shape[1]), (width, large.shape[2]))]
+        top, left = (int(share * (whole - side + 1)) for share, whole, side in zip((down, across), large.shape[1:3], sides, strict=True))
+        crop = to_float(large[row : row + 1, top : top + sides[0], left : left + sides[1]])
+        photos[row] = F.interpolate(crop, (height, width), mode="bicubic", antialias=True)[0]
+    contrast, brightness = jitter.view(-1, 2, 1, 1, 1).unbind(1)
+    return (photos * (1 + contrast) + brightness).clamp(-1, 1)
 
 
 def cached_array(key: str, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:

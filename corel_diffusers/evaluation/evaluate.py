@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,16 @@ from corel_diffusers.data.photos import PHOTO_ENDINGS, load_photos
 from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, digest, fit_photo, open_photo, to_float
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
-from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder
-from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, within_class_distance
+from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
+from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
 from corel_diffusers.files import UserError, write_json
 from corel_diffusers.generate import DEFAULT_STEPS, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
+from corel_diffusers.latents import weights_key
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
 
 FEWEST = 4  # photos on either side; with fewer, no distance means anything
+POOR_PSNR_DB, POOR_KID_E3 = 20.0, 60.0  # at 64 px: faces and small things are gone below the one or above the other
 PLANTED = 200  # training photos that are reconstructed and searched for, to see whether copies are found
 
 
@@ -54,7 +57,10 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     values = as_array(pictures)
     features = extract(network, values)
     real = {split: photo_features(network, part) for split, part in pixels.items()}
-    finder = CopyFinder.of(pixels["train"], network)
+    rendered = {split: render(pipe.vae, pixels[split]) for split in {"train", held_out}} if pipe else pixels
+    finder = CopyFinder.of(pixels["train"], rendered["train"], network)
+    planted = planted_copies(pixels["train"].values[:PLANTED])
+    planted = reconstruct(pipe.vae, planted) if pipe else planted
 
     results = settings | {
         "photos": {split: len(part) for split, part in photos.items()},
@@ -66,21 +72,18 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
         "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(values, features)},
     }
+    results["copies"]["planted"] = finder.shares(planted, extract(network, planted))
     if held_out != "all":
         results["held_out_against_train"] = compare(real[held_out], real["train"])
-        results["copies"]["held_out"] = finder.shares(pixels[held_out].values, real[held_out])
+        results["copies"]["held_out"] = finder.shares(rendered[held_out].values, photo_features(network, rendered[held_out]))
     if labels is not None:
         results["diversity"] = {
             "pictures": within_class_distance(features, labels),
             "photos": within_class_distance(real["all"], photo_labels["all"]),
         }
         results["classes"] = class_scores(class_names, features, labels, real, photo_labels, held_out)
-    reconstructions = None
     if pipe:
-        reconstructions = reconstruct(pipe.vae, pixels[held_out].values)
-        results["reconstruction"] = reconstruction_scores(reconstructions, pixels[held_out].values, network, real[held_out])
-        planted = reconstruct(pipe.vae, pixels["train"].values[:PLANTED])
-        results["copies"]["planted"] = finder.shares(planted, extract(network, planted))
+        results["reconstruction"] = reconstruction_scores(rendered[held_out].values, pixels[held_out].values, network, real[held_out])
     if isinstance(args.pipeline, Path) and pipe:
         results["unet_sha256"] = unet_digest(args.pipeline)
     results["seconds"] = round(time.monotonic() - began, 1)
@@ -91,11 +94,49 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "Nearest in features": report.pair_sheet(values, pixels["train"].values, finder.search(values, features)[1]),
         "Nearest in pixels": report.pair_sheet(values, pixels["train"].values, finder.search(values, features)[0]),
     }
-    if reconstructions is not None:
-        sheets["Held-out photos over their reconstructions"] = report.reconstruction_sheet(pixels[held_out].values, reconstructions)
+    if pipe:
+        sheets["Held-out photos over their reconstructions"] = report.reconstruction_sheet(
+            pixels[held_out].values, rendered[held_out].values
+        )
     report.write_html(output_dir / "evaluation.html", results, sheets)
     print(report.table_text(results))
     print(f"numbers: {output_dir / 'evaluation.json'}\npictures: {output_dir / 'evaluation.html'} (it shows your photos)")
+
+
+@dataclass
+class SampleJudge:
+    """What a few samples are judged with while a model trains: the held-out photos' features, and the training photos."""
+
+    network: Network
+    held_out: torch.Tensor
+    finder: CopyFinder
+
+    @classmethod
+    def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels]) -> "SampleJudge":
+        network = load_network("efficientnet-lite0", vae.device)
+        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"]), network)
+        return cls(network, photo_features(network, pixels["validation"]), finder)
+
+    def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
+        """KID x1000 against the held-out photos and the shares of copies; few pictures make it noisy, the trend counts."""
+        values = as_array(pictures)
+        features = extract(self.network, values)
+        copies = {f"copies_{name}": share for name, share in self.finder.shares(values, features).items()}
+        return {"kid_e3": 1e3 * kernel_distance(features, self.held_out)} | copies
+
+
+def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
+    """One line on what the VAE's held-out reconstruction allows at best, with a warning where that is poor."""
+    if len(held_out) < FEWEST:
+        return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
+    network = load_network("efficientnet-lite0", vae.device)
+    scores = reconstruction_scores(reconstruct(vae, held_out.values), held_out.values, network, photo_features(network, held_out))
+    kid = f"KID x1000 {scores['kid_e3']:.0f} [{scores['kid_e3_low']:.0f}, {scores['kid_e3_high']:.0f}]"
+    line = (
+        f"the VAE brings held-out photos back at PSNR {scores['psnr_db']:.1f} dB, {kid}: samples will not come nearer to photos than that"
+    )
+    poor = scores["psnr_db"] < POOR_PSNR_DB or scores["kid_e3_low"] > POOR_KID_E3
+    return line + ("; that is poor: train the VAE longer first" if poor else "")
 
 
 def read_pictures(folder: Path) -> list[Image.Image]:
@@ -157,6 +198,11 @@ def reconstruct(vae: AutoencoderKL, photos: np.ndarray) -> np.ndarray:
         part = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
         made += to_pictures(vae.decode(vae.encode(part).latent_dist.mean).sample)
     return as_array(made)
+
+
+def render(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
+    """The photos of a split as the VAE renders them."""
+    return Pixels(reconstruct(vae, pixels.values), f"{pixels.key}-{weights_key(vae)}")
 
 
 def reconstruction_scores(made: np.ndarray, photos: np.ndarray, network: Network, real: torch.Tensor) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """Which generated pictures are copies of training photos.
 
 A copy is much nearer to one photo than to any other: the distance to the nearest over that to the second nearest. Bonnaire et
-al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In a network's features, where a blurred or shifted copy still
-stands out, the ratio below which it counts is calibrated on the photos themselves.
+al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In a network's features, where a shifted copy still
+stands out, the ratio below which it counts is calibrated on the photos. There the photos are taken as the VAE renders them: its
+blur moves features further than the way from one photo to the next, and a model that copies cannot copy what its VAE loses.
 """
 
 from dataclasses import dataclass
@@ -75,13 +76,14 @@ class CopyFinder:
     feature_ratio: float
 
     @classmethod
-    def of(cls, photos: Pixels, network: Network) -> "CopyFinder":
-        """In features a photo counts by itself and its mirror image: the networks see past small crops.
+    def of(cls, photos: Pixels, rendered: Pixels, network: Network) -> "CopyFinder":
+        """rendered: the photos as the VAE renders them; the photos themselves where the pictures were made without one.
 
-        The feature ratio is the one that 1 % of the photos themselves are below when each is compared with the others: photos
-        of a series that look alike set what is not yet a copy.
+        In features a photo counts by itself and its mirror image: the networks see past small crops. The feature ratio is the
+        one that 1 % of the photos themselves are below when each is compared with the others: photos of a series that look
+        alike set what is not yet a copy.
         """
-        features = [photo_features(network, photos, mirrored) for mirrored in (False, True)]
+        features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
         own = nearest_photos(features[0], features, leave_out_self=True)
         return cls([pixel_vectors(view) for view in views(photos.values)], features, float(torch.quantile(own.ratio, 0.01)))
 
@@ -93,3 +95,11 @@ class CopyFinder:
         """The share of pictures that count as copies, by either measure."""
         in_pixels, in_features = self.search(pictures, features)
         return {"pixels": in_pixels.share_below(PIXEL_RATIO), "features": in_features.share_below(self.feature_ratio)}
+
+
+def planted_copies(photos: np.ndarray, kept: float = 0.92) -> np.ndarray:
+    """Photos mirrored and cropped to a share of the side, off the middle: what a search for copies has to find."""
+    height, width = photos.shape[1:3]
+    left, top = round((1 - kept) * width / 4), round((1 - kept) * height / 2)
+    box = (left, top, left + round(kept * width), top + round(kept * height))
+    return np.ascontiguousarray(resize(photos, (height, width), box)[:, :, ::-1])

@@ -44,7 +44,11 @@ def copy_rows(results: dict) -> list[tuple[str, ...]]:
             f"in features < {copies['feature_ratio']:.2f}",
         )
     ]
-    names = {"pictures": "pictures", "held_out": "held-out photos (false alarms)", "planted": "training photos through the VAE (found)"}
+    names = {
+        "pictures": "pictures",
+        "held_out": "held-out photos (false alarms)",
+        "planted": "training photos, mirrored and cropped (found)",
+    }
     return rows + [(names[k], *(f"{copies[k][m]:.1%}" for m in ("pixels", "features"))) for k in names if k in copies]
 
 

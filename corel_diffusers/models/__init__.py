@@ -104,5 +104,18 @@ class VAEWithPosterior(nn.Module):
         return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
 
 
+def build_discriminator(width: int = 32) -> nn.Sequential:
+    """Pictures (B, 3, H, W) -> a verdict on each patch of 22 x 22 px, (B, 1, H/4, W/4): above 0 is real.
+
+    PatchGAN (Isola et al. 2017, arXiv:1611.07004, appendix 6.1.2) with fewer stages, for small pictures, and GroupNorm, whose
+    verdict on a picture does not depend on the batch.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for channels, stride in ((width, 2), (2 * width, 1)):
+        kernel = 4 if stride == 2 else 3
+        layers += [nn.Conv2d(channels, 2 * channels, kernel, stride, 1), nn.GroupNorm(8, 2 * channels), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 3, 1, 1)).to(memory_format=torch.channels_last)
+
+
 def parameter_count(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

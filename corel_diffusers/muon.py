@@ -1,0 +1,66 @@
+"""Muon for the weights of convolutions and linear layers, AdamW for the rest.
+
+torch.optim.Muon takes matrices only and, like the packages around, iterates in bfloat16, which a CPU without it emulates: six times
+slower than float32 there, more than the whole training step takes.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest (Jordan et al. 2024)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are made orthogonal (Jordan et al. 2024, github.com/KellerJordan/Muon), after Liu et al. 2025.
+
+    W <- W (1 - lr wd) - lr 0.2 sqrt(max(rows, columns)) O, where O is the nearest semi-orthogonal matrix to the Nesterov momentum:
+    the factor gives the step the size that AdamW's has (arXiv:2502.16982, eq. 4). A convolution's weight (out, in, h, w) counts as
+    a matrix (out, in h w). Weights of one shape are treated in one batch.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape[weight.shape].append(weight)
+            for shape, weights in by_shape.items():
+                momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+                gradients = [w.grad for w in weights]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+                steps = orthogonal(torch.stack(ahead).flatten(2))
+                size = 0.2 * max(steps.shape[1:]) ** 0.5
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, [s.view(shape) for s in steps], alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """(B, rows, columns) -> about the nearest semi-orthogonal matrices: singular values between 0.7 and 1.2, by Newton-Schulz."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def build_optimizers(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """ "adamw", or "muon" for the weights of the layers within and AdamW for first and last layers, norms, biases, embeddings."""
+    hidden = []
+    if name == "muon":
+        outer = ("conv_in", "conv_out", "class_embedding")
+        hidden = [p for n, p in model.named_parameters() if p.ndim >= 2 and not any(part in n.split(".") for part in outer)]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)]
+    return [Muon(hidden, learning_rate, weight_decay=weight_decay), *optimizers] if hidden else optimizers

@@ -26,7 +26,7 @@ from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limi
 from corel_diffusers.files import published_model
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
-from corel_diffusers.losses import denoising_loss, prediction_target
+from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
 from corel_diffusers.models import build_unet, parameter_count
 from corel_diffusers.muon import build_optimizers
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
@@ -111,6 +111,7 @@ def main(args: UNetArguments) -> None:
     noise_scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2" if args.schedule == "cosine" else "linear",
         prediction_type=args.prediction_type,
+        rescale_betas_zero_snr=args.zero_terminal_snr,
         clip_sample=False,  # latents are not bounded by 1
         timestep_spacing="trailing",  # few-step samplers then begin at pure noise (Lin et al. 2023, arXiv:2305.08891)
     )
@@ -145,18 +146,23 @@ def main(args: UNetArguments) -> None:
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
                 batch, label = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2, 2C, h, w), (B,)
                 latents = scale(draw(batch, random.chance(0.5), random.normal(*latent_shape)), vae)  # (B, C, h, w)
-                noise, timesteps = random.normal(*latent_shape), random.integers(noise_scheduler.config.num_train_timesteps)
+                noise = random.normal(*latent_shape)
+                if args.timesteps == "log-normal":
+                    timesteps = log_normal_timesteps(noise_scheduler, random.normal(), *args.log_normal)
+                else:
+                    timesteps = random.integers(noise_scheduler.config.num_train_timesteps)
                 label = torch.where(random.chance(args.label_dropout), pipe.null_label, label) if class_names else None
                 with accelerator.accumulate(model):
                     prediction = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label).sample
-                    loss = denoising_loss(prediction, prediction_target(noise_scheduler, latents, noise, timesteps)).mean()
-                    accelerator.backward(loss)
+                    loss = denoising_loss(prediction, prediction_target(noise_scheduler, latents, noise, timesteps))  # (B,)
+                    weight = min_snr_weight(noise_scheduler, timesteps, args.min_snr_gamma) if args.min_snr_gamma else 1.0
+                    accelerator.backward((weight * loss).mean())
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     for optimizer in optimizers:
                         optimizer.step()
                         optimizer.zero_grad()
-                means.add(loss=loss)
+                means.add(loss=loss.mean())
             if ema:
                 ema.step(model.parameters())
             state.step += 1

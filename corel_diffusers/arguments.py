@@ -260,6 +260,14 @@ class UNetArguments(TrainingArguments):
     """Noise schedule over the 1000 timesteps."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the UNet predicts."""
+    zero_terminal_snr: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Let the last timestep be pure noise (Lin et al. 2023); not with --prediction-type epsilon."""
+    min_snr_gamma: float = 0.0
+    """Weight the loss by min(SNR, gamma) (0: every timestep alike)."""
+    timesteps: Literal["uniform", "log-normal"] = "uniform"
+    """How training draws timesteps; log-normal prefers middling noise."""
+    log_normal: tuple[float, float] = (0.3, 1.2)
+    """Mean and spread of the log noise level of --timesteps log-normal; latents have unit variance."""
 
     # samples, judged while it trains
     evaluate_every: int = 0
@@ -284,8 +292,18 @@ class UNetArguments(TrainingArguments):
     def check(self) -> None:
         super().check()
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "give a number from 0 to below 1")
-        for name in ("early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold", "evaluate_every"):
+        for name in (
+            "early_stopping_patience",
+            "early_stopping_delta",
+            "oscillation_window",
+            "oscillation_threshold",
+            "evaluate_every",
+            "min_snr_gamma",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(self.log_normal[1] > 0, "log_normal", self.log_normal, "give a spread above 0")
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise UserError("--zero-terminal-snr: no picture can be told from the noise in pure noise: give --prediction-type v_prediction")
         if self.push_to_hub and not self.hub_model_id:
             raise UserError("--push-to-hub needs --hub-model-id user/name")
         if self.hub_model_id:

@@ -58,6 +58,8 @@ class Sampling:
     """How many pictures."""
     guidance_scale: float = 1.5
     """Strength of the class; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels, 0 clean to 1 pure noise, within which guidance acts."""
     sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc"] | None = None
     """Sampler (default: ddpm, or ddim with --ddim-steps)."""
     steps: int | None = None
@@ -74,6 +76,8 @@ class Sampling:
         for name in ("num_images", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         require(self.steps is None or 1 <= self.steps <= 1000, "steps", self.steps, "give 1 to 1000")
+        low, high = self.guidance_interval
+        require(0 <= low <= high <= 1, "guidance_interval", f"{low:g} {high:g}", "give two numbers from 0 to 1, the lower first")
         self.pipeline = model_location(self.pipeline, Path(self.base_dir), "--pipeline")
         if isinstance(self.pipeline, str) and not self.trust_remote_code:
             raise UserError(

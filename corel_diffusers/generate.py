@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from corel_diffusers.cli import Generate
+from corel_diffusers.cli import Generate, Sampling
 from corel_diffusers.files import UserError, first_line, whole_file
 from corel_diffusers.latents import load_vae, weights_key
 from corel_diffusers.plots import picture_grid, save_picture
@@ -40,9 +40,7 @@ def generate(args: Generate, output: Path) -> None:
     steps = args.steps or DEFAULT_STEPS[sampler]
     print(f"{args.num_images} pictures, {sampler} with {steps} steps on {device}, seed {seed}")
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
-    pictures = sample_pictures(
-        pipe, args.num_images, labels, seed, args.batch_size, guidance_scale=args.guidance_scale, num_inference_steps=steps, eta=args.eta
-    )
+    pictures = sample_pictures(pipe, args, labels, seed, num_inference_steps=steps, eta=args.eta)
 
     save_picture(picture_grid(pictures, args.nrow), output)
     print(f"grid: {output}")
@@ -60,16 +58,20 @@ def generate(args: Generate, output: Path) -> None:
         print(f"each picture: {folder}/")
 
 
-def sample_pictures(
-    pipe: DiffusionPipeline, num_images: int, labels: list[int] | None, seed: int, batch_size: int, **options: object
-) -> list[Image.Image]:
-    """Pictures in batches, each from a generator of its own, seed + place. options: the pipeline's own."""
+def sample_pictures(pipe: DiffusionPipeline, args: Sampling, labels: list[int] | None, seed: int, **options: object) -> list[Image.Image]:
+    """Pictures in batches, each from a generator of its own, seed + place. options: more for the pipeline."""
     pictures = []
-    for start in tqdm(range(0, num_images, batch_size), "generating", leave=False, disable=num_images <= batch_size):
-        places = range(start, min(start + batch_size, num_images))
-        generators = [torch.Generator().manual_seed(seed + place) for place in places]
+    for start in tqdm(range(0, args.num_images, args.batch_size), "generating", leave=False, disable=args.num_images <= args.batch_size):
+        places = range(start, min(start + args.batch_size, args.num_images))
         pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
-        pictures += pipe(len(places), [labels[place] for place in places] if labels else None, generator=generators, **options).images
+        pictures += pipe(
+            len(places),
+            [labels[place] for place in places] if labels else None,
+            generator=[torch.Generator().manual_seed(seed + place) for place in places],
+            guidance_scale=args.guidance_scale,
+            guidance_interval=args.guidance_interval,
+            **options,
+        ).images
     return pictures
 
 

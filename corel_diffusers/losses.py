@@ -66,3 +66,30 @@ def prediction_target(scheduler: DDPMScheduler, latents: torch.Tensor, noise: to
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each photo -> (B,), in float32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def signal_to_noise(scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """a / (1 - a) of each timestep, (B,) -> (B,); 0 at the last one with zero terminal SNR."""
+    kept = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    return kept / (1 - kept)
+
+
+def min_snr_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weight of each photo's denoising loss, (B,) -> (B,): min(SNR, gamma) for the loss on x_0 (Hang et al. 2023, arXiv:2303.09556).
+
+    The same loss through the noise is divided by SNR, through the velocity by SNR + 1 (section 3.4). Timesteps that are almost clean
+    and those that are almost noise then no longer pull against those in which pictures take shape.
+    """
+    snr = signal_to_noise(scheduler, timesteps)
+    divisor = {"epsilon": snr.clamp_min(1e-8), "sample": torch.ones_like(snr), "v_prediction": snr + 1}[scheduler.config.prediction_type]
+    return snr.clamp(max=gamma) / divisor
+
+
+def log_normal_timesteps(scheduler: DDPMScheduler, normal: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Timesteps whose log noise level ln sqrt((1 - a) / a) is about mean + std * normal, (B,) -> (B,) int64.
+
+    Karras et al. 2022 (arXiv:2206.00364), table 1: noise levels where most is to be learned are drawn most often.
+    """
+    kept = scheduler.alphas_cumprod.to(normal.device)
+    levels = 0.5 * ((1 - kept) / kept.clamp_min(1e-20)).log()
+    return torch.searchsorted(levels, mean + std * normal).clamp(max=len(levels) - 1)

@@ -47,12 +47,10 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     if pipe:
         steps = args.steps or DEFAULT_STEPS[args.sampler]
         settings = {"pipeline": Path(args.pipeline).name, "sampler": args.sampler, "steps": steps}
-        settings |= {"guidance_scale": args.guidance_scale, "seed": args.seed}
+        settings |= {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval, "seed": args.seed}
         pipe.scheduler = build_sampler(args.sampler, pipe.scheduler)
         model_labels = pick_labels(pipe, (), args.num_images)
-        pictures = sample_pictures(
-            pipe, args.num_images, model_labels, args.seed, args.batch_size, num_inference_steps=steps, guidance_scale=args.guidance_scale
-        )
+        pictures = sample_pictures(pipe, args, model_labels, args.seed, num_inference_steps=steps)
         labels = data_labels(pipe, model_labels, class_names)
     values = as_array(pictures)
     features = extract(network, values)

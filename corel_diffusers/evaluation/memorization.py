@@ -16,8 +16,8 @@ from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.evaluation.features import Network, photo_features
 
 PIXEL_RATIO = 1 / 3
-COMPARED_PX = 32  # pixels are compared at this size: a copy stays one, and ten thousand photos fit in memory
-CROP = 0.85  # of the side: a photo's centre and corners count as the photo
+COMPARED_PX = 32  # pixels are compared at this size: a copy stays one, and the views of ten thousand photos fit in memory
+CROPS = (0.92, 0.84)  # of the side: a photo's centre and corners count as the photo
 
 
 @dataclass
@@ -33,13 +33,14 @@ class Nearest:
 
 
 def views(photos: np.ndarray) -> list[np.ndarray]:
-    """uint8 (N, H, W, 3) -> each photo, its centre and its four corners, and the mirror image of each: 12 arrays of that shape."""
+    """uint8 (N, H, W, 3) -> each photo, its centres and corners at CROPS, and the mirror image of each: 22 arrays of that shape."""
     height, width = photos.shape[1:3]
-    kept_h, kept_w = round(CROP * height), round(CROP * width)
-    below, beside = height - kept_h, width - kept_w
     boxes = [(0, 0, width, height)]
-    for top, left in ((below // 2, beside // 2), (0, 0), (0, beside), (below, 0), (below, beside)):
-        boxes.append((left, top, left + kept_w, top + kept_h))
+    for crop in CROPS:
+        kept_h, kept_w = round(crop * height), round(crop * width)
+        below, beside = height - kept_h, width - kept_w
+        for top, left in ((below // 2, beside // 2), (0, 0), (0, beside), (below, 0), (below, beside)):
+            boxes.append((left, top, left + kept_w, top + kept_h))
     resized = [resize(photos, (height, width), box) for box in boxes]
     return resized + [view[:, :, ::-1] for view in resized]
 
@@ -55,7 +56,8 @@ def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], leav
 
     leave_out_self: the pictures are the photos themselves, and a photo is not its own neighbour.
     """
-    distance = torch.stack([torch.cdist(pictures, view) for view in photo_views]).amin(0)
+    pictures = pictures.double()
+    distance = torch.stack([torch.cdist(pictures, view.double()) for view in photo_views]).amin(0)
     if leave_out_self:
         distance.fill_diagonal_(float("inf"))
     two, photo = distance.topk(2, dim=1, largest=False)
@@ -63,8 +65,8 @@ def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], leav
 
 
 def pixel_vectors(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> float32 (N, D) at COMPARED_PX."""
-    return torch.from_numpy(resize(pictures, (COMPARED_PX, COMPARED_PX)).reshape(len(pictures), -1).astype(np.float32))
+    """uint8 (N, H, W, 3) -> uint8 (N, D) at COMPARED_PX."""
+    return torch.from_numpy(resize(pictures, (COMPARED_PX, COMPARED_PX)).reshape(len(pictures), -1))
 
 
 @dataclass

@@ -1,0 +1,205 @@
+"""Distances against the libraries' own, copies that were planted, and the command on a trained pipeline and on folders."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT, make_photos, tool
+from PIL import Image
+from torchmetrics.image.kid import poly_mmd
+
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.scenes import CLASS_NAMES
+from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.evaluation import features as feature_networks
+from corel_diffusers.evaluation import memorization, metrics
+from corel_diffusers.files import UserError
+
+
+def gaussian(n, d=12, shift=0.0, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(shift, 1, (n, d)))
+
+
+def test_kid_is_torchmetrics_on_the_same_features():
+    a, b = gaussian(40), gaussian(40, shift=0.3, seed=1)
+    assert metrics.kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
+
+
+def test_kid_of_sets_of_two_sizes_is_the_mean_over_all_pairs():
+    a, b = gaussian(7), gaussian(5, seed=1)
+    k = lambda x, y: (float(x @ y) / 12 + 1) ** 3  # noqa: E731
+    within = [np.mean([k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (a, b)]
+    between = np.mean([k(x, y) for x in a for y in b])
+    assert metrics.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between)
+
+
+def test_frechet_distance_is_scipys_matrix_root():
+    a, b = gaussian(60), gaussian(50, shift=0.5, seed=1) * 1.5
+    covariance = [np.cov(x.numpy().T) for x in (a, b)]
+    root = scipy.linalg.sqrtm(covariance[0] @ covariance[1]).real
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(covariance[0] + covariance[1] - 2 * root)
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_set_against_itself_is_at_distance_zero():
+    a = gaussian(30, d=100)  # fewer pictures than values: no covariance of full rank
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert metrics.precision_recall(a, a) == (1.0, 1.0)
+    assert metrics.kernel_distance(a, a) <= 0
+
+
+def test_precision_and_recall_by_hand():
+    photos = torch.tensor([[0.0], [1.0], [2.0], [10.0]], dtype=torch.float64)
+    pictures = torch.tensor([[0.5], [1.5], [30.0], [31.0]], dtype=torch.float64)
+    precision, recall = metrics.precision_recall(pictures, photos, neighbour=1)
+    assert precision == 0.5, "two pictures lie within 1 of a photo, or 8 of the lonely one"
+    assert recall == 0.75, "three photos lie within 1 of a picture"
+
+
+def test_the_interval_covers_the_true_distance():
+    """Sets of 60 and 40 from two normals; the truth is the kernel's closed form, by moments of independent coordinates."""
+    d, shift = 6, 0.5
+
+    def mean_kernel(mean_a, mean_b):  # E (x.y / d + 1)^3 of independent x, y with these means and unit variance
+        big = np.random.default_rng(9)
+        x, y = big.normal(mean_a, 1, (400_000, d)), big.normal(mean_b, 1, (400_000, d))
+        return ((x * y).sum(1) / d + 1) ** 3
+
+    truth = float((mean_kernel(0, 0) + mean_kernel(shift, shift) - 2 * mean_kernel(0, shift)).mean())
+    inside = 0
+    for trial in range(100):
+        a, b = gaussian(60, d, 0, 2 * trial), gaussian(40, d, shift, 2 * trial + 1)
+        low, high = metrics.kernel_interval(a, b, resamples=300)
+        inside += low <= truth <= high
+        assert low <= metrics.kernel_distance(a, b) <= high
+    assert inside >= 90, f"a 95 % interval covered {inside} of 100 times"
+
+
+def test_class_match_and_diversity():
+    photos = torch.cat([gaussian(20, shift=-2), gaussian(20, shift=2, seed=1)])
+    labels = torch.arange(2).repeat_interleave(20)
+    own = torch.cat([gaussian(5, shift=-2, seed=2), gaussian(5, shift=2, seed=3)])
+    assert metrics.class_match(own, torch.arange(2).repeat_interleave(5), photos, labels).all()
+    assert not metrics.class_match(own, 1 - torch.arange(2).repeat_interleave(5), photos, labels).any()
+    assert metrics.within_class_distance(photos, labels) > 5 * metrics.within_class_distance(photos * 0.1, labels)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    return cache_pixels(load_photos(make_photos(tmp_path_factory.mktemp("many") / "corel", classes=4, each=12)), (48, 48))[1]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return feature_networks.load_network("efficientnet-lite0", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("plant", ["as it is", "mirrored", "cropped", "mirrored, cropped and noisy"])
+def test_planted_copies_are_found(pixels, network, plant):
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
+    copies = np.array(pixels["train"].values[:8])
+    if "mirrored" in plant:
+        copies = copies[:, :, ::-1]
+    if "cropped" in plant:
+        copies = memorization.resize(copies, (48, 48), (2, 2, 46, 46))
+    if "noisy" in plant:
+        copies = np.clip(copies + np.random.default_rng(0).normal(0, 4, copies.shape), 0, 255).astype(np.uint8)
+    in_pixels, in_features = finder.search(copies, feature_networks.extract(network, np.ascontiguousarray(copies)))
+    assert in_pixels.photo.tolist() == list(range(8))
+    assert in_pixels.share_below(memorization.PIXEL_RATIO) >= 0.75
+    if plant in ("as it is", "mirrored"):
+        assert in_features.photo.tolist() == list(range(8))
+        assert in_features.share_below(finder.feature_ratio) == 1
+
+
+def test_held_out_photos_are_no_copies(pixels, network):
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
+    assert finder.shares(pixels["validation"].values, feature_networks.photo_features(network, pixels["validation"]))["pixels"] == 0
+
+
+def test_photo_features_are_cached_and_the_uncached_ones(pixels, network):
+    cached = feature_networks.photo_features(network, pixels["validation"])
+    assert torch.equal(cached, feature_networks.extract(network, pixels["validation"].values))
+    network_gone = feature_networks.Network(network.name, network.width, None)
+    assert torch.equal(cached, feature_networks.photo_features(network_gone, pixels["validation"])), "the second time, nothing is computed"
+
+
+def test_dinov2_is_transformers_own(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    model = Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=224)).eval()
+    model.save_pretrained(tmp_path)
+    network = feature_networks.dinov2(torch.device("cpu"), str(tmp_path))
+    pictures = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = model(((pictures / 255 - mean) / std).permute(0, 3, 1, 2)).last_hidden_state[:, 0]
+    assert torch.allclose(feature_networks.extract(network, pictures.numpy()), expected.double(), atol=1e-5)
+
+
+def test_a_network_that_cannot_be_had_is_named_with_the_way_out():
+    with pytest.raises(UserError, match="--features inception cannot be loaded .* use --features efficientnet-lite0"):
+        feature_networks.load_network("inception", torch.device("cpu"))
+
+
+def test_evaluate_a_pipeline(trained_unet, raw_photos, tmp_path):
+    done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", raw_photos, "--against", "all", "--num-images", 12, "--steps", 2,
+                "--output-dir", tmp_path / "out")  # fmt: skip
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["generation"]["n"] == [12, 18]
+    assert found["features"] == "efficientnet-lite0"
+    assert set(found["classes"]) == set(CLASS_NAMES[:3])
+    assert found["reconstruction"]["kid_e3"] < found["generation"]["kid_e3"], "two epochs make no pictures"
+    assert found["copies"]["pictures"] == {"pixels": 0.0, "features": 0.0}
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert 'src="http' not in page
+    assert "KID x1000" in done.stdout
+    assert f"{found['generation']['kid_e3']:.1f} [" in done.stdout
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "tools" / "kid.py").is_file(), reason="the reference script is not here")
+def test_folders_give_the_reference_scripts_number(tmp_path):
+    pictures, photos = (
+        make_photos(tmp_path / "a", each=4, size_px=(64, 64)),
+        make_photos(tmp_path / "b", classes=5, each=4, size_px=(64, 64)),
+    )
+    tool("evaluate", "--pictures", pictures, "--data-dir", photos, "--against", "all", "--output-dir", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["generation"]
+    spec = importlib.util.spec_from_file_location("kid", ROOT.parent / "shared" / "tools" / "kid.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    network = feature_networks.load_efficientnet().eval()
+    a, b = (reference.features(folder, 64, network) for folder in (pictures, photos))
+    assert found["kid_e3"] == pytest.approx(1e3 * reference.kernel_distance(a, b), rel=1e-6)
+    assert found["fd"] == pytest.approx(reference.frechet_distance(a, b), rel=1e-6)
+
+
+def test_a_test_split_is_set_aside_and_judged_by(raw_photos, tmp_path):
+    tool("prepare", "--data-dir", raw_photos, "--output-dir", tmp_path / "data", "--no-visualize", "--test-fraction", 0.34)
+    photos = load_photos(tmp_path / "data" / "corel" / "corel_all")
+    assert {split: len(part) for split, part in photos.items()} == {"train": 9, "validation": 3, "test": 6}
+    assert photos["validation"]["file_name"][:] == load_photos(raw_photos)["validation"]["file_name"][:], "the others stay where they were"
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for place in range(4):
+        Image.new("RGB", (32, 32), (60 * place, 0, 0)).save(folder / f"{place}.png")
+    done = tool("evaluate", "--pictures", folder, "--data-dir", tmp_path / "data" / "corel" / "corel_all", "--output-dir", tmp_path / "out")
+    assert "4 pictures, 32x32 px, against the test photos" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--pictures", "nowhere"], "--pictures nowhere: this is no folder"),
+        (["--against", "test"], "--against test: no photos were set aside as test"),
+        (["--guidance-interval", "0.8", "0.2"], "--guidance-interval 0.8 0.2: give two numbers"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, expected, trained_unet, raw_photos):
+    done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", raw_photos, *flags, check=False)
+    assert done.returncode == 2
+    assert expected in done.stderr.splitlines()[-1]

@@ -1,0 +1,154 @@
+"""Who makes the best pictures of a few hundred photos in equal time on one machine?
+
+python benchmarks/contest.py --data-dir photos --minutes 15 --image-size 64
+
+One after the other, nothing else running: this toolkit (both models in the minutes, everything counted from the first import on),
+denoising-diffusion-pytorch with the steps of its own Trainer, and diffusers' pixel-space example. A sixth of each class is set aside
+first; nobody trains on it, and the same `corel-diffusers evaluate` compares everybody's pictures with it. The toolkit also
+keeps its validation photos from training; the peers, which have no use for them, train on those too.
+
+Leaves contest.json, contest.md, and contest.png (a row of samples each: of your photos, so not for publication).
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peers import PEERS
+from PIL import Image
+
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.files import write_json, write_text
+from corel_diffusers.plots import picture_grid, save_picture
+
+ROOT = Path(__file__).parent.parent
+OURS = "corel_diffusers"
+VAE_SHARE = 0.4  # of the minutes
+
+
+def launch(*words: object) -> float:
+    """Runs a script of the project; the seconds that it took."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+    return time.monotonic() - began
+
+
+def tool(*words: object) -> None:
+    launch("-c", "from corel_diffusers.cli import main; main()", *words)
+
+
+def export(prepared: Path, size_px: int, folder: Path) -> Path:
+    """The photos that may be trained on, as PNG files of the size."""
+    photos, pixels = cache_pixels(load_photos(prepared), (size_px, size_px))
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation"):
+        for name, values in zip(photos[split]["file_name"][:], pixels[split].values, strict=True):
+            Image.fromarray(values).save(folder / f"{Path(name).stem}.png")
+    return folder
+
+
+def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -> float:
+    """Both models in the minutes; what starting the first script takes is taken from the second's time. Seconds in all."""
+    shared = ["--data-dir", prepared, "--image-size", args.image_size, "--seed", seed]
+    spent = launch(
+        ROOT / "train_vae.py",
+        *shared,
+        "--output-dir",
+        run / "vae",
+        "--max-train-minutes",
+        VAE_SHARE * args.minutes,
+        *args.vae_flags.split(),
+    )
+    left = args.minutes - spent / 60 - args.reserve_minutes
+    flags = ["--vae-checkpoint", run / "vae", "--output-dir", run / "pipeline", "--max-train-minutes", left, *args.unet_flags.split()]
+    return spent + launch(ROOT / "train_unet.py", *shared, *flags)
+
+
+def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *what: object) -> dict:
+    """What `corel-diffusers evaluate` says."""
+    tool("evaluate", "--data-dir", prepared, "--output-dir", run, "--num-images", args.num_images, *what)
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def table(results: list[dict]) -> str:
+    """A row for each run, the best first."""
+    lines = [
+        "| run | seconds | KID x1000 [95 %] | FD | precision | recall | copies in pixels, in features |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in sorted(results, key=lambda r: r["generation"]["kid_e3"]):
+        g, c = result["generation"], result["copies"]["pictures"]
+        kid = f"{g['kid_e3']:.0f} [{g['kid_e3_low']:.0f}, {g['kid_e3_high']:.0f}]"
+        lines.append(
+            f"| {result['run']} | {result['train_seconds']:.0f} | {kid} | {g['fd']:.0f} | {g['precision']:.2f} | {g['recall']:.2f} "
+            f"| {c['pixels']:.1%}, {c['features']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, default=Path("contest"))
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--num-images", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
+    parser.add_argument("--reserve-minutes", type=float, default=0.4, help="of the toolkit's time: imports, last validation, last grid")
+    parser.add_argument("--vae-flags", default="", help="more flags for train_vae.py, to try a recipe")
+    parser.add_argument("--unet-flags", default="", help="more flags for train_unet.py")
+    args = parser.parse_args()
+    args.output_dir = args.output_dir.resolve()
+
+    prepared = args.output_dir / "data" / "corel" / "corel_all"
+    tool(
+        "prepare",
+        "--data-dir",
+        args.data_dir.resolve(),
+        "--output-dir",
+        args.output_dir / "data",
+        "--no-visualize",
+        "--test-fraction",
+        1 / 6,
+    )
+    results, rows = [], []
+    for name in args.only:
+        for seed in args.seeds:
+            run = args.output_dir / f"{name}-seed{seed}"
+            if name == OURS:
+                seconds = train_ours(prepared, args, seed, run)
+                found = evaluate(prepared, run, args, "--pipeline", run / "pipeline", "--seed", seed)
+                pictures = Image.open(run / "pipeline" / "grid.png")
+            else:
+                made = run / "pictures"
+                photos = export(prepared, args.image_size, args.output_dir / "photos")
+                flags = ["--seconds", 60 * args.minutes, "--num-images", args.num_images, "--seed", seed]
+                launch(ROOT / "benchmarks" / "peers.py", name, photos, made, *flags)
+                seconds = 60 * args.minutes
+                found = evaluate(prepared, run, args, "--pictures", made)
+                pictures = picture_grid([Image.open(f) for f in sorted(made.glob("*.png"))[:36]], 12)
+            save_picture(pictures, run / "samples.png")
+            rows.append(pictures)
+            results.append({"run": f"{name}, seed {seed}", "train_seconds": seconds} | found)
+            machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            write_json(args.output_dir / "contest.json", {"machine": machine, "minutes": args.minutes, "results": results})
+            write_text(args.output_dir / "contest.md", f"{args.minutes:g} minutes each, {machine}\n\n{table(results)}\n")
+    height = sum(row.height + 8 for row in rows)
+    sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + 8
+    save_picture(sheet, args.output_dir / "contest.png")
+    print((args.output_dir / "contest.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -61,8 +61,8 @@ class TrainingArguments:
     """Photos a forward pass, on each device."""
     grad_accum: int = 1
     """Forward passes an optimizer step: the effective batch is batch size x this x devices."""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-4
-    """Peak learning rate."""
+    learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
+    """Peak learning rate (default: 1e-3 for the tiny models, 1e-4 for others)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon makes the steps of convolutions and matrices orthogonal; the rest stays with AdamW."""
     lr_scheduler: LR_SCHEDULERS = "cosine"
@@ -154,6 +154,8 @@ class TrainingArguments:
 
     def check(self) -> None:
         """Refuses values that no run can take."""
+        if self.learning_rate is None:
+            self.learning_rate = 1e-3 if self.config == "tiny" else 1e-4
         for name in ("epochs", "batch_size", "grad_accum", "sample_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         for name in ("max_train_steps", "max_train_samples", "validate_every"):
@@ -196,6 +198,8 @@ class VAEArguments(TrainingArguments):
     output_dir: str = "vae_models"
     checkpoint_every: int = 20
     image_size: str = "128"
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon makes the steps of convolutions and matrices orthogonal; the rest stays with AdamW."""
 
     # model
     latent_dim: int | None = None
@@ -222,8 +226,8 @@ class VAEArguments(TrainingArguments):
     """Weight of a patch discriminator's verdict, in units of the reconstruction's gradient at the last layer (0: no discriminator)."""
     adversarial_start: float = 0.4
     """Share of the run after which the verdict counts; the discriminator learns from a tenth of the run earlier."""
-    kl_weight: float = 1e-6
-    """Final weight of the KL divergence in nats per photo."""
+    kl_weight: float | None = None
+    """Final weight of the KL divergence in nats per photo (default: 0.2 / pixels, which is 5e-5 at 64 px)."""
     kl_warmup: int = 10
     """Epochs over which the KL weight rises to its value."""
     kl_target: float | None = None
@@ -231,6 +235,8 @@ class VAEArguments(TrainingArguments):
 
     def check(self) -> None:
         super().check()
+        if self.kl_weight is None:
+            self.kl_weight = 0.2 / math.prod(self.size_px)
         for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "kl_weight", "kl_warmup"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+LEARNING_RATE_SCALE = 20.0  # Muon's learning rate over AdamW's: what trained the tiny VAE best, see benchmarks/results
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest (Jordan et al. 2024)
 
 
@@ -63,4 +64,8 @@ def build_optimizers(name: str, model: nn.Module, learning_rate: float, weight_d
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)]
-    return [Muon(hidden, learning_rate, weight_decay=weight_decay), *optimizers] if hidden else optimizers
+    if hidden:
+        muon = Muon(hidden, LEARNING_RATE_SCALE * learning_rate, weight_decay=weight_decay / LEARNING_RATE_SCALE)
+        muon.param_groups[0]["lr_scale"] = LEARNING_RATE_SCALE
+        optimizers.insert(0, muon)
+    return optimizers

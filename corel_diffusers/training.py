@@ -289,7 +289,7 @@ class LearningRate:
         scale = self.plateau.optimizer.param_groups[0]["lr"] if self.plateau else 1.0
         self.now = self.args.learning_rate * lr_factor(self.args, step, total_steps) * scale
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
-            group["lr"] = self.now
+            group["lr"] = self.now * group.get("lr_scale", 1.0)
 
     def validated(self, loss: float) -> None:
         """Tells "plateau" the validation loss: ten epochs without a better one halve the rate."""

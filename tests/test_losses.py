@@ -4,18 +4,23 @@ import pytest
 import torch
 from conftest import VAE_CONFIG
 from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 
 from corel_diffusers.losses import (
+    adaptive_weight,
     controlled_kl_weight,
     denoising_loss,
+    discriminator_loss,
     kl_divergence,
     kl_warmup,
+    log_normal_timesteps,
+    min_snr_weight,
     prediction_target,
     reconstruction_loss,
 )
-from corel_diffusers.models import VAEWithPosterior
+from corel_diffusers.models import VAEWithPosterior, build_discriminator
 from corel_diffusers.perceptual import PerceptualLoss
 
 ENCODER, DECODER = ("vae.encoder.", "vae.quant_conv."), ("vae.decoder.", "vae.post_quant_conv.")
@@ -80,3 +85,66 @@ def test_each_term_reaches_the_parameters_that_it_should_and_no_others(term, rea
         assert grown == name.startswith(reached), f"{term}: {name}"
         assert not (grown and name.startswith(untouched or ("none",)))
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in perceptual.parameters())
+
+
+def test_the_adversarial_terms_train_their_own_side_and_no_other():
+    torch.manual_seed(0)
+    decoder, discriminator = torch.nn.Conv2d(4, 3, 3, padding=1), build_discriminator(8)
+    photo, latents = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 32, 32)
+    reconstruction = decoder(latents)
+    discriminator.requires_grad_(False)
+    verdict = -discriminator(reconstruction).mean()
+    discriminator.requires_grad_(True)
+    weight = adaptive_weight((reconstruction - photo).abs().mean(), verdict, decoder.weight)
+    (weight * verdict).backward()
+    assert all(p.grad is None for p in discriminator.parameters()), "the decoder's term must not train the discriminator"
+    before = decoder.weight.grad.clone()
+    assert before.abs().sum() > 0
+    discriminator_loss(*discriminator(torch.cat([photo, reconstruction.detach()])).chunk(2)).backward()
+    assert torch.equal(decoder.weight.grad, before), "the discriminator's term must not train the decoder"
+    assert all(p.grad.abs().sum() > 0 for p in discriminator.parameters())
+
+
+def test_the_adaptive_weight_makes_both_terms_pull_alike():
+    weight = torch.nn.Parameter(torch.randn(5))
+    reconstruction, adversarial = (weight**2).sum(), 7 * weight.sum()
+    ratio = adaptive_weight(reconstruction, adversarial, weight)
+    assert float(ratio) == pytest.approx(float((2 * weight).detach().norm() / (7 * 5**0.5)), rel=1e-4)
+    assert not ratio.requires_grad
+
+
+def test_the_discriminator_loss_is_the_hinge():
+    real, made = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, -0.5, 1.0])
+    assert float(discriminator_loss(real, made)) == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 0.5 + 2) / 3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_is_one_weight_on_the_loss_of_the_photo(kind):
+    """Whatever is predicted, weight * loss is min(SNR, gamma) times the squared error of x_0."""
+    scheduler = DDPMScheduler(prediction_type=kind, clip_sample=False)
+    torch.manual_seed(0)
+    photo, noise, timesteps = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.tensor([5, 100, 300, 500, 800, 990])
+    target = prediction_target(scheduler, photo, noise, timesteps)
+    prediction = target + 0.1 * torch.randn_like(target)
+    noisy = scheduler.add_noise(photo, noise, timesteps)
+    found = torch.stack([scheduler.step(prediction[i], int(t), noisy[i]).pred_original_sample for i, t in enumerate(timesteps)])
+    snr = compute_snr(scheduler, timesteps)
+    expected = snr.clamp(max=5) * (found - photo).square().flatten(1).mean(1)
+    weighted = min_snr_weight(scheduler, timesteps, 5.0) * denoising_loss(prediction, target)
+    assert torch.allclose(weighted, expected, rtol=1e-3)
+
+
+def test_min_snr_is_finite_at_zero_terminal_snr():
+    scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    weight = min_snr_weight(scheduler, torch.tensor([998, 999]), 5.0)
+    assert torch.isfinite(weight).all()
+    assert float(weight[1]) == pytest.approx(0, abs=1e-6)
+
+
+def test_log_normal_timesteps_have_the_noise_levels_asked_for():
+    scheduler = DDPMScheduler()
+    timesteps = log_normal_timesteps(scheduler, torch.randn(20000, generator=torch.Generator().manual_seed(0)), -0.5, 0.7)
+    levels = -0.5 * compute_snr(scheduler, timesteps).log()
+    assert float(levels.mean()) == pytest.approx(-0.5, abs=0.02)
+    assert float(levels.std()) == pytest.approx(0.7, abs=0.02)
+    assert int(log_normal_timesteps(scheduler, torch.tensor([50.0]), 0, 1)) == 999

@@ -127,3 +127,20 @@ def test_unreadable_photos_are_left_out_and_named(raw_photos, tmp_path, capsys):
         assert len(photos["train"]) == len(pixels["train"]) == len(before["train"]) - 1
         assert name not in photos["train"]["file_name"][:]
         assert name in capsys.readouterr().out
+
+
+def test_random_views_crop_where_they_say_and_leave_the_rest_alone():
+    large = torch.randint(0, 256, (3, 40, 60, 3), dtype=torch.uint8)
+    fitted = torch.randint(0, 256, (3, 16, 24, 3), dtype=torch.uint8)
+    places = torch.tensor([[0.0, 0.999, 0.0], [1.0, 0.5, 0.5], [0.5, 0.5, 0.5]])
+    seen = transforms.random_views(large, fitted, torch.tensor([True, True, False]), places, torch.zeros(3, 2))
+    assert torch.allclose(seen[0], transforms.to_float(large[:1, 24:40, 0:24])[0], atol=1e-5), "the smallest crop: the photo's own pixels"
+    whole = transforms.to_float(large[1:2])
+    assert torch.allclose(seen[1], torch.nn.functional.interpolate(whole, (16, 24), mode="bicubic", antialias=True)[0].clamp(-1, 1))
+    assert torch.equal(seen[2], transforms.to_float(fitted)[2])
+    jittered = transforms.random_views(
+        large, fitted, torch.zeros(3, dtype=torch.bool), places, torch.tensor([[0.1, 0.0], [0.0, 0.05], [0, 0]])
+    )
+    plain = transforms.to_float(fitted)
+    assert torch.allclose(jittered[0], (plain[0] * 1.1).clamp(-1, 1))
+    assert torch.allclose(jittered[1], (plain[1] + 0.05).clamp(-1, 1))

@@ -58,12 +58,12 @@ def lrs(scheduler, optimizer, steps):
 def test_learning_rates_are_torchs_own():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=70, eta_min=1e-5)
-    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine")
+    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=0)
     assert np.allclose([2e-3 * lr_factor(args, s, 70) for s in range(70)], lrs(cosine, optimizer, 70), rtol=1e-6)
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
     restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=2, eta_min=1e-5)
-    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine_warm_restarts")
+    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine_warm_restarts", lr_warmup_steps=0)
     assert np.allclose([2e-3 * lr_factor(args, s, 70) for s in range(70)], lrs(restarts, optimizer, 70), rtol=1e-6)
     assert 2e-3 * lr_factor(args, 70, 70) == pytest.approx(1e-5), "the run ends at --lr-min"
 
@@ -80,7 +80,7 @@ def test_diffusers_names_give_diffusers_rates(name):
 
 def test_plateau_is_torchs_and_survives_a_resume():
     def rate():
-        args = VAEArguments(lr_scheduler="plateau", learning_rate=1e-3)
+        args = VAEArguments(lr_scheduler="plateau", learning_rate=1e-3, lr_warmup_steps=0)
         return training.LearningRate([torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)], args)
 
     losses = [1.0, 0.5, *[0.6] * 14, *[0.4] * 13]

@@ -33,8 +33,8 @@ def record(**values):
 @pytest.mark.parametrize(
     ("history", "args", "expected"),
     [
-        ([record()], VAEArguments(), None),
-        ([record(val_kl=9000.0)], VAEArguments(), "too high, 17.6 nats a latent value"),
+        ([record()], VAEArguments(kl_weight=1e-6), None),
+        ([record(val_kl=9000.0)], VAEArguments(kl_weight=1e-6), "too high, 17.6 nats a latent value"),
         ([record(val_kl=400.0)], VAEArguments(kl_target=100.0), "not at its target of 100"),
         ([record(val_kl=105.0)], VAEArguments(kl_target=100.0), None),
         ([record(val_kl=7.0, val_psnr=10.2)], VAEArguments(kl_target=7.0), "raise --kl-target"),

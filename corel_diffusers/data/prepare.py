@@ -45,7 +45,7 @@ class Prepared:
 
 
 def prepare(
-    data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str, trim_borders: bool, strict: bool, test_fraction: float
+    data_dir: Path, output_dir: Path, figs_dir: Path | None, layout: str, trim_borders: bool, strict: bool, test_fraction: float = 0.0
 ) -> None:
     """Prepares the photos below `data_dir`; prints a summary. Raises UserError with the way out, `strict` on any bad photo."""
     if (data_dir / "metadata.jsonl").is_file():

@@ -1,9 +1,11 @@
 """The Hub: a model card with evidence, and the upload of a pipeline folder."""
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData, get_token
 
+from corel_diffusers.evaluation.report import card_rows, heading
 from corel_diffusers.files import UserError, first_line, read_json, read_metrics, write_text
 
 PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
@@ -54,6 +56,7 @@ def card_text(folder: Path, repo_id: str) -> str:
     ]
     if (folder / "run.json").is_file():
         lines += training_lines(read_json(folder / "run.json"), read_metrics(folder / "metrics.jsonl"))
+        lines += evaluation_lines(folder)
     return "\n".join(lines) + "\n"
 
 
@@ -87,6 +90,15 @@ def training_lines(run: dict, history: list[dict]) -> list[str]:
             f"| pictures seen in all, minutes | {last['images_seen']}, {last['seconds'] / 60:.1f} on {run['device']} |",
         ]
     return lines
+
+
+def evaluation_lines(folder: Path) -> list[str]:
+    """The card's rows of `corel-diffusers evaluate`, where it judged these weights and no earlier ones."""
+    path, weights = folder / "evaluation.json", folder / "unet" / "diffusion_pytorch_model.safetensors"
+    results = read_json(path) if path.is_file() else {}
+    if not weights.is_file() or results.get("unet_sha256") != hashlib.sha256(weights.read_bytes()).hexdigest():
+        return []
+    return [*card_rows(results), "", f"Evaluated: {heading(results)}. KID and FD of real photos against real ones are what perfect is."]
 
 
 def require_token() -> None:

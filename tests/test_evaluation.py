@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.evaluation import features as feature_networks
 from corel_diffusers.evaluation import memorization, metrics
 from corel_diffusers.files import UserError
+from corel_diffusers.hub import write_card
 
 
 def gaussian(n, d=12, shift=0.0, seed=0):
@@ -160,6 +162,18 @@ def test_evaluate_a_pipeline(trained_unet, raw_photos, tmp_path):
     assert 'src="http' not in page
     assert "KID x1000" in done.stdout
     assert f"{found['generation']['kid_e3']:.1f} [" in done.stdout
+
+
+def test_the_card_quotes_the_evaluation_of_its_own_weights_only(trained_unet, raw_photos, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    tool("evaluate", "--pipeline", folder, "--data-dir", raw_photos, "--against", "all", "--num-images", 4, "--steps", 1)
+    quoted = "copies of training photos, in pixels and in features"
+    assert quoted in (folder / "README.md").read_text()
+    with (folder / "unet" / "diffusion_pytorch_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    write_card(folder)
+    assert quoted not in (folder / "README.md").read_text()
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "tools" / "kid.py").is_file(), reason="the reference script is not here")

@@ -99,7 +99,9 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(name, vae_fla
         ("train_unet", ["--lr-scheduler", "linear", "--prediction-type", "epsilon", "--unconditional"]),
         ("train_unet", ["--lr-scheduler", "none", "--schedule", "cosine", "--num-workers", 1]),
         ("train_unet", ["--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", 3, "--mixed-precision", "bf16"]),
-        ("train_vae", ["--lr-scheduler", "cosine_warm_restarts", "--kl-target", 50]),
+        ("train_unet", ["--optimizer", "muon", "--timesteps", "log-normal", "--zero-terminal-snr", "--validate-every", 2]),
+        ("train_vae", ["--lr-scheduler", "cosine_warm_restarts", "--kl-target", 50, "--optimizer", "adamw"]),
+        ("train_vae", ["--adversarial-weight", 0.5, "--crop-chance", 0.5]),
     ],
 )
 def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run(name, extra, vae_flags, unet_flags, tmp_path, monkeypatch):
@@ -124,6 +126,30 @@ def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run(name, extra, 
     run_here(name, [*flags, tmp_path / "cut", "--resume", "latest"])
     weights = {"train_vae": "diffusion_pytorch_model.safetensors", "train_unet": "unet/diffusion_pytorch_model.safetensors"}[name]
     assert_same_run(tmp_path / "whole", tmp_path / "cut", weights)
+
+
+@pytest.mark.parametrize("name", ["train_vae", "train_unet"])
+def test_minutes_end_on_time_with_the_learning_rate_at_its_lowest(name, vae_flags, unet_flags, tmp_path):
+    flags = vae_flags if name == "train_vae" else unet_flags
+    began = time.monotonic()
+    run_here(name, [*flags, "--lr-scheduler", "cosine", "--lr", 1e-3, "--max-train-minutes", 0.2, "--output-dir", tmp_path])
+    assert time.monotonic() - began < 12 + 15, "the pictures at the end come on top"
+    last = metrics(tmp_path)[-1]
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 12 <= seconds[-1] < 14
+    assert last["learning_rate"] < 1e-4
+    assert last["step"] > 5
+
+
+def test_samples_are_judged_while_the_unet_trains(unet_flags, tmp_path, capsys):
+    run_here("train_unet", [*unet_flags, "--epochs", 2, "--validate-every", 1, "--evaluate-every", 2, "--output-dir", tmp_path])
+    first, second = metrics(tmp_path)
+    assert "kid_e3" not in first
+    assert second["kid_e3"] > 0
+    assert second["copies_pixels"] == 0
+    for name in ("gauge", "gauge_1", "gauge_4", "seen_loss", "val_loss_2"):
+        assert first[name] > 0
+    assert first["gauge"] == pytest.approx(first["val_loss"] / first["seen_loss"], rel=1e-4)
 
 
 def test_accumulated_passes_are_the_larger_batch_within_rounding(vae_flags, tmp_path):

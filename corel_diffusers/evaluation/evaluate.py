@@ -20,6 +20,7 @@ from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, pla
 from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
 from corel_diffusers.files import UserError, write_json
 from corel_diffusers.generate import DEFAULT_STEPS, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
+from corel_diffusers.hub import write_card
 from corel_diffusers.latents import weights_key
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
@@ -87,6 +88,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     results["seconds"] = round(time.monotonic() - began, 1)
 
     write_json(output_dir / "evaluation.json", results)
+    if output_dir == args.pipeline:
+        write_card(output_dir)
     sheets = {
         "Pictures": report.sample_sheet(values, labels, class_names),
         "Nearest in features": report.pair_sheet(values, pixels["train"].values, finder.search(values, features)[1]),

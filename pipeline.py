@@ -1,7 +1,7 @@
 """CorelPipeline: class labels -> pictures. One self-contained file; it travels with the weights.
 
 pipe = DiffusionPipeline.from_pretrained("diffusion_models", trust_remote_code=True)
-pipe(num_images=4, class_labels="sunset", guidance_scale=1.5, num_inference_steps=50).images[0].save("sunset.png")
+pipe(num_images=4, class_labels="sunset", guidance_scale=2.5, num_inference_steps=50).images[0].save("sunset.png")
 """
 
 import inspect
@@ -36,7 +36,7 @@ class CorelPipeline(DiffusionPipeline):
         self,
         num_images: int = 1,
         class_labels: str | int | list[str | int] | None = None,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 2.5,
         num_inference_steps: int = 50,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,

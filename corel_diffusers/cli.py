@@ -56,7 +56,7 @@ class Sampling:
     """Relative paths start here."""
     num_images: int = 16
     """How many pictures."""
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.5
     """Strength of the class; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels, 0 clean to 1 pure noise, within which guidance acts."""

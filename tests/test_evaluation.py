@@ -206,6 +206,15 @@ def test_a_test_split_is_set_aside_and_judged_by(raw_photos, tmp_path):
     assert "4 pictures, 32x32 px, against the test photos" in done.stdout
 
 
+def test_a_picture_that_cannot_be_read_is_named(raw_photos, tmp_path):
+    for place in range(5):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{place}.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    done = tool("evaluate", "--pictures", tmp_path, "--data-dir", raw_photos, check=False)
+    assert done.returncode == 2
+    assert "2.png cannot be used (not a picture)" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

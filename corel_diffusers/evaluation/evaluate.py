@@ -142,11 +142,12 @@ def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
 
 def read_pictures(folder: Path) -> list[Image.Image]:
     """Every picture below a folder, sorted by name, at the first one's size."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS)
-    try:
-        pictures = [open_photo(file) for file in files]
-    except PhotoError as error:
-        raise UserError(f"--pictures {folder}: {files[len(files) - 1].name} cannot be read ({error})") from None
+    pictures = []
+    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS):
+        try:
+            pictures.append(open_photo(file))
+        except PhotoError as error:
+            raise UserError(f"--pictures {folder}: {file.name} cannot be used ({error}): remove it") from None
     if len(pictures) < FEWEST:
         raise UserError(
             f"--pictures {folder} holds {len(pictures)} pictures: {FEWEST} or more are needed, some hundred to trust the numbers"

@@ -123,7 +123,8 @@ def main(args: UNetArguments) -> None:
         fixed_draws(vae, moments[split][rows], labels[split][rows] if class_names else None, noise_scheduler, device)
         for split, rows in same.items()
     )
-    accelerator.print(reconstruction_limit(vae, pixels["validation"]))
+    if accelerator.is_main_process:
+        print(reconstruction_limit(vae, pixels["validation"]))
     judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)

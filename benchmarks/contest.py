@@ -12,31 +12,20 @@ Leaves contest.json, contest.md, and contest.png (a row of samples each: of your
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import torch
+from common import QUIET, ROOT, launch, machine
 from peers import PEERS
 from PIL import Image
 
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
 from corel_diffusers.plots import picture_grid, save_picture
 
-ROOT = Path(__file__).parent.parent
 OURS = "corel_diffusers"
 VAE_SHARE = 0.4  # of the minutes
-
-
-def launch(*words: object) -> float:
-    """Runs a script of the project; the seconds that it took."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
-    return time.monotonic() - began
 
 
 def tool(*words: object) -> None:
@@ -56,16 +45,9 @@ def export(prepared: Path, size_px: int, folder: Path) -> Path:
 def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -> float:
     """Both models in the minutes; what starting the first script takes is taken from the second's time. Seconds in all."""
     shared = ["--data-dir", prepared, "--image-size", args.image_size, "--seed", seed, "--config", "tiny", "--batch-size", 8]
-    shared += ["--lr-scheduler", "cosine", "--sample-every", 10**6, "--checkpoint-every", 10**6]
-    spent = launch(
-        ROOT / "train_vae.py",
-        *shared,
-        "--output-dir",
-        run / "vae",
-        "--max-train-minutes",
-        VAE_SHARE * args.minutes,
-        *args.vae_flags.split(),
-    )
+    shared += ["--lr-scheduler", "cosine", *QUIET]
+    flags = ["--output-dir", run / "vae", "--max-train-minutes", VAE_SHARE * args.minutes, *args.vae_flags.split()]
+    spent = launch(ROOT / "train_vae.py", *shared, *flags)
     left = args.minutes - spent / 60 - args.reserve_minutes
     flags = ["--vae-checkpoint", run / "vae", "--output-dir", run / "pipeline", "--max-train-minutes", left, *args.unet_flags.split()]
     return spent + launch(ROOT / "train_unet.py", *shared, *flags)
@@ -85,10 +67,9 @@ def table(results: list[dict]) -> str:
     ]
     for result in sorted(results, key=lambda r: r["generation"]["kid_e3"]):
         g, c = result["generation"], result["copies"]["pictures"]
-        kid = f"{g['kid_e3']:.0f} [{g['kid_e3_low']:.0f}, {g['kid_e3_high']:.0f}]"
         lines.append(
-            f"| {result['run']} | {result['train_seconds']:.0f} | {kid} | {g['fd']:.0f} | {g['precision']:.2f} | {g['recall']:.2f} "
-            f"| {c['pixels']:.1%}, {c['features']:.1%} |"
+            f"| {result['run']} | {result['train_seconds']:.0f} | {with_interval(g)} | {g['fd']:.0f} "
+            f"| {g['precision']:.2f} | {g['recall']:.2f} | {c['pixels']:.1%}, {c['features']:.1%} |"
         )
     return "\n".join(lines)
 
@@ -109,16 +90,8 @@ def main() -> None:
     args.output_dir = args.output_dir.resolve()
 
     prepared = args.output_dir / "data" / "corel" / "corel_all"
-    tool(
-        "prepare",
-        "--data-dir",
-        args.data_dir.resolve(),
-        "--output-dir",
-        args.output_dir / "data",
-        "--no-visualize",
-        "--test-fraction",
-        1 / 6,
-    )
+    flags = ["--output-dir", args.output_dir / "data", "--no-visualize", "--test-fraction", 1 / 6]
+    tool("prepare", "--data-dir", args.data_dir.resolve(), *flags)
     results, rows = [], []
     for name in args.only:
         for seed in args.seeds:
@@ -138,9 +111,8 @@ def main() -> None:
             save_picture(pictures, run / "samples.png")
             rows.append(pictures)
             results.append({"run": f"{name}, seed {seed}", "train_seconds": seconds} | found)
-            machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-            write_json(args.output_dir / "contest.json", {"machine": machine, "minutes": args.minutes, "results": results})
-            write_text(args.output_dir / "contest.md", f"{args.minutes:g} minutes each, {machine}\n\n{table(results)}\n")
+            write_json(args.output_dir / "contest.json", {"machine": machine(), "minutes": args.minutes, "results": results})
+            write_text(args.output_dir / "contest.md", f"{args.minutes:g} minutes each, {machine()}\n\n{table(results)}\n")
     height = sum(row.height + 8 for row in rows)
     sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")
     top = 0

@@ -7,12 +7,10 @@ what is reported. The last column is the KL in nats a latent value: the less the
 """
 
 import argparse
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from common import QUIET, ROOT, launch, machine
 from diffusers import AutoencoderKL
 
 from corel_diffusers.data.photos import load_photos
@@ -22,7 +20,6 @@ from corel_diffusers.evaluation.features import load_network, photo_features
 from corel_diffusers.files import read_metrics, write_json, write_text
 from corel_diffusers.models import load_config
 
-ROOT = Path(__file__).parent.parent
 F8 = {"block_out_channels": [16, 32, 64, 128]}
 CHOICES: dict[str, tuple[dict, list]] = {  # name: (changes to the tiny config, more flags)
     "tiny: f4, 4 channels, [16, 32, 64]": ({}, []),
@@ -71,10 +68,9 @@ def main() -> None:
         folder = args.output_dir / f"{list(CHOICES).index(name):02d}"
         config = folder / "config-to-train.json"
         write_json(config, load_config("vae", "tiny") | changes)
-        command = [sys.executable, ROOT / "train_vae.py", "--data-dir", args.data_dir.resolve(), "--output-dir", folder, "--config", config]
-        command += ["--image-size", args.image_size, "--batch-size", 8, "--lr", 1e-3, "--max-train-minutes", args.minutes]
-        command += ["--sample-every", 10**6, "--checkpoint-every", 10**6, *flags]
-        subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
+        shared = ["--data-dir", args.data_dir.resolve(), "--output-dir", folder, "--config", config, "--image-size", args.image_size]
+        shared += ["--batch-size", 8, "--lr", 1e-3, "--max-train-minutes", args.minutes, *QUIET]
+        launch(ROOT / "train_vae.py", *shared, *flags)
 
         vae = AutoencoderKL.from_pretrained(folder).eval()
         scores = reconstruction_scores(reconstruct(vae, pixels["validation"].values), pixels["validation"].values, network, real)
@@ -86,8 +82,7 @@ def main() -> None:
             f"| {name} | {size:.1f} | {speed:.0f} | {scores['psnr_db']:.2f} | {scores['ssim']:.3f} | {scores['perceptual']:.3f} "
             f"| {scores['kid_e3']:.0f} | {last['val_kl'] / values:.2f} |"
         )
-        machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        title = f"{args.minutes:g} minutes each at {args.image_size} px, {machine}"
+        title = f"{args.minutes:g} minutes each at {args.image_size} px, {machine()}"
         write_json(args.output_dir / "vae_choices.json", {"title": title, "results": results})
         write_text(args.output_dir / "vae_choices.md", "\n".join([title, "", *lines]) + "\n")
     print((args.output_dir / "vae_choices.md").read_text())

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from corel_diffusers.data.transforms import Pixels, cached_array, digest
 from corel_diffusers.files import UserError, first_line
+from corel_diffusers.models import downsample_factor
 
 
 def load_vae(location: Path | str) -> AutoencoderKL:
@@ -56,8 +57,7 @@ def encode(vae: AutoencoderKL, photos: torch.Tensor) -> torch.Tensor:
 
 def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, batch_size: int = 32) -> np.ndarray:
     """The posterior of each photo and its mirror image, encoded once: memory-mapped float32 (N, 2, 2C, h, w)."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = (side // factor for side in pixels.values.shape[1:3])
+    height, width = (side // downsample_factor(vae) for side in pixels.values.shape[1:3])
     shape = (len(pixels), 2, 2 * vae.config.latent_channels, height, width)
 
     def fill(moments: np.ndarray) -> None:

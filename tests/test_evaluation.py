@@ -119,7 +119,10 @@ def test_planted_copies_are_found(pixels, network, plant):
 
 def test_held_out_photos_are_no_copies(pixels, network):
     finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
-    assert finder.shares(pixels["validation"].values, feature_networks.photo_features(network, pixels["validation"]))["pixels"] == 0
+    assert (
+        finder.shares(*finder.search(pixels["validation"].values, feature_networks.photo_features(network, pixels["validation"])))["pixels"]
+        == 0
+    )
 
 
 def test_photo_features_are_cached_and_the_uncached_ones(pixels, network):

@@ -1,12 +1,12 @@
 """`corel-diffusers evaluate`: photos and pictures -> features -> numbers -> a table, evaluation.json, evaluation.html."""
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import DatasetDict
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -20,8 +20,9 @@ from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, pla
 from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
 from corel_diffusers.files import UserError, write_json
 from corel_diffusers.generate import DEFAULT_STEPS, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
-from corel_diffusers.hub import write_card
+from corel_diffusers.hub import unet_digest, write_card
 from corel_diffusers.latents import weights_key
+from corel_diffusers.models import downsample_factor
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
 
@@ -36,7 +37,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     pipe = None if args.pictures else load_pipeline(args.pipeline, device)
     pictures = read_pictures(Path(args.base_dir) / args.pictures) if args.pictures else []
     size_px = picture_size_px(pipe) if pipe else (pictures[0].height, pictures[0].width)
-    photos, pixels = cache_pixels(load_photos(source, classes=args.classes or classes_of(pipe, source)), size_px)
+    photos, pixels = cache_pixels(photos_to_compare(args, source, pipe), size_px)
     class_names = photos["train"].features["label"].names
     photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
     held_out = pick_held_out(args.against, pixels)
@@ -58,6 +59,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     real = {split: photo_features(network, part) for split, part in pixels.items()}
     rendered = {split: render(pipe.vae, pixels[split]) for split in {"train", held_out}} if pipe else pixels
     finder = CopyFinder.of(pixels["train"], rendered["train"], network)
+    in_pixels, in_features = finder.search(values, features)
     planted = planted_copies(pixels["train"].values[:PLANTED])
     planted = reconstruct(pipe.vae, planted) if pipe else planted
 
@@ -69,12 +71,14 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "generation": compare(features, real[held_out]),
         "halves": halves(real["all"]),
         "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
-        "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(values, features)},
+        "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(in_pixels, in_features)},
     }
-    results["copies"]["planted"] = finder.shares(planted, extract(network, planted))
+    results["copies"]["planted"] = finder.shares(*finder.search(planted, extract(network, planted)))
     if held_out != "all":
         results["held_out_against_train"] = compare(real[held_out], real["train"])
-        results["copies"]["held_out"] = finder.shares(rendered[held_out].values, photo_features(network, rendered[held_out]))
+        results["copies"]["held_out"] = finder.shares(
+            *finder.search(rendered[held_out].values, photo_features(network, rendered[held_out]))
+        )
     if labels is not None:
         results["diversity"] = {
             "pictures": within_class_distance(features, labels),
@@ -92,8 +96,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         write_card(output_dir)
     sheets = {
         "Pictures": report.sample_sheet(values, labels, class_names),
-        "Nearest in features": report.pair_sheet(values, pixels["train"].values, finder.search(values, features)[1]),
-        "Nearest in pixels": report.pair_sheet(values, pixels["train"].values, finder.search(values, features)[0]),
+        "Nearest in features": report.pair_sheet(values, pixels["train"].values, in_features),
+        "Nearest in pixels": report.pair_sheet(values, pixels["train"].values, in_pixels),
     }
     if pipe:
         sheets["Held-out photos over their reconstructions"] = report.reconstruction_sheet(
@@ -122,7 +126,7 @@ class SampleJudge:
         """KID x1000 against the held-out photos and the shares of copies; few pictures make it noisy, the trend counts."""
         values = as_array(pictures)
         features = extract(self.network, values)
-        copies = {f"copies_{name}": share for name, share in self.finder.shares(values, features).items()}
+        copies = {f"copies_{name}": share for name, share in self.finder.shares(*self.finder.search(values, features)).items()}
         return {"kid_e3": 1e3 * kernel_distance(features, self.held_out)} | copies
 
 
@@ -132,7 +136,7 @@ def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
         return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
     network = load_network("efficientnet-lite0", vae.device)
     scores = reconstruction_scores(reconstruct(vae, held_out.values), held_out.values, network, photo_features(network, held_out))
-    kid = f"KID x1000 {scores['kid_e3']:.0f} [{scores['kid_e3_low']:.0f}, {scores['kid_e3_high']:.0f}]"
+    kid = f"KID x1000 {report.with_interval(scores)}"
     line = (
         f"the VAE brings held-out photos back at PSNR {scores['psnr_db']:.1f} dB, {kid}: samples will not come nearer to photos than that"
     )
@@ -157,15 +161,16 @@ def read_pictures(folder: Path) -> list[Image.Image]:
 
 def picture_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
     """(height, width) of what the pipeline makes."""
-    size, factor = pipe.unet.config.sample_size, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    size, factor = pipe.unet.config.sample_size, downsample_factor(pipe.vae)
     height, width = (size, size) if isinstance(size, int) else size
     return height * factor, width * factor
 
 
-def classes_of(pipe: DiffusionPipeline | None, source: Path | str) -> list[str]:
-    """The classes that the model was trained on, where the photos have them all; none otherwise, which means all photos."""
-    names = list((pipe.config.class_names or {}).values()) if pipe else []
-    return names if set(names) <= set(load_photos(source)["train"].features["label"].names) else []
+def photos_to_compare(args: Evaluate, source: Path | str, pipe: DiffusionPipeline | None) -> DatasetDict:
+    """The photos of --classes, or of the classes that the model has, or all where its classes are not the photos'."""
+    photos = load_photos(source, classes=args.classes)
+    trained, there = set((pipe.config.class_names or {}).values()) if pipe else set(), set(photos["train"].features["label"].names)
+    return load_photos(source, classes=sorted(trained)) if trained < there and not args.classes else photos
 
 
 def data_labels(pipe: DiffusionPipeline, labels: list[int] | None, class_names: list[str]) -> torch.Tensor | None:
@@ -243,8 +248,3 @@ def class_scores(
             "match_photos": float(held.double().mean()) if len(held) else None,
         }
     return found
-
-
-def unet_digest(folder: Path) -> str:
-    """Stands for the weights that were evaluated: a card quotes no other's numbers."""
-    return hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()

@@ -93,9 +93,8 @@ class CopyFinder:
         """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""
         return nearest_photos(pixel_vectors(pictures), self.pixels), nearest_photos(features, self.features)
 
-    def shares(self, pictures: np.ndarray, features: torch.Tensor) -> dict[str, float]:
-        """The share of pictures that count as copies, by either measure."""
-        in_pixels, in_features = self.search(pictures, features)
+    def shares(self, in_pixels: Nearest, in_features: Nearest) -> dict[str, float]:
+        """The share of the pictures searched for that count as copies, by either measure."""
         return {"pixels": in_pixels.share_below(PIXEL_RATIO), "features": in_features.share_below(self.feature_ratio)}
 
 

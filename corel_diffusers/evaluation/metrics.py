@@ -4,8 +4,6 @@ All of them are meant for small sets: the kernel distance is unbiased at any siz
 distance is biased upwards at few pictures and therefore always shown with their number.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -121,9 +119,4 @@ def halves(features: torch.Tensor, splits: int = 10) -> dict[str, float]:
     for _ in range(splits):
         first, second = np.array_split(rng.permutation(len(features)), 2)
         found.append(compare(features[first], features[second]))
-    return {name: average([values[name] for values in found]) for name in found[0]}
-
-
-def average(values: Sequence) -> object:
-    """Mean of numbers, or of lists of numbers by place."""
-    return np.mean(values, axis=0).tolist()
+    return {name: np.mean([values[name] for values in found], axis=0).tolist() for name in found[0]}

@@ -22,15 +22,19 @@ ROWS = {
 }
 
 
+def with_interval(values: dict) -> str:
+    """KID x1000 and its 95 % interval."""
+    return f"{values['kid_e3']:.1f} [{values['kid_e3_low']:.1f}, {values['kid_e3_high']:.1f}]"
+
+
 def distance_rows(results: dict) -> list[tuple[str, ...]]:
     """The distances as text, a row for each pair of sets; the first row is the heading."""
     rows = [("against held-out photos", "n", "KID x1000 [95 %]", "FD (biased up at small n)", "precision", "recall")]
     for key, name in ROWS.items():
         if key in results:
             v = results[key]
-            kid = f"{v['kid_e3']:.1f} [{v['kid_e3_low']:.1f}, {v['kid_e3_high']:.1f}]"
             counts = f"{v['n'][0]:.0f} / {v['n'][1]:.0f}"
-            rows.append((name, counts, kid, f"{v['fd']:.1f}", f"{v['precision']:.2f}", f"{v['recall']:.2f}"))
+            rows.append((name, counts, with_interval(v), f"{v['fd']:.1f}", f"{v['precision']:.2f}", f"{v['recall']:.2f}"))
     return rows
 
 
@@ -57,8 +61,7 @@ def class_rows(results: dict) -> list[tuple[str, ...]]:
     rows = [("class, against all its photos", "n", "KID x1000 [95 %]", "looks like its class", "held-out photos do")]
     for name, v in results.get("classes", {}).items():
         photos = "-" if v["match_photos"] is None else f"{v['match_photos']:.0%}"
-        kid = f"{v['kid_e3']:.1f} [{v['kid_e3_low']:.1f}, {v['kid_e3_high']:.1f}]"
-        rows.append((name, f"{v['n'][0]} / {v['n'][1]}", kid, f"{v['match']:.0%}", photos))
+        rows.append((name, f"{v['n'][0]} / {v['n'][1]}", with_interval(v), f"{v['match']:.0%}", photos))
     return rows
 
 

@@ -1,0 +1,24 @@
+"""What the benchmarks share: running the project's scripts, and naming the machine."""
+
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+QUIET = ["--sample-every", 10**6, "--checkpoint-every", 10**6]  # no time goes into pictures and checkpoints on the way
+
+
+def launch(*words: object) -> float:
+    """Runs a script of the project; the seconds that it took."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+    return time.monotonic() - began
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -12,23 +12,29 @@ if __name__ == "__main__":
         arguments = parse(UNetArguments)
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from corel_diffusers import advice, hub
+from corel_diffusers.alignment import cache_features, feature_scale, misalignment
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels
+from corel_diffusers.data.views import Views
 from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
 from corel_diffusers.files import published_model
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
-from corel_diffusers.models import build_unet, parameter_count
+from corel_diffusers.models import UNetInTraining, build_unet, downsample_factor, parameter_count
 from corel_diffusers.muon import build_optimizers
+from corel_diffusers.planning import UNET_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
 from corel_diffusers.training import (
     BatchPlan,
@@ -96,6 +102,8 @@ def main(args: UNetArguments) -> None:
     # data
     with accelerator.main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
+    settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
+    with accelerator.main_process_first():
         photos, pixels = cache_pixels(photos, size_px)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     settings = run_settings(
@@ -116,7 +124,8 @@ def main(args: UNetArguments) -> None:
         timestep_spacing="trailing",  # few-step samplers then begin at pure noise (Lin et al. 2023, arXiv:2305.08891)
     )
     with accelerator.main_process_first():
-        moments = {split: cache_moments(vae, part, device) for split, part in pixels.items()}
+        views = Views.of(cache_large_pixels(photos, size_px)["train"], args.views) if args.views else None
+        moments = {split: cache_moments(vae, part, device, views=views if split == "train" else None) for split, part in pixels.items()}
     labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
     same = {"train": alike(labels["train"], labels["validation"]), "validation": np.arange(len(labels["validation"]))}
     seen, held_out = (
@@ -128,7 +137,16 @@ def main(args: UNetArguments) -> None:
     judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
-    model, *optimizers = accelerator.prepare(unet, *build_optimizers(args.optimizer, unet, args.learning_rate, args.weight_decay))
+    changes = views.changes() if views else np.zeros((len(labels["train"]), 2, 0), np.float32)
+    if args.align_weight:
+        halvings = len(unet.config.block_out_channels) - 1
+        with accelerator.main_process_first():
+            features = cache_features(pixels["train"], views, tuple(side >> halvings for side in latent_shape[1:]), device)
+        feature_mean, feature_std = feature_scale(features, device)
+    else:
+        features = np.zeros((len(labels["train"]), 2, 0), np.float32)
+    model = UNetInTraining(unet, changes.shape[2], features.shape[2])
+    model, *optimizers = accelerator.prepare(model, *build_optimizers(args.optimizer, model, args.learning_rate, args.weight_decay))
     ema = build_ema(args, model)
     rate = LearningRate(optimizers, args)
     print_data_and_model(accelerator, photos, size_px, f"UNet of {parameter_count(unet)}, latents {'x'.join(map(str, latent_shape))}")
@@ -139,14 +157,18 @@ def main(args: UNetArguments) -> None:
     history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_location))
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
-    passes = batches(plan, state.step, length, args.num_workers, moments["train"], labels["train"])
+    passes = batches(plan, state.step, length, args.num_workers, moments["train"], labels["train"], changes, features)
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state) and not state.stop_reason:
             rate.set(state.step, length.total_steps(state))
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
-                batch, label = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2, 2C, h, w), (B,)
-                latents = scale(draw(batch, random.chance(0.5), random.normal(*latent_shape)), vae)  # (B, C, h, w)
+                batch, label, *told = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2 + 2V, 2C, h, w), (B,)
+                view = random.chance(0.5).int()  # the photo, or its mirror image
+                if views:
+                    view = view + 2 * random.chance(args.view_chance) * (1 + random.integers(args.views))
+                changed, wanted = (versions[torch.arange(len(view)), view] for versions in told)  # (B, changes), (B, F, h', w')
+                latents = scale(draw(batch, view, random.normal(*latent_shape)), vae)  # (B, C, h, w)
                 noise = random.normal(*latent_shape)
                 if args.timesteps == "log-normal":
                     timesteps = log_normal_timesteps(noise_scheduler, random.normal(), *args.log_normal)
@@ -154,10 +176,13 @@ def main(args: UNetArguments) -> None:
                     timesteps = random.integers(noise_scheduler.config.num_train_timesteps)
                 label = torch.where(random.chance(args.label_dropout), pipe.null_label, label) if class_names else None
                 with accelerator.accumulate(model):
-                    prediction = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label).sample
+                    prediction, guess = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label, changed)
                     loss = denoising_loss(prediction, prediction_target(noise_scheduler, latents, noise, timesteps))  # (B,)
                     weight = min_snr_weight(noise_scheduler, timesteps, args.min_snr_gamma) if args.min_snr_gamma else 1.0
-                    accelerator.backward((weight * loss).mean())
+                    whole = (weight * loss).mean()
+                    if args.align_weight:
+                        whole = whole + args.align_weight * misalignment(guess, wanted, feature_mean, feature_std).mean()
+                    accelerator.backward(whole)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     for optimizer in optimizers:
@@ -174,7 +199,8 @@ def main(args: UNetArguments) -> None:
             if over or plan.ends_epoch(state.step, validate_every):
                 shown = shows(args, epoch, validate_every)
                 with ema_weights(ema, model):
-                    values = of_main_process(accelerator, gauge(model, noise_scheduler, seen, held_out))
+                    with accelerator.autocast():
+                        values = of_main_process(accelerator, gauge(unet, noise_scheduler, seen, held_out))
                     best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
                     if best and accelerator.is_main_process:
                         with published_model(args.run_dir) as folder:
@@ -218,6 +244,26 @@ def main(args: UNetArguments) -> None:
     stop.exit(state)
 
 
+def trial_step(
+    args: UNetArguments, accelerator: Accelerator, vae: AutoencoderKL, config: str, size_px: tuple[int, int], batch_size: int
+) -> Callable[[], None]:
+    """A training step of a fresh UNet for the latents of `vae` on zeros, to time it."""
+    unet = build_unet(config, size_px, vae, 1).to(accelerator.device)
+    optimizers = build_optimizers(args.optimizer, unet, 1e-4, args.weight_decay)
+    latents = torch.zeros(batch_size, unet.config.in_channels, *(side // downsample_factor(vae) for side in size_px))
+    latents, timesteps = latents.to(accelerator.device), torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)
+
+    def step() -> None:
+        with accelerator.autocast():
+            loss = denoising_loss(unet(latents, timesteps, timesteps).sample, latents).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
 def trained_size_px(vae: AutoencoderKL) -> tuple[int, int]:
     """(height, width) that the VAE was trained at."""
     size = vae.config.sample_size
@@ -252,24 +298,24 @@ def alike(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def measure(model: UNet2DModel, noise_scheduler: DDPMScheduler, draws: FixedDraws) -> dict[str, float]:
+def measure(unet: UNet2DModel, noise_scheduler: DDPMScheduler, draws: FixedDraws) -> dict[str, float]:
     """The mean denoising loss over the fixed draws, and over those of each quarter of the timesteps, clean ones first."""
     losses = []
     for rows in torch.arange(len(draws.latents)).split(64):
         part = draws.latents[rows], draws.noise[rows], draws.timesteps[rows]
-        prediction = model(noise_scheduler.add_noise(*part), part[2], None if draws.labels is None else draws.labels[rows]).sample
+        prediction = unet(noise_scheduler.add_noise(*part), part[2], None if draws.labels is None else draws.labels[rows]).sample
         losses.append(denoising_loss(prediction, prediction_target(noise_scheduler, *part)))
     losses = torch.cat(losses)
     bands = draws.timesteps * BANDS // noise_scheduler.config.num_train_timesteps
     return {"loss": float(losses.mean())} | {f"loss_{band + 1}": float(losses[bands == band].mean()) for band in range(BANDS)}
 
 
-def gauge(model: UNet2DModel, noise_scheduler: DDPMScheduler, seen: FixedDraws, held_out: FixedDraws) -> dict[str, float]:
+def gauge(unet: UNet2DModel, noise_scheduler: DDPMScheduler, seen: FixedDraws, held_out: FixedDraws) -> dict[str, float]:
     """The losses of photos that are trained on and of held-out ones at the same noise, and the second over the first.
 
     As long as the model learns what photos have in common, the ratio stays where it was; it rises when the model learns these photos.
     """
-    on_seen, on_held_out = measure(model, noise_scheduler, seen), measure(model, noise_scheduler, held_out)
+    on_seen, on_held_out = measure(unet, noise_scheduler, seen), measure(unet, noise_scheduler, held_out)
     values = {f"val_{name}": value for name, value in on_held_out.items()} | {f"seen_{name}": value for name, value in on_seen.items()}
     return values | {name.replace("loss", "gauge"): on_held_out[name] / on_seen[name] for name in on_seen}
 

@@ -13,6 +13,8 @@ if __name__ == "__main__":
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from corel_diffusers import advice
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import Pixels, cache_pixels, random_views
+from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
 from corel_diffusers.files import published_model, read_json, write_json
 from corel_diffusers.latents import cache_moments, measure_scale
 from corel_diffusers.losses import (
@@ -36,6 +38,7 @@ from corel_diffusers.losses import (
 from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, downsample_factor, parameter_count
 from corel_diffusers.muon import build_optimizers
 from corel_diffusers.perceptual import PerceptualLoss
+from corel_diffusers.planning import VAE_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
 from corel_diffusers.training import (
     BatchPlan,
@@ -72,20 +75,22 @@ PANELS = {
     "PSNR (dB)": {"val_psnr": "held-out"},
     "adversarial": {"adversarial": "decoder", "discriminator": "discriminator"},
 }
-CROP_SCALE = 2.5  # photos are kept at so many times the training size, for crops
 DISCRIMINATOR_LEAD = 0.1  # of the run: so long it learns before its verdict counts
 
 
 def main(args: VAEArguments) -> None:
     began = time.monotonic()
     accelerator = start_run(args)
-    device, size_px = accelerator.device, args.size_px
+    device = accelerator.device
 
     # data
     with accelerator.main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
+    settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator))
+    size_px = args.size_px
+    with accelerator.main_process_first():
         photos, pixels = cache_pixels(photos, size_px)
-        large = cache_pixels(photos, tuple(round(CROP_SCALE * side) for side in size_px))[1] if args.crop_chance else pixels
+        large = cache_large_pixels(photos, size_px) if args.crop_chance else pixels
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     settings = run_settings(args, photos, "vae", size_px=size_px, global_batch=plan.global_batch)
     checkpoint = find_resume(args, settings)
@@ -199,6 +204,25 @@ def main(args: VAEArguments) -> None:
             mark_finished(args)
     accelerator.end_training()
     stop.exit(state)
+
+
+def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_px: tuple[int, int], batch_size: int) -> Callable[[], None]:
+    """A training step of a fresh VAE on grey photos, to time it."""
+    model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample)).to(accelerator.device)
+    perceptual = PerceptualLoss(args.perceptual_network).to(accelerator.device) if args.perceptual else None
+    optimizers = build_optimizers(args.optimizer, model, 1e-4, args.weight_decay)
+    photos = torch.zeros(batch_size, 3, *size_px, device=accelerator.device)
+    noise = torch.zeros_like(model.vae.encode(photos).latent_dist.mean)
+
+    def step() -> None:
+        with accelerator.autocast():
+            terms = loss_terms(args, accelerator, perceptual, photos, *model(photos, noise))
+        sum(terms.values()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
 def loss_terms(

@@ -49,20 +49,24 @@ class TrainingArguments:
     """Relative paths start here."""
 
     # model
-    config: str = "base"
+    config: str | None = None
     """tiny, base, large, or the path of a diffusers config JSON."""
 
-    # optimisation
-    epochs: int = 300
+    # how long, and how many at a time
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only print what a run would be, from the photos, this machine's speed and the minutes."""
+    epochs: int | None = None
     """Passes over the training photos."""
     max_train_steps: int | None = None
     """Optimizer steps, in place of --epochs."""
     max_train_minutes: float | None = None
     """Minutes from the script's first line on, in place of --epochs: the learning rate runs over them, the end is on time."""
-    batch_size: int = 16
+    batch_size: int | None = None
     """Photos a forward pass, on each device."""
     grad_accum: int = 1
     """Forward passes an optimizer step: the effective batch is batch size x this x devices."""
+
+    # optimisation
     learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
     """Peak learning rate (default: for tiny models 1e-3 of the VAE and 2e-3 of the UNet, for others 1e-4)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -127,7 +131,7 @@ class TrainingArguments:
         """
         where = {"data_dir", "dataset_name", "image_size", "vae_checkpoint", "output_dir", "base_dir", "push_to_hub", "hub_model_id"}
         when = {"epochs", "max_train_steps", "max_train_minutes", "validate_every", "sample_every", "checkpoint_every", "evaluate_every"}
-        kept = {"keep_checkpoints", "resume", "report_to"}
+        kept = {"keep_checkpoints", "resume", "report_to", "plan"}
         how = {
             "batch_size",
             "grad_accum",
@@ -143,7 +147,7 @@ class TrainingArguments:
         words = ["python", script]
         for field in fields(self):
             value = getattr(self, field.name)
-            if value == field.default or field.name in {"base_dir", "resume", "report_to", "num_workers"}:
+            if value == field.default or field.name in {"base_dir", "resume", "report_to", "num_workers", "plan"}:
                 continue
             flag = "--" + field.name.replace("_", "-")
             if isinstance(value, bool):
@@ -156,11 +160,9 @@ class TrainingArguments:
 
     def check(self) -> None:
         """Refuses values that no run can take."""
-        if self.learning_rate is None:
-            self.learning_rate = self.TINY_LEARNING_RATE if self.config == "tiny" else 1e-4
-        for name in ("epochs", "batch_size", "grad_accum", "sample_every", "checkpoint_every"):
+        for name in ("grad_accum", "sample_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in ("max_train_steps", "max_train_samples", "validate_every"):
+        for name in ("epochs", "batch_size", "max_train_steps", "max_train_samples", "validate_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more")
         minutes = self.max_train_minutes
@@ -171,8 +173,9 @@ class TrainingArguments:
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "give a number above 0")
-        require(self.lr_min <= self.learning_rate, "lr_min", self.lr_min, f"give at most --learning-rate {self.learning_rate:g}")
+            require(value is None or 0 < value < math.inf, name, value, "give a number above 0")
+        lr_max = self.learning_rate or 1e-4
+        require(self.lr_min <= lr_max, "lr_min", self.lr_min, f"give at most --learning-rate {lr_max:g}")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "give a number from 0 to below 1")
         if self.image_size:
             parse_size(self.image_size)
@@ -185,21 +188,33 @@ class TrainingArguments:
             self.mixed_precision = "no"
         if not self.dataset_name and self.data_dir != SCENES and not self.path(self.data_dir).is_dir():
             raise UserError(f"--data-dir {self.path(self.data_dir)} is no folder: check the path (relative ones start at --base-dir)")
-        if self.config.endswith(".json"):
+        if self.config and self.config.endswith(".json"):
             self.config = str(self.path(self.config))
             if not Path(self.config).is_file():
                 raise UserError(f"--config {self.config} does not exist: give tiny, base, large or a JSON file")
-        elif self.config not in ("tiny", "base", "large"):
+        elif self.config not in (None, "tiny", "base", "large"):
             raise UserError(f"--config {self.config} is unknown: give tiny, base, large or a JSON file")
+
+    @property
+    def planned(self) -> dict:
+        """The flags that a plan decides where they are left open; of the lengths, one is given or planned."""
+        length = {name: getattr(self, name) for name in ("epochs", "max_train_steps", "max_train_minutes")}
+        length = {name: value for name, value in length.items() if value} or {"max_train_minutes": None}
+        return {"config": self.config, "image_size": self.image_size, "batch_size": self.batch_size} | length
+
+    def fill(self, plan: dict) -> None:
+        """Sets the flags that are open to those of the plan, and then those that follow from them."""
+        for name, value in self.planned.items():
+            setattr(self, name, value or plan.get(name))
+        self.learning_rate = self.learning_rate or (self.TINY_LEARNING_RATE if self.config == "tiny" else 1e-4)
 
 
 @dataclass(kw_only=True)
 class VAEArguments(TrainingArguments):
-    """Train an AutoencoderKL from scratch."""
+    """Train an AutoencoderKL from scratch. What is left open of --config, --image-size, --batch-size and the length is planned."""
 
     output_dir: str = "vae_models"
     checkpoint_every: int = 20
-    image_size: str = "128"
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon makes the steps of convolutions and matrices orthogonal; the rest stays with AdamW."""
 
@@ -237,25 +252,28 @@ class VAEArguments(TrainingArguments):
 
     def check(self) -> None:
         super().check()
-        if self.kl_weight is None:
-            self.kl_weight = 0.2 / math.prod(self.size_px)
-        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "kl_weight", "kl_warmup"):
+        require(self.kl_weight is None or self.kl_weight >= 0, "kl_weight", self.kl_weight, "give 0 or more")
+        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "kl_warmup"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a share from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")
         require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "give a number above 0")
 
+    def fill(self, plan: dict) -> None:
+        super().fill(plan)
+        if self.kl_weight is None:
+            self.kl_weight = 0.2 / math.prod(self.size_px)
+
 
 @dataclass(kw_only=True)
 class UNetArguments(TrainingArguments):
-    """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline."""
+    """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline. What is left open of --config, --batch-size
+    and the length is planned."""
 
     TINY_LEARNING_RATE: ClassVar[float] = 2e-3
 
     output_dir: str = "diffusion_models"
-    epochs: int = 500
-    lr_scheduler: LR_SCHEDULERS = "cosine_warm_restarts"
 
     # model
     vae_checkpoint: str = "vae_models"
@@ -264,6 +282,16 @@ class UNetArguments(TrainingArguments):
     """Leave the class labels out."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label, for guidance."""
+
+    # photos, as they vary
+    views: int = 0
+    """Crops of each photo, brightness and contrast varied, to train on as well; the UNet is told of the change and draws none."""
+    view_chance: float = 0.5
+    """Share of training pictures that are such views."""
+
+    # loss
+    align_weight: float = 0.5
+    """Weight of how far the UNet's middle features are from a frozen network's of the clean photo (0: left to itself)."""
 
     # diffusion
     schedule: Literal["linear", "cosine"] = "linear"
@@ -309,8 +337,11 @@ class UNetArguments(TrainingArguments):
             "oscillation_threshold",
             "evaluate_every",
             "min_snr_gamma",
+            "views",
+            "align_weight",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(0 <= self.view_chance <= 1, "view_chance", self.view_chance, "give a share from 0 to 1")
         require(self.log_normal[1] > 0, "log_normal", self.log_normal, "give a spread above 0")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise UserError("--zero-terminal-snr: no picture can be told from the noise in pure noise: give --prediction-type v_prediction")

@@ -1,4 +1,4 @@
-"""Latents: the VAE encodes each photo and its mirror image once; the posterior is cached, draws and scale come later.
+"""Latents: the VAE encodes each version of a photo once; the posterior is cached, draws and scale come later.
 
 The cache holds mean and log-variance before scaling. Its key stands for the VAE's weights, the photos and the size: anything
 else is another cache. The scale comes from the VAE's config alone, here for the trainer and in pipeline.py for sampling.
@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
-from corel_diffusers.data.transforms import Pixels, cached_array, digest
+from corel_diffusers.data.transforms import Pixels, digest
+from corel_diffusers.data.views import Views, cache_versions
 from corel_diffusers.files import UserError, first_line
-from corel_diffusers.models import downsample_factor
 
 
 def load_vae(location: Path | str) -> AutoencoderKL:
@@ -44,37 +43,25 @@ def scale_key(vae: AutoencoderKL) -> str:
     return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, photos: torch.Tensor) -> torch.Tensor:
-    """Photos (B, 3, H, W) and their mirror images -> posterior mean and log-variance (B, 2, 2C, h, w), float32.
+def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, views: Views | None = None) -> np.ndarray:
+    """The posterior of each version of each photo, encoded once: memory-mapped float32 (N, 2 + 2V, 2C, h, w).
 
-    Second axis: photo, mirror image. Third: C means, then C log-variances.
+    Second axis: photo, mirror image, then the views and their mirror images. Third: C means, then C log-variances.
     """
-    both = torch.cat([photos, photos.flip(-1)]).to(memory_format=torch.channels_last)
-    posterior = vae.encode(both).latent_dist
-    return torch.stack(torch.cat([posterior.mean, posterior.logvar], dim=1).float().chunk(2), dim=1)
+
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        posterior = vae.encode(pictures).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    return cache_versions(f"latents-{weights_key(vae)}", encode, pixels, views, device)
 
 
-def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, batch_size: int = 32) -> np.ndarray:
-    """The posterior of each photo and its mirror image, encoded once: memory-mapped float32 (N, 2, 2C, h, w)."""
-    height, width = (side // downsample_factor(vae) for side in pixels.values.shape[1:3])
-    shape = (len(pixels), 2, 2 * vae.config.latent_channels, height, width)
-
-    def fill(moments: np.ndarray) -> None:
-        for start in tqdm(range(0, len(pixels), batch_size), "encoding photos", leave=False, disable=None):
-            rows = slice(start, start + batch_size)
-            moments[rows] = encode(vae, pixels.batch(rows).to(device)).cpu().numpy()
-
-    return cached_array(f"latents-{weights_key(vae)}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}", shape, np.float32, fill)
-
-
-def draw(moments: torch.Tensor, mirrored: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def draw(moments: torch.Tensor, view: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draws latents mean + exp(logvar / 2) * noise from cached posteriors.
 
-    moments (B, 2, 2C, h, w), mirrored (B,) bool, noise (B, C, h, w) -> unscaled latents (B, C, h, w).
+    moments (B, 2 + 2V, 2C, h, w), view (B,): which of the second axis, noise (B, C, h, w) -> unscaled latents (B, C, h, w).
     """
-    chosen = torch.where(mirrored.view(-1, 1, 1, 1), moments[:, 1], moments[:, 0])
-    mean, logvar = chosen.chunk(2, dim=1)
+    mean, logvar = moments[torch.arange(len(view)), view.long()].chunk(2, dim=1)
     return mean + torch.exp(0.5 * logvar) * noise
 
 

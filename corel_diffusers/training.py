@@ -45,7 +45,7 @@ from corel_diffusers.models import load_config
 def start_run(args: TrainingArguments) -> Accelerator:
     """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
     args.mixed_precision = resolve_precision(args.mixed_precision)
-    if read_metrics(args.run_dir / "metrics.jsonl") and not args.resume:
+    if read_metrics(args.run_dir / "metrics.jsonl") and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
         raise UserError(f"--output-dir {args.run_dir} already holds a run: {way_out}")
     torch.backends.cudnn.benchmark = True
@@ -517,7 +517,8 @@ def open_history(
         }
         write_json(
             args.run_dir / "run.json",
-            {"finished": False, "command": args.command(script), "device": device_name(accelerator), "data": data} | more,
+            {"finished": False, "command": args.command(script), "plan": args.planned, "device": device_name(accelerator), "data": data}
+            | more,
         )
     accelerator.init_trackers(script.removesuffix(".py"))
     return history
@@ -635,7 +636,8 @@ def record_epoch(
     if accelerator.is_main_process:
         append_metrics(args.run_dir / "metrics.jsonl", history[-1])
         if shown:
-            bar.write(f"epoch {epoch}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()))
+            told = {name: value for name, value in values.items() if not re.search(r"_\d$", name)}  # single bands are for the plot
+            bar.write(f"epoch {epoch}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in told.items()))
 
 
 def note_validation(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> bool:

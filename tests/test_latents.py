@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, random_views
+from corel_diffusers.data.views import CHANGES, Views
 from corel_diffusers.files import UserError
 from corel_diffusers.latents import cache_moments, draw, load_vae, measure_scale, scale, weights_key
 from corel_diffusers.models import build_vae
@@ -25,7 +26,7 @@ def vae():
 
 
 def test_cached_moments_are_what_encoding_gives(vae, pixels):
-    moments = cache_moments(vae, pixels, torch.device("cpu"), batch_size=5)
+    moments = cache_moments(vae, pixels, torch.device("cpu"))
     photos = pixels.batch(slice(None))
     for mirrored, pictures in enumerate((photos, photos.flip(-1))):
         with torch.no_grad():
@@ -45,12 +46,34 @@ def test_a_draw_is_the_posteriors_own_sample(vae, pixels):
     assert torch.allclose(draw(moments, mirrored, noise), expected, atol=1e-5)
 
 
+def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_photos):
+    large = cache_large_pixels(load_photos(raw_photos), (32, 32))["train"]
+    assert large.values.shape[1:3] == (80, 80)
+    views = Views.of(large, 3)
+    moments, changes = cache_moments(vae, pixels, torch.device("cpu"), views=views), views.changes()
+    assert np.array_equal(moments[:, :2], cache_moments(vae, pixels, torch.device("cpu"))), "photo and mirror image first"
+    assert moments.shape[1] == changes.shape[1] == 2 + 2 * 3
+    assert changes.shape[2] == CHANGES
+    whole = [torch.from_numpy(np.array(part.values)) for part in (large, pixels)]
+    for view in range(3):
+        seen = random_views(*whole, torch.ones(len(pixels), dtype=torch.bool), views.places[:, view], views.jitter[:, view])
+        with torch.no_grad():
+            mirrored = vae.encode(seen.flip(-1)).latent_dist.mean
+        assert np.allclose(moments[:, 3 + 2 * view, :4], mirrored, atol=1e-4)
+        straight, mirror = changes[:, 2 + 2 * view], changes[:, 3 + 2 * view]
+        assert np.array_equal(straight * [1, 1, -1, 1, 1], mirror)
+        assert np.allclose(straight[:, 3:], views.jitter[:, view])
+    assert not changes[:, :2].any(), "a photo as it is has no changes"
+    assert (changes[:, 2:, 0] > 0).all()
+    assert (changes[:, 2:, 0] <= 0.5).all()
+
+
 def test_other_weights_photos_or_sizes_are_another_cache(vae, pixels, raw_photos, monkeypatch):
-    from corel_diffusers import latents
+    from corel_diffusers.data import views
 
     encoded = []
-    original = latents.encode
-    monkeypatch.setattr(latents, "encode", lambda *a: encoded.append(1) or original(*a))
+    original = views.cached_array
+    monkeypatch.setattr(views, "cached_array", lambda *a: original(*a[:-1], lambda array: encoded.append(1) or a[-1](array)))
     cache_moments(vae, pixels, torch.device("cpu"))
     assert not encoded, "the same again is found"
     other = build_vae("tiny", (32, 32), latent_dim=4).eval()

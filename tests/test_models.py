@@ -7,7 +7,7 @@ import torch
 from conftest import UNET_CONFIG
 
 from corel_diffusers.files import UserError
-from corel_diffusers.models import VAEWithPosterior, build_unet, build_vae, downsample_factor, load_config
+from corel_diffusers.models import UNetInTraining, VAEWithPosterior, build_unet, build_vae, downsample_factor, load_config
 
 
 @pytest.mark.parametrize(("preset", "latent_shape"), [("tiny", (4, 16, 24)), ("base", (8, 8, 12))])
@@ -21,6 +21,28 @@ def test_presets_run_forward_at_rectangular_sizes(preset, latent_shape):
     assert mean.shape == logvar.shape == prediction.shape == (1, *latent_shape)
     assert vae.config.scaling_factor == 1
     assert unet.config.sample_size == list(latent_shape[1:])
+
+
+def test_a_unet_in_training_is_without_changes_the_plain_one():
+    torch.manual_seed(0)
+    unet = build_unet("tiny", (32, 32), build_vae("tiny", (32, 32)), num_classes=2)
+    model = UNetInTraining(unet, changes=5, features=7)
+    torch.nn.init.normal_(model.told.weight)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.tensor([0, 2])
+    with torch.no_grad():
+        plain = unet(*inputs).sample
+        assert torch.equal(model(*inputs, torch.zeros(2, 5))[0], plain)
+        assert not torch.allclose(model(*inputs, torch.ones(2, 5))[0], plain, atol=1e-3)
+        assert torch.equal(unet(*inputs).sample, plain), "nothing stays behind"
+    _, guess = model(*inputs, torch.ones(2, 5))
+    assert guess.shape == (2, 7, 2, 2)
+    guess.mean().backward()
+    assert unet.conv_in.weight.grad.abs().sum() > 0, "the guess trains the UNet"
+    assert unet.conv_out.weight.grad is None
+    assert model.told.weight.grad.abs().sum() > 0
+    bare = UNetInTraining(unet, changes=0, features=0)
+    assert len(list(bare.parameters())) == len(list(unet.parameters()))
+    assert bare(*inputs, torch.zeros(2, 0))[1] is None
 
 
 def test_the_large_presets_build():

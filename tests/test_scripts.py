@@ -100,6 +100,7 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(name, vae_fla
         ("train_unet", ["--lr-scheduler", "none", "--schedule", "cosine", "--num-workers", 1]),
         ("train_unet", ["--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", 3, "--mixed-precision", "bf16"]),
         ("train_unet", ["--optimizer", "muon", "--timesteps", "log-normal", "--zero-terminal-snr", "--validate-every", 2]),
+        ("train_unet", ["--views", 2, "--lr-scheduler", "cosine_warm_restarts"]),
         ("train_vae", ["--lr-scheduler", "cosine_warm_restarts", "--kl-target", 50, "--optimizer", "adamw"]),
         ("train_vae", ["--adversarial-weight", 0.5, "--crop-chance", 0.5]),
     ],
@@ -139,6 +140,27 @@ def test_minutes_end_on_time_with_the_learning_rate_at_its_lowest(name, vae_flag
     assert 12 <= seconds[-1] < 14
     assert last["learning_rate"] < 1e-4
     assert last["step"] > 5
+
+
+def test_a_plan_is_printed_and_nothing_written(vae_flags, tmp_path, capsys):
+    """And the plan is what a run without those flags takes, and what it is resumed with."""
+    where = ["--data-dir", vae_flags[1], "--mixed-precision", "no", "--no-perceptual", "--output-dir", tmp_path]
+    with pytest.raises(SystemExit) as ended:
+        run_here("train_vae", [*where, "--plan"])
+    assert not ended.value.code
+    assert not list(tmp_path.iterdir())
+    out = capsys.readouterr().out
+    assert "plan: --config tiny --image-size 64 --batch-size 8 --max-train-minutes 20" in out
+    photos, seen, steps = (int(re.search(rf"([\d,]+) {word}", out)[1].replace(",", "")) for word in ("photos/s", "pictures", "steps"))
+    assert seen == pytest.approx(20 * 60 * photos, rel=0.5)
+    assert steps == pytest.approx(seen / 8, abs=1)
+    run_here("train_vae", [*where, "--max-train-steps", 1])
+    assert json.loads((tmp_path / "run.json").read_text())["plan"] == {
+        "config": "tiny", "image_size": "64", "batch_size": 8, "max_train_steps": 1,
+    }  # fmt: skip
+    run_here("train_vae", [*where, "--max-train-steps", 2, "--resume", "latest"])
+    assert "plan:" not in capsys.readouterr().out.split("resuming")[-1]
+    assert metrics(tmp_path)[-1]["step"] == 2
 
 
 def test_samples_are_judged_while_the_unet_trains(unet_flags, tmp_path, capsys):

@@ -25,6 +25,7 @@ from corel_diffusers.files import UserError, read_json, whole_file, write_json
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100-megapixel cameras exist; twice as much is refused
 MIN_SIDE_PX = 32
+CROP_SCALE = 2.5  # crops are cut from photos kept at so many times the training size
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers"
 
 
@@ -149,6 +150,11 @@ def cache_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> tuple[Dataset
     if bad:
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     return DatasetDict(kept), pixels
+
+
+def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> dict[str, Pixels]:
+    """The photos at more pixels than `size_px`, for crops of them."""
+    return cache_pixels(photos, tuple(round(CROP_SCALE * side) for side in size_px))[1]
 
 
 def decode_split(part: Dataset, size_px: tuple[int, int]) -> tuple[Pixels, dict[int, str]]:

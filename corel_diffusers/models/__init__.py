@@ -104,6 +104,40 @@ class VAEWithPosterior(nn.Module):
         return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
 
 
+class UNetInTraining(nn.Module):
+    """A UNet2DModel with what only training needs, and what stays behind when the UNet is saved.
+
+    It is told how its photo was changed, so that it does not draw changed photos: a linear map of the changes, without bias, is
+    added to the time's embedding (Karras et al. 2022, arXiv:2206.00364, appendix F.2); at sampling nothing is changed. And it
+    guesses a photo's features from its own in the middle (see alignment.py). 0 changes or features: without that part.
+    """
+
+    def __init__(self, unet: UNet2DModel, changes: int, features: int) -> None:
+        super().__init__()
+        self.unet = unet
+        width, channels = unet.time_embedding.linear_2.out_features, unet.config.block_out_channels[-1]
+        self.told = nn.Linear(changes, width, bias=False) if changes else None
+        if self.told:
+            nn.init.zeros_(self.told.weight)
+        self.guess = nn.Sequential(nn.Conv2d(channels, 256, 1), nn.SiLU(), nn.Conv2d(256, features, 1)) if features else None
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, changes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """changes (B, changes), zero for none -> the UNet's prediction (B, C, h, w) and the features it guesses (B, F, h', w')."""
+        middle, hooks = [], []
+        if self.told:
+            hooks.append(self.unet.time_embedding.register_forward_hook(lambda module, inputs, output: output + self.told(changes)))
+        if self.guess:
+            hooks.append(self.unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(output)))
+        try:
+            prediction = self.unet(sample, timestep, labels).sample
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return prediction, self.guess(middle[0]) if self.guess else None
+
+
 def build_discriminator(width: int = 32) -> nn.Sequential:
     """Pictures (B, 3, H, W) -> a verdict on each patch of 22 x 22 px, (B, 1, H/4, W/4): above 0 is real.
 

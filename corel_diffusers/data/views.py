@@ -1,0 +1,80 @@
+"""The versions of a photo that the UNet trains on: the photo, its mirror image, and where wanted changed views of it.
+
+What a frozen network makes of them is computed once and cached, in one order: (N, 2 + 2V, …), photo and mirror image first, then
+each view and its mirror image.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from corel_diffusers.data.transforms import Pixels, cached_array, random_views
+
+CHANGES = 5  # numbers that say how a view differs from its photo
+
+
+@dataclass
+class Views:
+    """Crops of the photos at more pixels, brightness and contrast varied; the same in every run."""
+
+    large: Pixels
+    places: torch.Tensor  # (N, V, 3) as random_views has them
+    jitter: torch.Tensor  # (N, V, 2)
+
+    @classmethod
+    def of(cls, large: Pixels, count: int) -> "Views":
+        """So many views of each photo."""
+        generator = torch.Generator().manual_seed(0)
+        places = torch.rand(len(large), count, 3, generator=generator)
+        places[..., 0] = 0.5 + 0.5 * places[..., 0]  # no closer than half way to the closest crop
+        return cls(large, places, 0.2 * torch.rand(len(large), count, 2, generator=generator) - 0.1)
+
+    def __len__(self) -> int:
+        return self.places.shape[1]
+
+    def batch(self, rows: slice, view: int, pixels: Pixels) -> torch.Tensor:
+        """One view of some photos, float32 (B, 3, H, W) in [-1, 1], of the size of `pixels`."""
+        large, fitted = (torch.from_numpy(np.array(part.values[rows])) for part in (self.large, pixels))
+        return random_views(large, fitted, torch.ones(len(fitted), dtype=torch.bool), self.places[rows, view], self.jitter[rows, view])
+
+    def changes(self) -> np.ndarray:
+        """What the UNet is told of each version, (N, 2 + 2V, CHANGES): zero for the photo and its mirror image.
+
+        How much is cut off; where the crop lies, down and across, from -1 to 1 times that; contrast; brightness.
+        """
+        cut = 1 - self.places[..., :1]
+        told = torch.cat([cut, cut * (2 * self.places[..., 1:] - 1), self.jitter], dim=-1)
+        pairs = torch.stack([told, told * torch.tensor([1, 1, -1, 1, 1])], dim=2).flatten(1, 2)  # a mirror image lies across
+        return torch.cat([torch.zeros(len(told), 2, CHANGES), pairs], dim=1).numpy()
+
+
+@torch.no_grad()
+def cache_versions(
+    key: str,
+    network: Callable[[torch.Tensor], torch.Tensor],
+    pixels: Pixels,
+    views: Views | None,
+    device: torch.device,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """What `network` makes of each version of each photo: memory-mapped float32 (N, 2 + 2V, …).
+
+    key: stands for the network. network: (B, 3, H, W) in [-1, 1], channels last -> (B, …).
+    """
+
+    def both(pictures: torch.Tensor) -> torch.Tensor:
+        made = network(torch.cat([pictures, pictures.flip(-1)]).to(device, memory_format=torch.channels_last))
+        return torch.stack(made.float().cpu().chunk(2), dim=1)
+
+    def fill(array: np.ndarray) -> None:
+        for start in tqdm(range(0, len(pixels), batch_size), "encoding photos", leave=False, disable=None):
+            rows = slice(start, start + batch_size)
+            versions = [pixels.batch(rows)] + [views.batch(rows, view, pixels) for view in range(count)]
+            array[rows] = torch.cat([both(pictures) for pictures in versions], dim=1)
+
+    count = len(views) if views else 0
+    shape = (len(pixels), 2 + 2 * count, *both(pixels.batch(slice(1))).shape[2:])
+    return cached_array(f"{key}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{count}", shape, np.float32, fill)

@@ -1,0 +1,169 @@
+"""What a run should be, from the photos, the machine's measured speed and the minutes: the flags that the user left open.
+
+A ladder has the sizes of a model, the cheapest first. A run takes the highest rung whose training can see enough pictures in its
+time to be worth the size.
+"""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from datasets import DatasetDict
+from datasets import Image as ImageFeature
+
+from corel_diffusers.arguments import TrainingArguments
+from corel_diffusers.data.transforms import PhotoError, open_photo
+from corel_diffusers.files import read_json
+from corel_diffusers.training import device_name, of_main_process
+
+
+class Rung(NamedTuple):
+    """A size of model. pictures: so many its training has to see; photos: so many there must be, or it learns them by heart."""
+
+    config: str
+    side_px: int
+    batch_size: int
+    pictures: int = 0
+    photos: int = 0
+
+
+class Ladder(NamedTuple):
+    """The rungs for one script, its minutes where no length is given, and what the first rung was measured to reach."""
+
+    rungs: tuple[Rung, ...]
+    minutes: float
+    measure: str
+    reached: tuple[tuple[int, float], ...]  # pictures seen -> the measure; benchmarks/contest.py, 221 Corel photos at 64 px
+
+
+VAE_LADDER = Ladder(
+    (Rung("tiny", 64, 8), Rung("base", 128, 16, 20_000), Rung("large", 256, 16, 200_000, 5_000)),
+    20,
+    "held-out PSNR {:.1f} dB",
+    ((1_000, 18.9), (2_700, 21.4), (6_500, 23.2)),
+)
+UNET_LADDER = Ladder(
+    (Rung("tiny", 64, 16), Rung("base", 128, 16, 100_000), Rung("large", 256, 32, 1_000_000, 5_000)),
+    40,
+    "KID x1000 {:.0f} against held-out photos, where real photos have about 0",
+    ((26_000, 85),),
+)
+STEEPNESS = 3  # a rung is at least so many times as slow as the one below: one that this rules out is not tried
+
+# config, size (height, width), batch size -> a training step of such a model, on noise
+TrialStep = Callable[[str, tuple[int, int], int], Callable[[], None]]
+
+
+def settle(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    photos: DatasetDict,
+    ladder: Ladder,
+    trial_step: TrialStep,
+    vae_size_px: tuple[int, int] | None = None,
+) -> None:
+    """Decides --config, --image-size, --batch-size and the length where they are open.
+
+    A resumed run keeps what it was begun with. With --plan the plan is printed and the script ends: nothing has been written.
+    vae_size_px: the size that the UNet's VAE was trained at.
+    """
+    run = args.run_dir / "run.json"
+    if args.resume and run.is_file():
+        plan = read_json(run)["plan"]
+    elif args.plan or None in args.planned.values():
+        plan = of_main_process(accelerator, choose(args, accelerator, photos, ladder, trial_step, args.size_px or vae_size_px))
+    else:
+        plan = {}
+    args.fill(plan)
+    if args.plan:
+        accelerator.end_training()
+        sys.exit(0)
+
+
+def choose(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    photos: DatasetDict,
+    ladder: Ladder,
+    trial_step: TrialStep,
+    size_px: tuple[int, int] | None,
+) -> dict:
+    """The open flags, by name, printed with what they come to. Speed is measured only where the choice, or --plan, needs it."""
+    count = len(photos["train"])
+    by_epochs = args.epochs * count if args.epochs else math.inf
+    minutes = args.max_train_minutes or ladder.minutes
+    side_px = math.inf if size_px else native_side_px(photos)
+    rungs = [rung for rung in ladder.rungs if args.config in (None, rung.config)] or [ladder.rungs[0]]  # a JSON's size: anyone's guess
+    rungs = [rung for rung in rungs if rung.photos <= count and rung.side_px <= side_px] or rungs[:1]
+
+    chosen, seen, rate = rungs[0], math.inf, None
+    for rung in rungs if args.plan or len(rungs) > 1 else ():
+        if rung is not rungs[0] and seen < STEEPNESS * rung.pictures:
+            break
+        batch_size = args.batch_size or rung.batch_size
+        step = trial_step(args.config or rung.config, size_px or (rung.side_px,) * 2, batch_size)
+        measured = photos_per_second(step, batch_size) * accelerator.num_processes
+        asked = args.max_train_steps * batch_size * args.grad_accum * accelerator.num_processes if args.max_train_steps else by_epochs
+        within = min(asked, 60 * minutes * measured)
+        if rung is rungs[0] or within >= rung.pictures:
+            chosen, seen, rate = rung, within, measured
+
+    plan = {"config": chosen.config, "batch_size": chosen.batch_size, "max_train_minutes": minutes}
+    plan |= {} if size_px else {"image_size": str(chosen.side_px)}
+    plan = {name: plan[name] for name, given in args.planned.items() if given is None and name in plan}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
+    accelerator.print(f"plan: {flags or 'as the flags say'}")
+    if rate:
+        for line in (speed_line(accelerator, args, chosen, count, seen, rate), expectation(ladder, chosen, size_px, seen)):
+            accelerator.print(f"      {line}")
+    return plan
+
+
+def speed_line(accelerator: Accelerator, args: TrainingArguments, rung: Rung, count: int, pictures: float, rate: float) -> str:
+    """What the machine does in the time, for people."""
+    steps = pictures / ((args.batch_size or rung.batch_size) * args.grad_accum * accelerator.num_processes)
+    looks = f"{pictures:,.0f} pictures in {steps:,.0f} steps: each of the {count:,} photos {pictures / count:,.0f} times"
+    return f"{device_name(accelerator)} does {rate:,.0f} photos/s: {pictures / rate / 60:,.0f} minutes, {looks}"
+
+
+def expectation(ladder: Ladder, rung: Rung, size_px: tuple[int, int] | None, pictures: float) -> str:
+    """What a run of that length was measured to reach; only the first rung was."""
+    reached = [(seen, value) for seen, value in ladder.reached if seen <= 1.2 * pictures]
+    if rung is not ladder.rungs[0] or size_px not in (None, (rung.side_px, rung.side_px)) or not reached:
+        return "expect: no run like this has been measured; --evaluate-every and `corel-diffusers evaluate` tell"
+    seen, value = reached[-1]
+    return f"expect: {ladder.measure.format(value)}, as measured on 221 Corel photos after {seen:,} pictures"
+
+
+def native_side_px(photos: DatasetDict, looked_at: int = 16) -> float:
+    """The shorter side of a typical training photo, in pixels."""
+    part = photos["train"].select(range(min(looked_at, len(photos["train"])))).cast_column("image", ImageFeature(decode=False))
+    sides = []
+    for row in part["image"]:
+        try:
+            sides.append(min(open_photo(row["bytes"] or row["path"]).size))
+        except PhotoError:  # named when the photos are decoded
+            continue
+    return statistics.median(sides) if sides else 0
+
+
+def photos_per_second(step: Callable[[], None], batch_size: int, seconds: float = 1.0) -> float:
+    """The speed of training steps, after one to warm up."""
+
+    def run(least: float) -> tuple[int, float]:
+        steps, began = 0, time.perf_counter()
+        while not steps or time.perf_counter() - began < least:
+            step()
+            steps += 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return steps, time.perf_counter() - began
+
+    run(0)
+    steps, spent = run(seconds)
+    return steps * batch_size / spent

@@ -1,0 +1,56 @@
+"""What is chosen for photos, a machine and the minutes."""
+
+import time
+
+import pytest
+from accelerate import Accelerator
+
+from corel_diffusers import planning
+from corel_diffusers.arguments import UNetArguments, VAEArguments
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, choose, native_side_px, photos_per_second
+
+LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base": 600.0, "large": 60.0}
+
+
+@pytest.mark.parametrize(
+    ("machine", "count", "side_px", "flags", "expected"),
+    [
+        (LAPTOP, 350, 400, {}, {"config": "tiny", "image_size": "64", "batch_size": 8, "max_train_minutes": 20}),
+        (LAPTOP, 350, 400, {"max_train_minutes": 600}, {"config": "base", "image_size": "128", "batch_size": 16}),
+        (LAPTOP, 350, 100, {"max_train_minutes": 600}, {"config": "tiny", "image_size": "64", "batch_size": 8}),
+        (LAPTOP, 350, 400, {"epochs": 2}, {"config": "tiny", "image_size": "64", "batch_size": 8}),
+        (LAPTOP, 350, 400, {"config": "base", "epochs": 2}, {"image_size": "128", "batch_size": 16}),
+        (GPU, 350, 400, {}, {"config": "base", "image_size": "128", "batch_size": 16, "max_train_minutes": 20}),
+        (GPU, 350, 400, {"image_size": "96", "batch_size": 4}, {"config": "base", "max_train_minutes": 20}),
+        (GPU, 350, 400, {"max_train_steps": 100}, {"config": "tiny", "image_size": "64", "batch_size": 8}),
+        (GPU, 350, 400, {"max_train_minutes": 600}, {"config": "base", "image_size": "128", "batch_size": 16}),
+        (GPU, 10_000, 400, {"max_train_minutes": 600}, {"config": "large", "image_size": "256", "batch_size": 16}),
+    ],
+)
+def test_the_largest_model_that_sees_enough_in_its_time(machine, count, side_px, flags, expected, monkeypatch):
+    monkeypatch.setattr(planning, "native_side_px", lambda photos: side_px)
+    monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: machine[config])
+    args = VAEArguments(**flags)
+    args.check()
+    plan = choose(
+        args, Accelerator(cpu=True), {"train": range(count)}, VAE_LADDER, lambda config, size_px, batch_size: config, args.size_px
+    )
+    assert plan == expected
+    args.fill(plan)
+    assert None not in args.planned.values()
+    assert args.learning_rate == (1e-3 if args.config == "tiny" else 1e-4)
+
+
+def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)
+    asked = []
+    args = UNetArguments(vae_checkpoint=str(trained_vae), plan=True)
+    plan = choose(args, Accelerator(cpu=True), {"train": range(9)}, UNET_LADDER, lambda *what: asked.append(what), (32, 48))
+    assert plan == {"config": "tiny", "batch_size": 16, "max_train_minutes": 40}
+    assert asked == [("tiny", (32, 48), 16)]
+
+
+def test_speed_is_that_of_the_steps_and_photos_have_a_size(raw_photos):
+    assert 50 < photos_per_second(lambda: time.sleep(0.1), batch_size=8, seconds=0.5) < 81
+    assert native_side_px(load_photos(raw_photos)) == 48

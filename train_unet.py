@@ -32,7 +32,7 @@ from corel_diffusers.files import published_model
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
-from corel_diffusers.models import UNetInTraining, build_unet, downsample_factor, parameter_count
+from corel_diffusers.models import UNetInTraining, build_unet, downsample_factor, inner_grid, parameter_count
 from corel_diffusers.muon import build_optimizers
 from corel_diffusers.planning import UNET_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
@@ -139,9 +139,8 @@ def main(args: UNetArguments) -> None:
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
     changes = views.changes() if views else np.zeros((len(labels["train"]), 2, 0), np.float32)
     if args.align_weight:
-        halvings = len(unet.config.block_out_channels) - 1
         with accelerator.main_process_first():
-            features = cache_features(pixels["train"], views, tuple(side >> halvings for side in latent_shape[1:]), device)
+            features = cache_features(pixels["train"], views, inner_grid(unet, latent_shape[1:]), device)
         feature_mean, feature_std = feature_scale(features, device)
     else:
         features = np.zeros((len(labels["train"]), 2, 0), np.float32)

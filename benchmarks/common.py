@@ -19,6 +19,11 @@ def launch(*words: object) -> float:
     return time.monotonic() - began
 
 
+def tool(*words: object) -> None:
+    """Runs the project's command."""
+    launch("-c", "from corel_diffusers.cli import main; main()", *words)
+
+
 def machine() -> str:
     """What the numbers were measured on."""
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

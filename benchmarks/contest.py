@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from common import QUIET, ROOT, launch, machine
+from common import QUIET, ROOT, launch, machine, tool
 from peers import PEERS
 from PIL import Image
 
@@ -26,10 +26,6 @@ from corel_diffusers.plots import picture_grid, save_picture
 
 OURS = "corel_diffusers"
 VAE_SHARE = 0.4  # of the minutes
-
-
-def tool(*words: object) -> None:
-    launch("-c", "from corel_diffusers.cli import main; main()", *words)
 
 
 def export(prepared: Path, size_px: int, folder: Path) -> Path:
@@ -44,8 +40,7 @@ def export(prepared: Path, size_px: int, folder: Path) -> Path:
 
 def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -> float:
     """Both models in the minutes; what starting the first script takes is taken from the second's time. Seconds in all."""
-    shared = ["--data-dir", prepared, "--image-size", args.image_size, "--seed", seed, "--config", "tiny", "--batch-size", 8]
-    shared += ["--lr-scheduler", "cosine", *QUIET]
+    shared = ["--data-dir", prepared, "--image-size", args.image_size, "--seed", seed, "--config", "tiny", *QUIET]
     flags = ["--output-dir", run / "vae", "--max-train-minutes", VAE_SHARE * args.minutes, *args.vae_flags.split()]
     spent = launch(ROOT / "train_vae.py", *shared, *flags)
     left = args.minutes - spent / 60 - args.reserve_minutes

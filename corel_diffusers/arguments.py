@@ -291,7 +291,7 @@ class UNetArguments(TrainingArguments):
 
     # loss
     align_weight: float = 0.5
-    """Weight of how far the UNet's middle features are from a frozen network's of the clean photo (0: left to itself)."""
+    """Weight of how far the UNet's inner features are from a frozen network's of the clean photo (0: left to itself)."""
 
     # diffusion
     schedule: Literal["linear", "cosine"] = "linear"

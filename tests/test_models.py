@@ -7,7 +7,7 @@ import torch
 from conftest import UNET_CONFIG
 
 from corel_diffusers.files import UserError
-from corel_diffusers.models import UNetInTraining, VAEWithPosterior, build_unet, build_vae, downsample_factor, load_config
+from corel_diffusers.models import UNetInTraining, VAEWithPosterior, build_unet, build_vae, downsample_factor, inner_grid, load_config
 
 
 @pytest.mark.parametrize(("preset", "latent_shape"), [("tiny", (4, 16, 24)), ("base", (8, 8, 12))])
@@ -35,7 +35,7 @@ def test_a_unet_in_training_is_without_changes_the_plain_one():
         assert not torch.allclose(model(*inputs, torch.ones(2, 5))[0], plain, atol=1e-3)
         assert torch.equal(unet(*inputs).sample, plain), "nothing stays behind"
     _, guess = model(*inputs, torch.ones(2, 5))
-    assert guess.shape == (2, 7, 2, 2)
+    assert guess.shape == (2, 7, *inner_grid(unet, (8, 8))) == (2, 7, 4, 4)
     guess.mean().backward()
     assert unet.conv_in.weight.grad.abs().sum() > 0, "the guess trains the UNet"
     assert unet.conv_out.weight.grad is None

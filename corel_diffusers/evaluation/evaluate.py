@@ -44,24 +44,15 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     pixels["all"], photo_labels["all"] = joined(pixels), torch.cat(list(photo_labels.values()))
     network = load_network(args.features, device)
 
-    settings: dict = {"pictures": Path(args.pictures or ".").name}
-    labels = None
+    labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:
-        steps = args.steps or DEFAULT_STEPS[args.sampler]
-        settings = {"pipeline": Path(args.pipeline).name, "sampler": args.sampler, "steps": steps}
-        settings |= {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval, "seed": args.seed}
-        pipe.scheduler = build_sampler(args.sampler, pipe.scheduler)
-        model_labels = pick_labels(pipe, (), args.num_images)
-        pictures = sample_pictures(pipe, args, model_labels, args.seed, num_inference_steps=steps)
-        labels = data_labels(pipe, model_labels, class_names)
+        pictures, labels, settings = make_pictures(args, pipe, class_names)
     values = as_array(pictures)
     features = extract(network, values)
     real = {split: photo_features(network, part) for split, part in pixels.items()}
     rendered = {split: render(pipe.vae, pixels[split]) for split in {"train", held_out}} if pipe else pixels
     finder = CopyFinder.of(pixels["train"], rendered["train"], network)
     in_pixels, in_features = finder.search(values, features)
-    planted = planted_copies(pixels["train"].values[:PLANTED])
-    planted = reconstruct(pipe.vae, planted) if pipe else planted
 
     results = settings | {
         "photos": {split: len(part) for split, part in photos.items()},
@@ -73,12 +64,13 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
         "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(in_pixels, in_features)},
     }
+    planted = planted_copies(pixels["train"].values[:PLANTED])
+    planted = reconstruct(pipe.vae, planted) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted, extract(network, planted)))
     if held_out != "all":
         results["held_out_against_train"] = compare(real[held_out], real["train"])
-        results["copies"]["held_out"] = finder.shares(
-            *finder.search(rendered[held_out].values, photo_features(network, rendered[held_out]))
-        )
+        alarms = finder.search(rendered[held_out].values, photo_features(network, rendered[held_out]))
+        results["copies"]["held_out"] = finder.shares(*alarms)
     if labels is not None:
         results["diversity"] = {
             "pictures": within_class_distance(features, labels),
@@ -106,6 +98,17 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     report.write_html(output_dir / "evaluation.html", results, sheets)
     print(report.table_text(results))
     print(f"numbers: {output_dir / 'evaluation.json'}\npictures: {output_dir / 'evaluation.html'} (it shows your photos)")
+
+
+def make_pictures(args: Evaluate, pipe: DiffusionPipeline, class_names: list[str]) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
+    """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
+    steps = args.steps or DEFAULT_STEPS[args.sampler]
+    pipe.scheduler = build_sampler(args.sampler, pipe.scheduler)
+    labels = pick_labels(pipe, (), args.num_images)
+    pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)
+    settings = {"pipeline": Path(args.pipeline).name, "sampler": args.sampler, "steps": steps, "seed": args.seed}
+    settings |= {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
+    return pictures, data_labels(pipe, labels, class_names), settings
 
 
 @dataclass

@@ -69,6 +69,12 @@ def build_unet(config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_cl
     return from_config(UNet2DModel, values, config)
 
 
+def inner_grid(unet: UNet2DModel, latent_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the features after the UNet's first stage up, for latents of (h, w)."""
+    halvings = max(0, len(unet.config.block_out_channels) - 2)
+    return latent_size[0] >> halvings, latent_size[1] >> halvings
+
+
 def downsample_factor(vae: AutoencoderKL) -> int:
     """Pixels a latent position, in each direction."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
@@ -109,7 +115,7 @@ class UNetInTraining(nn.Module):
 
     It is told how its photo was changed, so that it does not draw changed photos: a linear map of the changes, without bias, is
     added to the time's embedding (Karras et al. 2022, arXiv:2206.00364, appendix F.2); at sampling nothing is changed. And it
-    guesses a photo's features from its own in the middle (see alignment.py). 0 changes or features: without that part.
+    guesses a photo's features from its own after the first stage up (see alignment.py). 0 changes or features: without that part.
     """
 
     def __init__(self, unet: UNet2DModel, changes: int, features: int) -> None:
@@ -125,17 +131,17 @@ class UNetInTraining(nn.Module):
         self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, changes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """changes (B, changes), zero for none -> the UNet's prediction (B, C, h, w) and the features it guesses (B, F, h', w')."""
-        middle, hooks = [], []
+        inner, hooks = [], []
         if self.told:
             hooks.append(self.unet.time_embedding.register_forward_hook(lambda module, inputs, output: output + self.told(changes)))
         if self.guess:
-            hooks.append(self.unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(output)))
+            hooks.append(self.unet.up_blocks[0].register_forward_hook(lambda module, inputs, output: inner.append(output)))
         try:
             prediction = self.unet(sample, timestep, labels).sample
         finally:
             for hook in hooks:
                 hook.remove()
-        return prediction, self.guess(middle[0]) if self.guess else None
+        return prediction, self.guess(inner[0]) if self.guess else None
 
 
 def build_discriminator(width: int = 32) -> nn.Sequential:

@@ -178,10 +178,10 @@ def main(args: UNetArguments) -> None:
                     prediction, guess = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label, changed)
                     loss = denoising_loss(prediction, prediction_target(noise_scheduler, latents, noise, timesteps))  # (B,)
                     weight = min_snr_weight(noise_scheduler, timesteps, args.min_snr_gamma) if args.min_snr_gamma else 1.0
-                    whole = (weight * loss).mean()
+                    total = (weight * loss).mean()
                     if args.align_weight:
-                        whole = whole + args.align_weight * misalignment(guess, wanted, feature_mean, feature_std).mean()
-                    accelerator.backward(whole)
+                        total = total + args.align_weight * misalignment(guess, wanted, feature_mean, feature_std).mean()
+                    accelerator.backward(total)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     for optimizer in optimizers:

@@ -313,11 +313,11 @@ class UNetArguments(TrainingArguments):
 
     # early stopping, on the validation loss at fixed noise and timesteps
     early_stopping_patience: int = 30
-    """Epochs without a new best before the run stops (0: never stops early)."""
+    """Validations without a new best before the run stops (0: never stops early)."""
     early_stopping_delta: float = 1e-5
     """A new best is lower by at least this."""
     oscillation_window: int = 10
-    """Epochs in which the loss may swing without falling before the run stops (0: not looked at)."""
+    """Validations in which the loss may swing without falling before the run stops (0: not looked at)."""
     oscillation_threshold: float = 0.0005
     """A lowest loss that falls by less than this from one half of the window to the other does not count as falling."""
 

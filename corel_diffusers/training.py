@@ -292,7 +292,7 @@ class LearningRate:
             group["lr"] = self.now * group.get("lr_scale", 1.0)
 
     def validated(self, loss: float) -> None:
-        """Tells "plateau" the validation loss: ten epochs without a better one halve the rate."""
+        """Tells "plateau" the validation loss: ten validations without a better one halve the rate."""
         if self.plateau:
             self.plateau.step(loss)
 
@@ -317,8 +317,8 @@ class RunState:
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf  # lowest validation loss
-    to_beat: float = math.inf  # by early_stopping_delta, or the epoch counts as one without a new best
-    epochs_since_best: int = 0
+    to_beat: float = math.inf  # by early_stopping_delta, or the validation counts as one without a new best
+    validations_since_best: int = 0
     recent: list[float] = field(default_factory=list)  # validation losses of the oscillation window
     totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
     passes: int = 0  # forward passes in those sums
@@ -528,19 +528,19 @@ def open_history(
 
 
 def early_stop(state: RunState, patience: int, window: int, threshold: float) -> str:
-    """Why the run should stop now, or "". Looks at `epochs_since_best` and at the last `window` validation losses.
+    """Why the run should stop now, or "". Looks at `validations_since_best` and at the last `window` validation losses.
 
     The loss oscillates when it turned at least window / 2 times within the window and the lowest value of the window's second
     half is not below that of the first by more than `threshold`.
     """
-    if patience and state.epochs_since_best >= patience:
-        return f"no better validation loss for {patience} epochs"
+    if patience and state.validations_since_best >= patience:
+        return f"no better validation loss in {patience} validations"
     if window and len(state.recent) == window:
         changes = np.sign(np.diff(state.recent))
         turns = int((changes[1:] * changes[:-1] < 0).sum())
         fall = min(state.recent[: window // 2]) - min(state.recent[window // 2 :])
         if turns >= window / 2 and fall <= threshold:
-            return f"the validation loss swings without falling ({turns} turns in {window} epochs, fell by {fall:.2g})"
+            return f"the validation loss swings without falling ({turns} turns in {window} validations, fell by {fall:.2g})"
     return ""
 
 
@@ -643,9 +643,9 @@ def record_epoch(
 def note_validation(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> bool:
     """Books a validation loss in the state; True where it is the lowest so far. Less than `delta` lower does not end the waiting."""
     state.recent = [*state.recent, loss][-window:] if window else []
-    state.epochs_since_best += 1
+    state.validations_since_best += 1
     if loss < state.to_beat - delta:
-        state.to_beat, state.epochs_since_best = loss, 0
+        state.to_beat, state.validations_since_best = loss, 0
     best = loss < state.best
     state.best = min(loss, state.best)
     return best

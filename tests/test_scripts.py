@@ -237,7 +237,7 @@ def test_a_finished_run_goes_on_with_more_epochs_and_early_stopping_ends_one(une
     ]
     run_here("train_unet", stopping)
     assert len(metrics(tmp_path / "stopping")) == 3
-    assert "no better validation loss for 2 epochs" in capsys.readouterr().out
+    assert "no better validation loss in 2 validations" in capsys.readouterr().out
     run_here("train_unet", [*stopping, "--resume", "latest", "--early-stopping-patience", 3])
     assert len(metrics(tmp_path / "stopping")) == 4, "more patience goes on"
 

@@ -105,7 +105,7 @@ def test_early_stopping_by_patience_and_delta():
     for loss in (1.0, 0.9, 0.8999999, 0.9, 0.95):
         note_validation(state, loss, delta=1e-5)
     assert state.best == 0.8999999, "what is saved is the lowest; the delta only bears on patience"
-    assert state.epochs_since_best == 3
+    assert state.validations_since_best == 3
     assert early_stop(state, 4, 0, 0.0) == ""
     assert "no better validation loss for 3 epochs" in early_stop(state, 3, 0, 0.0)
     assert early_stop(state, 0, 0, 0.0) == "", "0 never stops"

@@ -59,7 +59,7 @@ UNET: Choices = {
         },
         [],
     ),
-    "time as scale and shift": ({"resnet_time_scale_shift": "scale_shift"}, []),
+    "time as a shift only": ({"resnet_time_scale_shift": "default"}, []),
     "no alignment": ({}, ["--align-weight", 0]),
     "alignment 1": ({}, ["--align-weight", 1]),
     "no min-SNR": ({}, ["--min-snr-gamma", 0]),

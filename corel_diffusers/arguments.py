@@ -290,7 +290,7 @@ class UNetArguments(TrainingArguments):
     """Share of training pictures that are such views."""
 
     # loss
-    align_weight: float = 0.5
+    align_weight: float = 0.25
     """Weight of how far the UNet's inner features are from a frozen network's of the clean photo (0: left to itself)."""
 
     # diffusion

@@ -107,7 +107,7 @@ def test_early_stopping_by_patience_and_delta():
     assert state.best == 0.8999999, "what is saved is the lowest; the delta only bears on patience"
     assert state.validations_since_best == 3
     assert early_stop(state, 4, 0, 0.0) == ""
-    assert "no better validation loss for 3 epochs" in early_stop(state, 3, 0, 0.0)
+    assert "no better validation loss in 3 validations" in early_stop(state, 3, 0, 0.0)
     assert early_stop(state, 0, 0, 0.0) == "", "0 never stops"
 
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
 from corel_diffusers.models import UNetInTraining, build_unet, downsample_factor, inner_grid, parameter_count
-from corel_diffusers.muon import build_optimizers
+from corel_diffusers.muon import build_optimizer
 from corel_diffusers.planning import UNET_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
 from corel_diffusers.training import (
@@ -102,6 +103,7 @@ def main(args: UNetArguments) -> None:
     # data
     with accelerator.main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
+        photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
     with accelerator.main_process_first():
         photos, pixels = cache_pixels(photos, size_px)
@@ -145,9 +147,9 @@ def main(args: UNetArguments) -> None:
     else:
         features = np.zeros((len(labels["train"]), 2, 0), np.float32)
     model = UNetInTraining(unet, changes.shape[2], features.shape[2])
-    model, *optimizers = accelerator.prepare(model, *build_optimizers(args.optimizer, model, args.learning_rate, args.weight_decay))
+    model, optimizer = accelerator.prepare(model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay))
     ema = build_ema(args, model)
-    rate = LearningRate(optimizers, args)
+    rate = LearningRate([optimizer], args)
     print_data_and_model(accelerator, photos, size_px, f"UNet of {parameter_count(unet)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop
@@ -184,9 +186,8 @@ def main(args: UNetArguments) -> None:
                     accelerator.backward(total)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
+                    optimizer.step()
+                    optimizer.zero_grad()
                 means.add(loss=loss.mean())
             if ema:
                 ema.step(model.parameters())
@@ -209,7 +210,8 @@ def main(args: UNetArguments) -> None:
                             save_picture(sample_grid(pipe, args.seed, pictures=12), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
                     if judge and epoch % args.evaluate_every < validate_every:
                         with accelerator.autocast():
-                            values |= judge.scores(samples(pipe, args.seed, JUDGED)[0])
+                            pictures = samples(pipe, args.seed, list(islice(cycle(class_names or [None]), JUDGED)))
+                        values |= judge.scores(pictures)
                 rate.validated(values["val_loss"])
                 state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
                 values = means.close(accelerator) | values | {"learning_rate": rate.now}
@@ -248,7 +250,7 @@ def trial_step(
 ) -> Callable[[], None]:
     """A training step of a fresh UNet for the latents of `vae` on zeros, to time it."""
     unet = build_unet(config, size_px, vae, 1).to(accelerator.device)
-    optimizers = build_optimizers(args.optimizer, unet, 1e-4, args.weight_decay)
+    optimizer = build_optimizer(args.optimizer, unet, 1e-4, args.weight_decay)
     latents = torch.zeros(batch_size, unet.config.in_channels, *(side // downsample_factor(vae) for side in size_px))
     latents, timesteps = latents.to(accelerator.device), torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)
 
@@ -256,9 +258,8 @@ def trial_step(
         with accelerator.autocast():
             loss = denoising_loss(unet(latents, timesteps, timesteps).sample, latents).mean()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -319,24 +320,20 @@ def gauge(unet: UNet2DModel, noise_scheduler: DDPMScheduler, seen: FixedDraws, h
     return values | {name.replace("loss", "gauge"): on_held_out[name] / on_seen[name] for name in on_seen}
 
 
-def samples(pipe: CorelPipeline, seed: int, pictures: int, steps: int = 20) -> tuple[list[Image.Image], list[str]]:
-    """About so many pictures, as many of each of the first twelve classes, class by class, and the names of those classes.
-
-    By the shipped pipeline with DPM-Solver++.
-    """
-    names = list((pipe.config.class_names or {}).values())[:12]
-    per_class = max(2, pictures // len(names)) if names else pictures
-    labels = [name for name in names for _ in range(per_class)] or None
+def samples(pipe: CorelPipeline, seed: int, labels: list[str | None], steps: int = 20) -> list[Image.Image]:
+    """A picture for each label, by the shipped pipeline with DPM-Solver++."""
     drawing = type(pipe)(pipe.vae, pipe.unet, build_sampler("dpm-solver++", pipe.scheduler), pipe.config.class_names)
     drawing.set_progress_bar_config(disable=True)
-    count = len(labels) if labels else pictures
-    return drawing(count, labels, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images, names
+    wanted = labels if pipe.config.class_names else None
+    return drawing(len(labels), wanted, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images
 
 
 def sample_grid(pipe: CorelPipeline, seed: int, pictures: int) -> Image.Image:
-    """Samples, a labelled row for each class."""
-    images, names = samples(pipe, seed, pictures)
-    return picture_grid(images, len(images) // len(names) if names else 4, names)
+    """About so many samples: as many of each of the first twelve classes, a labelled row for each."""
+    names = list((pipe.config.class_names or {}).values())[:12]
+    per_class = max(2, pictures // len(names)) if names else 4
+    labels = [name for name in names for _ in range(per_class)] or [None] * pictures
+    return picture_grid(samples(pipe, seed, labels), per_class, names)
 
 
 if __name__ == "__main__":

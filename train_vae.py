@@ -36,7 +36,7 @@ from corel_diffusers.losses import (
     reconstruction_loss,
 )
 from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, downsample_factor, parameter_count
-from corel_diffusers.muon import build_optimizers
+from corel_diffusers.muon import build_optimizer
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.planning import VAE_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
@@ -86,7 +86,8 @@ def main(args: VAEArguments) -> None:
     # data
     with accelerator.main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
-    settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator))
+        photos.pop("test", None)  # what `evaluate` reports on is not even looked at
+    settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px)
     size_px = args.size_px
     with accelerator.main_process_first():
         photos, pixels = cache_pixels(photos, size_px)
@@ -101,14 +102,14 @@ def main(args: VAEArguments) -> None:
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     perceptual = PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last) if args.perceptual else None
     model = VAEWithPosterior(vae)
-    model, *optimizers = accelerator.prepare(model, *build_optimizers(args.optimizer, model, args.learning_rate, args.weight_decay))
+    model, optimizer = accelerator.prepare(model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay))
     trained, discriminator = [model], build_discriminator() if args.adversarial_weight else None
     if discriminator:
         judge = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
         discriminator, judge = accelerator.prepare(discriminator, judge)
         trained.append(discriminator)
     ema = build_ema(args, model)
-    rate = LearningRate(optimizers + ([judge] if discriminator else []), args)
+    rate = LearningRate([optimizer, judge] if discriminator else [optimizer], args)
     print_data_and_model(accelerator, photos, size_px, f"VAE of {parameter_count(vae)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop
@@ -122,7 +123,8 @@ def main(args: VAEArguments) -> None:
         while not length.reached(state):
             rate.set(state.step, length.total_steps(state))
             if not args.kl_target:
-                kl_weight.fill_(kl_warmup(args.kl_weight, state.step, args.kl_warmup * plan.steps_per_epoch))
+                warmup_steps = args.kl_warmup * plan.steps_per_epoch
+                kl_weight.fill_(kl_warmup(args.kl_weight, max(state.step, 3 * length.share(state) * warmup_steps), warmup_steps))
             early = args.adversarial_start - length.share(state)  # so much of the run before the discriminator's verdict counts
             kl = 0.0
             for micro_step in range(args.grad_accum):
@@ -144,10 +146,10 @@ def main(args: VAEArguments) -> None:
                     loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
+                        accelerator.unscale_gradients(optimizer)  # not the judge's, whose gradients may be half summed up
+                        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
                     if discriminator and early <= DISCRIMINATOR_LEAD:  # only the discriminator learns from it
                         verdicts = discriminator(torch.cat([batch, reconstruction.detach()])).float()
                         terms["discriminator"] = discriminator_loss(*verdicts.chunk(2))
@@ -210,17 +212,16 @@ def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_p
     """A training step of a fresh VAE on grey photos, to time it."""
     model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample)).to(accelerator.device)
     perceptual = PerceptualLoss(args.perceptual_network).to(accelerator.device) if args.perceptual else None
-    optimizers = build_optimizers(args.optimizer, model, 1e-4, args.weight_decay)
-    photos = torch.zeros(batch_size, 3, *size_px, device=accelerator.device)
-    noise = torch.zeros_like(model.vae.encode(photos).latent_dist.mean)
+    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay)
+    latent_shape = (model.vae.config.latent_channels, *(side // downsample_factor(model.vae) for side in size_px))
+    photos, noise = (torch.zeros(batch_size, *shape, device=accelerator.device) for shape in ((3, *size_px), latent_shape))
 
     def step() -> None:
         with accelerator.autocast():
             terms = loss_terms(args, accelerator, perceptual, photos, *model(photos, noise))
         sum(terms.values()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

@@ -83,7 +83,7 @@ def judge_vae(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
         vae = AutoencoderKL.from_pretrained(folder).eval()
         scores = reconstruction_scores(reconstruct(vae, pixels["validation"].values), pixels["validation"].values, network, real)
         values = vae.config.latent_channels * (args.image_size // 2 ** (len(vae.config.block_out_channels) - 1)) ** 2
-        nats = read_metrics(folder / "metrics.jsonl")[-1]["val_kl"] / values
+        nats = min(read_metrics(folder / "metrics.jsonl"), key=lambda record: record["val_loss"])["val_kl"] / values
         cells = [parameter_count(vae).split()[0], f"{scores['psnr_db']:.2f}", f"{scores['ssim']:.3f}", f"{scores['perceptual']:.3f}"]
         return scores | {"nats_a_value": nats}, " | ".join([*cells, with_interval(scores), f"{nats:.2f}"])
 
@@ -127,7 +127,9 @@ def main() -> None:
     judge = judge(args)
     names = ["choice", "photos/s", "M parameters", *columns]
     title = f"{args.minutes:g} minutes each at {args.image_size} px, {machine()}"
-    results, lines = {}, [title, "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    numbers, rows = args.output_dir / f"{args.model}.json", {}
+    if args.only and numbers.is_file():  # the other rows stay as they were
+        rows = json.loads(numbers.read_text())["rows"]
     for place, (name, (changes, flags)) in enumerate(choices.items()):
         if args.only is not None and place not in args.only:
             continue
@@ -142,10 +144,10 @@ def main() -> None:
         last = read_metrics(folder / "metrics.jsonl")[-1]
         speed = last["images_seen"] / last["seconds"]
         scores, cells = judge(folder)
-        results[name] = scores | {"photos_per_second": speed}
-        lines.append(f"| {name} | {speed:.0f} | {cells} |")
-        write_json(args.output_dir / f"{args.model}.json", {"title": title, "results": results})
-        write_text(args.output_dir / f"{args.model}.md", "\n".join(lines) + "\n")
+        rows[name] = {"row": f"| {name} | {speed:.0f} | {cells} |"} | scores | {"photos_per_second": speed}
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(rows[known]["row"] for known in choices if known in rows)]
+        write_json(numbers, {"title": title, "rows": rows})
+        write_text(args.output_dir / f"{args.model}.md", "\n".join([title, "", *lines]) + "\n")
     print((args.output_dir / f"{args.model}.md").read_text())
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: running the project's scripts, and naming the machine."""
 
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,4 +27,7 @@ def tool(*words: object) -> None:
 
 def machine() -> str:
     """What the numbers were measured on."""
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else named[1] if named else platform.processor()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -9,7 +9,7 @@ HIGH_KL_PER_VALUE = 8.0  # nats a latent value: the posterior is then some e^-8 
 
 
 def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str]:
-    """A training loss that has not fallen by a twentieth from the first tenth of the epochs to the last."""
+    """A training loss that has not fallen by a twentieth from the first tenth of the validations to the last."""
     values = [record[name] for record in history if name in record]
     if len(values) < 5:
         return []
@@ -21,8 +21,9 @@ def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str
     if last > first:
         way_out = f"the learning rate is too high: try --lr {rate / 2:.1g} (was {rate:g})"
     else:
-        way_out = f"train longer (--epochs {2 * len(values)}) or try --lr {rate * 2:.1g} (was {rate:g})"
-    return [f"the loss is not falling ({name} {first:.4g} in the first epochs, {last:.4g} in the last): {way_out}"]
+        longer = f"--max-train-minutes {2 * args.max_train_minutes:g}" if args.max_train_minutes else f"--epochs {2 * history[-1]['epoch']}"
+        way_out = f"train longer ({longer}) or try --lr {rate * 2:.1g} (was {rate:g})"
+    return [f"the loss is not falling ({name} {first:.4g} at first, {last:.4g} at last): {way_out}"]
 
 
 def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...], mean_picture_psnr: float) -> list[str]:

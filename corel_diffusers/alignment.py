@@ -28,8 +28,15 @@ def cache_features(pixels: Pixels, views: Views | None, grid: tuple[int, int], d
 
 def feature_scale(features: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each feature over photos and positions, (1, F, 1, 1)."""
-    spread = features.std((0, 1, 3, 4)) + 1e-6
-    return tuple(torch.from_numpy(value).view(1, -1, 1, 1).to(device) for value in (features.mean((0, 1, 3, 4)), spread))
+    total, square = np.zeros((2, features.shape[2]))
+    for start in range(0, len(features), 1024):  # in parts: a large cache stays on the disk
+        part = features[start : start + 1024].astype(np.float64)
+        total += part.sum((0, 1, 3, 4))
+        square += (part**2).sum((0, 1, 3, 4))
+    count = features.size / features.shape[2]
+    mean = total / count
+    spread = np.sqrt(np.maximum(square / count - mean**2, 1e-12))
+    return tuple(torch.from_numpy(value).float().view(1, -1, 1, 1).to(device) for value in (mean, spread))
 
 
 def misalignment(guess: torch.Tensor, features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

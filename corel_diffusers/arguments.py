@@ -26,6 +26,7 @@ LR_SCHEDULERS = Literal[
 class TrainingArguments:
     """What train_vae.py and train_unet.py have in common."""
 
+    PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
     TINY_LEARNING_RATE: ClassVar[float] = 1e-3
 
     # photos
@@ -60,7 +61,7 @@ class TrainingArguments:
     max_train_steps: int | None = None
     """Optimizer steps, in place of --epochs."""
     max_train_minutes: float | None = None
-    """Minutes from the script's first line on, in place of --epochs: the learning rate runs over them, the end is on time."""
+    """Minutes, in place of --epochs: the learning rate runs over them, the end is on time. Starting Python is not counted."""
     batch_size: int | None = None
     """Photos a forward pass, on each device."""
     grad_accum: int = 1
@@ -167,15 +168,16 @@ class TrainingArguments:
             require(value is None or value >= 1, name, value, "give 1 or more")
         minutes = self.max_train_minutes
         require(minutes is None or 0 < minutes < math.inf, "max_train_minutes", minutes, "give a number above 0")
-        if minutes and self.max_train_steps:
-            raise UserError("--max-train-minutes and --max-train-steps exclude each other: give one of them")
+        given = [f"--{name.replace('_', '-')}" for name, value in self.length.items() if value]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
         for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "give a number above 0")
-        lr_max = self.learning_rate or 1e-4
-        require(self.lr_min <= lr_max, "lr_min", self.lr_min, f"give at most --learning-rate {lr_max:g}")
+        if self.learning_rate:
+            self.check_learning_rate()
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "give a number from 0 to below 1")
         if self.image_size:
             parse_size(self.image_size)
@@ -196,17 +198,25 @@ class TrainingArguments:
             raise UserError(f"--config {self.config} is unknown: give tiny, base, large or a JSON file")
 
     @property
+    def length(self) -> dict:
+        """The flags that say how long a run is; one of them is given, or none."""
+        return {name: getattr(self, name) for name in ("epochs", "max_train_steps", "max_train_minutes")}
+
+    @property
     def planned(self) -> dict:
         """The flags that a plan decides where they are left open; of the lengths, one is given or planned."""
-        length = {name: getattr(self, name) for name in ("epochs", "max_train_steps", "max_train_minutes")}
-        length = {name: value for name, value in length.items() if value} or {"max_train_minutes": None}
-        return {"config": self.config, "image_size": self.image_size, "batch_size": self.batch_size} | length
+        length = {name: value for name, value in self.length.items() if value} or {"max_train_minutes": None}
+        return {name: getattr(self, name) for name in self.PLANNED} | length
+
+    def check_learning_rate(self) -> None:
+        require(self.lr_min <= self.learning_rate, "lr_min", self.lr_min, f"give at most --learning-rate {self.learning_rate:g}")
 
     def fill(self, plan: dict) -> None:
         """Sets the flags that are open to those of the plan, and then those that follow from them."""
-        for name, value in self.planned.items():
-            setattr(self, name, value or plan.get(name))
+        for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
+            setattr(self, name, getattr(self, name) or plan.get(name))
         self.learning_rate = self.learning_rate or (self.TINY_LEARNING_RATE if self.config == "tiny" else 1e-4)
+        self.check_learning_rate()
 
 
 @dataclass(kw_only=True)
@@ -271,6 +281,7 @@ class UNetArguments(TrainingArguments):
     """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline. What is left open of --config, --batch-size
     and the length is planned."""
 
+    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size")  # the size is the VAE's
     TINY_LEARNING_RATE: ClassVar[float] = 2e-3
 
     output_dir: str = "diffusion_models"

@@ -151,6 +151,7 @@ class Evaluate(Sampling):
             require((base / self.pictures).is_dir(), "pictures", base / self.pictures, "this is no folder: check the path")
         else:
             self.check()
+            require(self.num_images >= 4, "num_images", self.num_images, "give 4 or more, some hundred to trust the numbers")
         source = self.data_dir if self.data_dir == SCENES else base / self.data_dir
         if source != SCENES and not source.is_dir():
             raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")

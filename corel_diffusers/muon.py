@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-LEARNING_RATE_SCALE = 20.0  # Muon's learning rate over AdamW's: what trained the tiny VAE best, see benchmarks/results
+LEARNING_RATE_SCALE = 20.0  # Muon's learning rate over AdamW's: what trained the tiny VAE best
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest (Jordan et al. 2024)
 
 
@@ -55,17 +55,47 @@ def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def build_optimizers(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """ "adamw", or "muon" for the weights of the layers within and AdamW for first and last layers, norms, biases, embeddings."""
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one: what scales fp16 gradients must see a step once, whatever it consists of."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:  # the parts hold groups and state
+        self.parts, self.defaults = parts, {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict:
+        return {weight: values for part in self.parts for weight, values in part.state.items()}
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for part, values in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(values)
+
+
+def build_optimizer(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """ "adamw", or "muon": Muon for the weights of the layers within, AdamW for the first and last layers, norms, biases, embeddings."""
     hidden = []
     if name == "muon":
-        outer = ("conv_in", "conv_out", "class_embedding")
+        outer = ("conv_in", "conv_out", "class_embedding", "told", "guess")
         hidden = [p for n, p in model.named_parameters() if p.ndim >= 2 and not any(part in n.split(".") for part in outer)]
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)]
-    if hidden:
-        muon = Muon(hidden, LEARNING_RATE_SCALE * learning_rate, weight_decay=weight_decay / LEARNING_RATE_SCALE)
-        muon.param_groups[0]["lr_scale"] = LEARNING_RATE_SCALE
-        optimizers.insert(0, muon)
-    return optimizers
+    adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    if not hidden:
+        return adamw
+    muon = Muon(hidden, LEARNING_RATE_SCALE * learning_rate, weight_decay=weight_decay / LEARNING_RATE_SCALE)
+    muon.param_groups[0]["lr_scale"] = LEARNING_RATE_SCALE
+    return Together(muon, adamw)

@@ -18,8 +18,8 @@ from datasets import Image as ImageFeature
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.transforms import PhotoError, open_photo
-from corel_diffusers.files import read_json
-from corel_diffusers.training import device_name, of_main_process
+from corel_diffusers.files import UserError, read_json
+from corel_diffusers.training import device_name, is_out_of_memory, of_main_process
 
 
 class Rung(NamedTuple):
@@ -65,21 +65,20 @@ def settle(
     photos: DatasetDict,
     ladder: Ladder,
     trial_step: TrialStep,
-    vae_size_px: tuple[int, int] | None = None,
+    size_px: tuple[int, int] | None,
 ) -> None:
-    """Decides --config, --image-size, --batch-size and the length where they are open.
+    """Decides what is open of the flags that a plan can decide.
 
     A resumed run keeps what it was begun with. With --plan the plan is printed and the script ends: nothing has been written.
-    vae_size_px: the size that the UNet's VAE was trained at.
+    size_px: where it is decided, by a flag or by the UNet's VAE.
     """
     run = args.run_dir / "run.json"
-    if args.resume and run.is_file():
-        plan = read_json(run)["plan"]
+    plan = read_json(run).get("plan") if args.resume and run.is_file() else None
+    if plan:
+        accelerator.print("plan: as the run was begun")
     elif args.plan or None in args.planned.values():
-        plan = of_main_process(accelerator, choose(args, accelerator, photos, ladder, trial_step, args.size_px or vae_size_px))
-    else:
-        plan = {}
-    args.fill(plan)
+        plan = of_main_process(accelerator, choose(args, accelerator, photos, ladder, trial_step, size_px))
+    args.fill(plan or {})
     if args.plan:
         accelerator.end_training()
         sys.exit(0)
@@ -95,46 +94,58 @@ def choose(
 ) -> dict:
     """The open flags, by name, printed with what they come to. Speed is measured only where the choice, or --plan, needs it."""
     count = len(photos["train"])
-    by_epochs = args.epochs * count if args.epochs else math.inf
     minutes = args.max_train_minutes or ladder.minutes
     side_px = math.inf if size_px else native_side_px(photos)
     rungs = [rung for rung in ladder.rungs if args.config in (None, rung.config)] or [ladder.rungs[0]]  # a JSON's size: anyone's guess
     rungs = [rung for rung in rungs if rung.photos <= count and rung.side_px <= side_px] or rungs[:1]
 
-    chosen, seen, rate = rungs[0], math.inf, None
+    chosen, rate = rungs[0], None
     for rung in rungs if args.plan or len(rungs) > 1 else ():
-        if rung is not rungs[0] and seen < STEEPNESS * rung.pictures:
+        higher = rung is not rungs[0]
+        if higher and (asked_for(args, rung, accelerator, count) < rung.pictures or 60 * minutes * rate < STEEPNESS * rung.pictures):
             break
         batch_size = args.batch_size or rung.batch_size
-        step = trial_step(args.config or rung.config, size_px or (rung.side_px,) * 2, batch_size)
-        measured = photos_per_second(step, batch_size) * accelerator.num_processes
-        asked = args.max_train_steps * batch_size * args.grad_accum * accelerator.num_processes if args.max_train_steps else by_epochs
-        within = min(asked, 60 * minutes * measured)
-        if rung is rungs[0] or within >= rung.pictures:
-            chosen, seen, rate = rung, within, measured
+        try:
+            step = trial_step(args.config or rung.config, size_px or (rung.side_px,) * 2, batch_size)
+            measured = photos_per_second(step, batch_size) * accelerator.num_processes
+        except (RuntimeError, MemoryError, UserError) as error:
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                break  # too large for the machine, or no model for such a size: of the first rung, the run itself will say so
+            raise
+        if not higher or 60 * minutes * measured >= rung.pictures:
+            chosen, rate = rung, measured
 
-    plan = {"config": chosen.config, "batch_size": chosen.batch_size, "max_train_minutes": minutes}
-    plan |= {} if size_px else {"image_size": str(chosen.side_px)}
-    plan = {name: plan[name] for name, given in args.planned.items() if given is None and name in plan}
+    plan = {"config": chosen.config, "image_size": str(chosen.side_px), "batch_size": chosen.batch_size, "max_train_minutes": minutes}
+    plan = {name: plan[name] for name, given in args.planned.items() if given is None and not (name == "image_size" and size_px)}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
     accelerator.print(f"plan: {flags or 'as the flags say'}")
     if rate:
-        for line in (speed_line(accelerator, args, chosen, count, seen, rate), expectation(ladder, chosen, size_px, seen)):
+        timed = not (args.epochs or args.max_train_steps)
+        seen = 60 * minutes * rate if timed else asked_for(args, chosen, accelerator, count)
+        for line in (speed_line(accelerator, args, chosen, count, seen, rate), expectation(args, ladder, chosen, size_px, seen)):
             accelerator.print(f"      {line}")
     return plan
+
+
+def asked_for(args: TrainingArguments, rung: Rung, accelerator: Accelerator, count: int) -> float:
+    """The pictures that --epochs or --max-train-steps ask for; no end of them where the time decides."""
+    if args.max_train_steps:
+        return args.max_train_steps * (args.batch_size or rung.batch_size) * args.grad_accum * accelerator.num_processes
+    return args.epochs * count if args.epochs else math.inf
 
 
 def speed_line(accelerator: Accelerator, args: TrainingArguments, rung: Rung, count: int, pictures: float, rate: float) -> str:
     """What the machine does in the time, for people."""
     steps = pictures / ((args.batch_size or rung.batch_size) * args.grad_accum * accelerator.num_processes)
     looks = f"{pictures:,.0f} pictures in {steps:,.0f} steps: each of the {count:,} photos {pictures / count:,.0f} times"
-    return f"{device_name(accelerator)} does {rate:,.0f} photos/s: {pictures / rate / 60:,.0f} minutes, {looks}"
+    return f"{device_name(accelerator)} does about {rate:,.0f} photos/s: {pictures / rate / 60:,.0f} minutes, {looks}"
 
 
-def expectation(ladder: Ladder, rung: Rung, size_px: tuple[int, int] | None, pictures: float) -> str:
+def expectation(args: TrainingArguments, ladder: Ladder, rung: Rung, size_px: tuple[int, int] | None, pictures: float) -> str:
     """What a run of that length was measured to reach; only the first rung was."""
     reached = [(seen, value) for seen, value in ladder.reached if seen <= 1.2 * pictures]
-    if rung is not ladder.rungs[0] or size_px not in (None, (rung.side_px, rung.side_px)) or not reached:
+    other_model = rung is not ladder.rungs[0] or args.config not in (None, rung.config) or getattr(args, "downsample", None)
+    if other_model or size_px not in (None, (rung.side_px, rung.side_px)) or not reached:
         return "expect: no run like this has been measured; --evaluate-every and `corel-diffusers evaluate` tell"
     seen, value = reached[-1]
     return f"expect: {ladder.measure.format(value)}, as measured on 221 Corel photos after {seen:,} pictures"

@@ -208,7 +208,7 @@ def batches(plan: BatchPlan, first_step: int, length: "RunLength", num_workers: 
 
 @dataclass
 class RunLength:
-    """Where a run ends: after so many steps, or after so many seconds since its script began (resumed time included)."""
+    """Where a run ends: after so many steps, or so many seconds after it began (resumed time included)."""
 
     steps: int | None
     seconds: float | None
@@ -570,14 +570,18 @@ class StopSignal:
             sys.exit(128 + self.number)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU, or on a CPU, where torch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def explained_failures(args: TrainingArguments) -> Iterator[None]:
     """Turns running out of memory into one line with the flags that help and what the run had asked for."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        text = str(error)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+        if not is_out_of_memory(error):
             raise
         used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""
         size = f"{'x'.join(map(str, args.size_px))} px" if args.size_px else "the VAE's size"

@@ -1,10 +1,13 @@
 """Muon against torch's own, on the matrices that torch's takes, and what goes to which optimizer."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from corel_diffusers.muon import Muon, build_optimizers, orthogonal
+from corel_diffusers.models import build_vae
+from corel_diffusers.muon import Muon, build_optimizer, orthogonal
 
 
 def test_steps_are_torchs_own_on_matrices():
@@ -49,7 +52,53 @@ def test_first_and_last_layers_norms_and_biases_stay_with_adamw():
     model = nn.ModuleDict(
         {"conv_in": nn.Conv2d(3, 8, 3), "middle": nn.Conv2d(8, 8, 3), "norm": nn.GroupNorm(2, 8), "conv_out": nn.Conv2d(8, 3, 3)}
     )
-    muon, adamw = build_optimizers("muon", model, 1e-3, 0.0)
+    muon, adamw = build_optimizer("muon", model, 1e-3, 0.0).parts
     assert [p is model["middle"].weight for p in muon.param_groups[0]["params"]] == [True]
     assert sum(p.numel() for g in muon.param_groups + adamw.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
-    assert [type(o) for o in build_optimizers("adamw", model, 1e-3, 0.0)] == [torch.optim.AdamW]
+    assert type(build_optimizer("adamw", model, 1e-3, 0.0)) is torch.optim.AdamW
+
+
+def test_scaled_gradients_make_the_same_step():
+    """What fp16 does on a GPU, with a scaler for the CPU: a step of the two parts counts once, and is unscaled once."""
+
+    def trained(scale: float | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_vae("tiny", (32, 32))
+        optimizer = build_optimizer("muon", model, 1e-3, 0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for step in range(3):
+            photos = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+            scaler.scale((model(photos).sample - photos).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scale is None or scaler.get_scale() == scale
+        return [p.detach() for p in model.parameters()]
+
+    for plain, scaled in zip(trained(None), trained(1024.0), strict=True):
+        assert torch.allclose(plain, scaled, atol=1e-6)
+
+
+def test_together_is_saved_and_goes_on():
+    torch.manual_seed(0)
+    model = build_vae("tiny", (32, 32))
+    optimizer = build_optimizer("muon", model, 1e-3, 0.01)
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(1, 3, 32, 32)).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(optimizer)
+    weights, state = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
+    step(optimizer)
+    once_more = [p.detach().clone() for p in model.parameters()]
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        parameter.data.copy_(weight)
+    fresh = build_optimizer("muon", model, 5.0, 0.0)
+    fresh.load_state_dict(state)
+    assert {group["lr"] for group in fresh.param_groups} == {1e-3, 20 * 1e-3}
+    step(fresh)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), once_more, strict=True))

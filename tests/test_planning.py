@@ -3,11 +3,13 @@
 import time
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from corel_diffusers import planning
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.data.photos import load_photos
+from corel_diffusers.models import build_vae
 from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, choose, native_side_px, photos_per_second
 
 LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base": 600.0, "large": 60.0}
@@ -40,6 +42,32 @@ def test_the_largest_model_that_sees_enough_in_its_time(machine, count, side_px,
     args.fill(plan)
     assert None not in args.planned.values()
     assert args.learning_rate == (1e-3 if args.config == "tiny" else 1e-4)
+
+
+def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):
+    monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
+    monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: GPU[config])
+
+    def trial_step(config: str, size_px: tuple[int, int], batch_size: int) -> str:
+        if config == "base":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return config
+
+    args = VAEArguments(plan=True)
+    assert choose(args, Accelerator(cpu=True), {"train": range(350)}, VAE_LADDER, trial_step, None)["config"] == "tiny"
+    args = VAEArguments(plan=True, image_size="100")  # no size for base
+    build = lambda config, size_px, batch_size: build_vae(config, size_px) and config  # noqa: E731
+    assert choose(args, Accelerator(cpu=True), {"train": range(350)}, VAE_LADDER, build, (100, 100))["config"] == "tiny"
+    assert "does about 3,000 photos/s: 20 minutes, 3,600,000 pictures in 450,000 steps" in capsys.readouterr().out
+
+
+def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
+    monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
+    monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: LAPTOP[config])
+    choose(VAEArguments(plan=True, epochs=600), Accelerator(cpu=True), {"train": range(200)}, VAE_LADDER, lambda *what: what[0], None)
+    out = capsys.readouterr().out
+    assert "plan: --config tiny --image-size 64 --batch-size 8" in out
+    assert "100 minutes, 120,000 pictures in 15,000 steps: each of the 200 photos 600 times" in out
 
 
 def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):

@@ -158,8 +158,10 @@ def test_a_plan_is_printed_and_nothing_written(vae_flags, tmp_path, capsys):
     assert json.loads((tmp_path / "run.json").read_text())["plan"] == {
         "config": "tiny", "image_size": "64", "batch_size": 8, "max_train_steps": 1,
     }  # fmt: skip
+    run_here("train_vae", [*where, "--resume", "latest"])
+    assert "plan: as the run was begun" in capsys.readouterr().out
+    assert metrics(tmp_path)[-1]["step"] == 1, "the length is remembered as well"
     run_here("train_vae", [*where, "--max-train-steps", 2, "--resume", "latest"])
-    assert "plan:" not in capsys.readouterr().out.split("resuming")[-1]
     assert metrics(tmp_path)[-1]["step"] == 2
 
 
@@ -287,6 +289,7 @@ REFUSED = [
     ("train_unet", ["--seed", -1], "--seed -1: give 0 or more"),
     ("train_unet", ["--push-to-hub"], "--push-to-hub needs --hub-model-id"),
     ("train_unet", ["--ema-decay", "1.5"], "--ema-decay 1.5"),
+    ("train_unet", ["--epochs", 3, "--max-train-minutes", 1], "--epochs and --max-train-minutes exclude each other"),
 ]
 
 

@@ -213,6 +213,8 @@ def load_photos(
     else:
         raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
     photos = keep_classes(photos, numbers, list(classes))
+    if "test" in photos and not len(photos["test"]):  # the classes that were picked have none set aside
+        del photos["test"]
     if not len(photos["validation"]):  # the classes that were picked have none held out
         photos = DatasetDict(photos | with_split(photos["train"]))
     if max_train_samples and max_train_samples < len(photos["train"]):
@@ -318,9 +320,16 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
     held_out = next((split for split in ("validation", "test") if split in loaded and split != train), None)
     numbers = dict(enumerate(ordered, 1))
     if held_out:
-        splits = {"train": train, "validation": held_out} | ({"test": "test"} if held_out == "validation" and "test" in loaded else {})
+        splits = {"train": train, "validation": held_out}
+        if held_out == "validation" and "test" in loaded and has_labels(loaded["test"], label):
+            splits["test"] = "test"
         return DatasetDict({split: uniform(name) for split, name in splits.items()}), numbers
     return with_split(uniform(train)), numbers
+
+
+def has_labels(part: Dataset, label: str | None) -> bool:
+    """Whether each photo of a split is labelled: published test splits often are not, or hold -1."""
+    return label is None or (label in part.features and not any(value in (None, -1) for value in part[label][:]))
 
 
 def labelled(photos: Dataset, names: Sequence[str], class_names: list[str]) -> Dataset:

@@ -18,7 +18,7 @@ from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
 from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
-from corel_diffusers.files import UserError, write_json
+from corel_diffusers.files import UserError, read_json, write_json
 from corel_diffusers.generate import DEFAULT_STEPS, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
 from corel_diffusers.hub import unet_digest, write_card
 from corel_diffusers.latents import weights_key
@@ -172,8 +172,13 @@ def picture_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
 def photos_to_compare(args: Evaluate, source: Path | str, pipe: DiffusionPipeline | None) -> DatasetDict:
     """The photos of --classes, or of the classes that the model has, or all where its classes are not the photos'."""
     photos = load_photos(source, classes=args.classes)
-    trained, there = set((pipe.config.class_names or {}).values()) if pipe else set(), set(photos["train"].features["label"].names)
-    return load_photos(source, classes=sorted(trained)) if trained < there and not args.classes else photos
+    if args.classes or not pipe:
+        return photos
+    trained = set((pipe.config.class_names or {}).values())
+    run = Path(args.pipeline) / "run.json"
+    if not trained and run.is_file():  # a model of one class has no labels
+        trained = set(read_json(run)["data"]["classes"])
+    return load_photos(source, classes=sorted(trained)) if trained and trained < set(photos["train"].features["label"].names) else photos
 
 
 def data_labels(pipe: DiffusionPipeline, labels: list[int] | None, class_names: list[str]) -> torch.Tensor | None:

@@ -39,6 +39,7 @@ def kernel_interval(a: torch.Tensor, b: torch.Tensor, resamples: int = 1000, lev
     rng = np.random.default_rng(0)
     weights_a, weights_b = (torch.from_numpy(rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)).to(x) for x in (a, b))
     values = weighted_distance(kernel(a, a), kernel(b, b), kernel(a, b), weights_a, weights_b)
+    values = values[values.isfinite()]  # of very few pictures, a resampling may hold one picture only
     tail = (1 - level) / 2
     low, high = torch.quantile(values, torch.tensor([tail, 1 - tail]).to(values))
     return float(low), float(high)

@@ -8,7 +8,7 @@ from conftest import run_here
 from corel_diffusers.advice import on_kl, on_loss
 from corel_diffusers.arguments import VAEArguments
 
-COLLAPSED = ["--kl-weight", 1.0, "--kl-warmup", 0, "--reconstruction", "mse", "--no-perceptual", "--lr", 1e-3, "--epochs", 12]
+COLLAPSED = ["--kl-weight", 1.0, "--kl-warmup", 0, "--reconstruction", "mse", "--no-perceptual", "--lr", 3e-3, "--epochs", 40]
 
 
 def test_the_guides_own_kl_weight_collapses_the_posterior_and_is_told_so(vae_flags, tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_kl_lines(history, args, expected):
 
 def test_loss_lines():
     def told(values):
-        return on_loss([{"loss": value} for value in values], "loss", VAEArguments(learning_rate=1e-3))
+        return on_loss([{"loss": value, "epoch": n + 1} for n, value in enumerate(values)], "loss", VAEArguments(learning_rate=1e-3))
 
     assert told([1.0 - 0.05 * n for n in range(10)]) == []
     assert "train longer (--epochs 20) or try --lr 0.002" in told([1.0 - 0.001 * n for n in range(10)])[0]

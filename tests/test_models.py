@@ -7,7 +7,16 @@ import torch
 from conftest import UNET_CONFIG
 
 from corel_diffusers.files import UserError
-from corel_diffusers.models import UNetInTraining, VAEWithPosterior, build_unet, build_vae, downsample_factor, inner_grid, load_config
+from corel_diffusers.models import (
+    INITIAL_LOGVAR,
+    UNetInTraining,
+    VAEWithPosterior,
+    build_unet,
+    build_vae,
+    downsample_factor,
+    inner_grid,
+    load_config,
+)
 
 
 @pytest.mark.parametrize(("preset", "latent_shape"), [("tiny", (4, 16, 24)), ("base", (8, 8, 12))])
@@ -21,6 +30,13 @@ def test_presets_run_forward_at_rectangular_sizes(preset, latent_shape):
     assert mean.shape == logvar.shape == prediction.shape == (1, *latent_shape)
     assert vae.config.scaling_factor == 1
     assert unet.config.sample_size == list(latent_shape[1:])
+
+
+def test_a_fresh_vae_lets_the_photo_through_its_noise():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        posterior = build_vae("tiny", (64, 64)).encode(torch.rand(2, 3, 64, 64)).latent_dist
+    assert posterior.logvar.mean() == pytest.approx(INITIAL_LOGVAR, abs=0.5)
 
 
 def test_a_unet_in_training_is_without_changes_the_plain_one():

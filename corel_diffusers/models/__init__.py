@@ -9,6 +9,7 @@ from torch import nn
 from corel_diffusers.files import UserError, first_line, read_json
 
 HERE = Path(__file__).parent
+INITIAL_LOGVAR = -4.0  # of the posterior: at 0 its noise drowns the photo, and channels die before the decoder has learnt to use them
 
 
 def load_config(kind: str, config: str) -> dict:
@@ -52,7 +53,11 @@ def build_vae(config: str, size_px: tuple[int, int], latent_dim: int | None = No
     }
     values.setdefault("force_upcast", False)
     check_size(size_px, 2 ** (len(channels) - 1), "the VAE")
-    return from_config(AutoencoderKL, values, config)
+    vae = from_config(AutoencoderKL, values, config)
+    if vae.quant_conv is not None:
+        with torch.no_grad():
+            vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOGVAR
+    return vae
 
 
 def build_unet(config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_classes: int | None) -> UNet2DModel:

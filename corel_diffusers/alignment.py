@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from corel_diffusers.data.transforms import Pixels
-from corel_diffusers.data.views import Views, cache_versions
-from corel_diffusers.perceptual import EfficientNetLiteFeatures
+from corel_diffusers.data.views import Views, cache_versions, channel_statistics
+from corel_diffusers.perceptual import EfficientNetLiteFeatures, enlarged
 
 LOOKED_AT_PX = 128  # photos are enlarged to this: the network was trained on larger ones
 
@@ -19,24 +19,16 @@ def cache_features(pixels: Pixels, views: Views | None, grid: tuple[int, int], d
     network = EfficientNetLiteFeatures().eval().requires_grad_(False).to(device)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
-        scale = max(1, LOOKED_AT_PX / min(pictures.shape[-2:]))
-        pictures = F.interpolate(pictures, scale_factor=scale, mode="bilinear") if scale > 1 else pictures
-        return F.adaptive_avg_pool2d(network(pictures)[-1], grid)
+        return F.adaptive_avg_pool2d(network(enlarged(pictures, LOOKED_AT_PX))[-1], grid)
 
     return cache_versions(f"features-{'x'.join(map(str, grid))}", features, pixels, views, device)
 
 
 def feature_scale(features: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each feature over photos and positions, (1, F, 1, 1)."""
-    total, square = np.zeros((2, features.shape[2]))
-    for start in range(0, len(features), 1024):  # in parts: a large cache stays on the disk
-        part = features[start : start + 1024].astype(np.float64)
-        total += part.sum((0, 1, 3, 4))
-        square += (part**2).sum((0, 1, 3, 4))
-    count = features.size / features.shape[2]
-    mean = total / count
-    spread = np.sqrt(np.maximum(square / count - mean**2, 1e-12))
-    return tuple(torch.from_numpy(value).float().view(1, -1, 1, 1).to(device) for value in (mean, spread))
+    mean, variance = channel_statistics(features)
+    values = mean, np.sqrt(np.maximum(variance, 1e-12))
+    return tuple(torch.from_numpy(value).float().view(1, -1, 1, 1).to(device) for value in values)
 
 
 def misalignment(guess: torch.Tensor, features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

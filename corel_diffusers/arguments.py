@@ -192,8 +192,7 @@ class TrainingArguments:
             raise UserError(f"--data-dir {self.path(self.data_dir)} is no folder: check the path (relative ones start at --base-dir)")
         if self.config and self.config.endswith(".json"):
             self.config = str(self.path(self.config))
-            if not Path(self.config).is_file():
-                raise UserError(f"--config {self.config} does not exist: give tiny, base, large or a JSON file")
+            self.check_config_file()
         elif self.config not in (None, "tiny", "base", "large"):
             raise UserError(f"--config {self.config} is unknown: give tiny, base, large or a JSON file")
 
@@ -208,6 +207,10 @@ class TrainingArguments:
         length = {name: value for name, value in self.length.items() if value} or {"max_train_minutes": None}
         return {name: getattr(self, name) for name in self.PLANNED} | length
 
+    def check_config_file(self) -> None:
+        there = not self.config.endswith(".json") or Path(self.config).is_file()
+        require(there, "config", self.config, "no such file: give tiny, base, large or a JSON file")
+
     def check_learning_rate(self) -> None:
         require(self.lr_min <= self.learning_rate, "lr_min", self.lr_min, f"give at most --learning-rate {self.learning_rate:g}")
 
@@ -215,6 +218,7 @@ class TrainingArguments:
         """Sets the flags that are open to those of the plan, and then those that follow from them."""
         for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
             setattr(self, name, getattr(self, name) or plan.get(name))
+        self.check_config_file()
         self.learning_rate = self.learning_rate or (self.TINY_LEARNING_RATE if self.config == "tiny" else 1e-4)
         self.check_learning_rate()
 

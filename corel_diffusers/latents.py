@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from corel_diffusers.data.transforms import Pixels, digest
-from corel_diffusers.data.views import Views, cache_versions
+from corel_diffusers.data.views import Views, cache_versions, channel_statistics
 from corel_diffusers.files import UserError, first_line
 
 
@@ -85,13 +85,6 @@ def measure_scale(moments: np.ndarray) -> tuple[list[float], list[float]]:
     moments: (N, 2, 2C, h, w). Var(z) = Var(mean) + E(exp(logvar)), the law of total variance.
     """
     channels = moments.shape[2] // 2
-    total, square, spread = np.zeros((3, channels))
-    for start in range(0, len(moments), 1024):  # in parts: a large cache stays on the disk
-        mean, logvar = np.split(moments[start : start + 1024].astype(np.float64), 2, axis=2)
-        axes = (0, 1, 3, 4)
-        total += mean.sum(axes)
-        square += (mean**2).sum(axes)
-        spread += np.exp(logvar).sum(axes)
-    count = moments.size / moments.shape[2]
-    average = total / count
-    return average.tolist(), np.sqrt(square / count - average**2 + spread / count).tolist()
+    mean, variance = channel_statistics(moments[:, :, :channels])
+    spread, _ = channel_statistics(moments[:, :, channels:], np.exp)
+    return mean.tolist(), np.sqrt(variance + spread).tolist()

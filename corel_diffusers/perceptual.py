@@ -26,16 +26,19 @@ class PerceptualLoss(nn.Module):
         self.min_side_px = min_side_px
 
     def features(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        scale = self.min_side_px / min(pictures.shape[-2:])
-        if scale > 1:
-            pictures = F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=False)
-        return [F.normalize(f.float(), dim=1, eps=1e-6) for f in self.network(pictures)]
+        return [F.normalize(f.float(), dim=1, eps=1e-6) for f in self.network(enlarged(pictures, self.min_side_px))]
 
     def forward(self, picture: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             wanted = self.features(reference)
         pairs = zip(self.features(picture), wanted, strict=True)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
+
+
+def enlarged(pictures: torch.Tensor, min_side_px: int) -> torch.Tensor:
+    """Pictures (B, 3, H, W) whose shorter side is at least so long; larger ones as they are."""
+    scale = min_side_px / min(pictures.shape[-2:])
+    return F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=False) if scale > 1 else pictures
 
 
 def load_efficientnet() -> nn.Module:

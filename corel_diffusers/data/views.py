@@ -78,3 +78,19 @@ def cache_versions(
     count = len(views) if views else 0
     shape = (len(pixels), 2 + 2 * count, *both(pixels.batch(slice(1))).shape[2:])
     return cached_array(f"{key}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{count}", shape, np.float32, fill)
+
+
+def channel_statistics(
+    versions: np.ndarray, of: Callable[[np.ndarray], np.ndarray] = np.asarray, at_once: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel of (N, V, C, h, w), (C,) each; of a function of it, where one is given.
+
+    In parts, so that a large cache stays on the disk.
+    """
+    total, square = np.zeros((2, versions.shape[2]))
+    for start in range(0, len(versions), at_once):
+        part = of(versions[start : start + at_once].astype(np.float64))
+        total += part.sum((0, 1, 3, 4))
+        square += (part**2).sum((0, 1, 3, 4))
+    count = versions.size / versions.shape[2]
+    return total / count, square / count - (total / count) ** 2

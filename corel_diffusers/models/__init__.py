@@ -15,8 +15,6 @@ INITIAL_LOGVAR = -4.0  # of the posterior: at 0 its noise drowns the photo, and 
 def load_config(kind: str, config: str) -> dict:
     """The config of a preset (`tiny`, `base`, `large`) or of a JSON file. kind: "vae" or "unet"."""
     path = Path(config) if config.endswith(".json") else HERE / f"{kind}-{config}.json"
-    if not path.is_file():
-        raise UserError(f"--config {path} does not exist: give tiny, base, large or a JSON file")
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected one JSON object, as in a diffusers config.json")

@@ -147,7 +147,9 @@ def main(args: UNetArguments) -> None:
     else:
         features = np.zeros((len(labels["train"]), 2, 0), np.float32)
     model = UNetInTraining(unet, changes.shape[2], features.shape[2])
-    model, optimizer = accelerator.prepare(model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay))
+    model, optimizer = accelerator.prepare(
+        model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
+    )
     ema = build_ema(args, model)
     rate = LearningRate([optimizer], args)
     print_data_and_model(accelerator, photos, size_px, f"UNet of {parameter_count(unet)}, latents {'x'.join(map(str, latent_shape))}")
@@ -250,7 +252,7 @@ def trial_step(
 ) -> Callable[[], None]:
     """A training step of a fresh UNet for the latents of `vae` on zeros, to time it."""
     unet = build_unet(config, size_px, vae, 1).to(accelerator.device)
-    optimizer = build_optimizer(args.optimizer, unet, 1e-4, args.weight_decay)
+    optimizer = build_optimizer(args.optimizer, unet, 1e-4, args.weight_decay, args.MUON_SCALE)
     latents = torch.zeros(batch_size, unet.config.in_channels, *(side // downsample_factor(vae) for side in size_px))
     latents, timesteps = latents.to(accelerator.device), torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)
 

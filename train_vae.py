@@ -102,7 +102,9 @@ def main(args: VAEArguments) -> None:
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     perceptual = PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last) if args.perceptual else None
     model = VAEWithPosterior(vae)
-    model, optimizer = accelerator.prepare(model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay))
+    model, optimizer = accelerator.prepare(
+        model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
+    )
     trained, discriminator = [model], build_discriminator() if args.adversarial_weight else None
     if discriminator:
         judge = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
@@ -212,7 +214,7 @@ def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_p
     """A training step of a fresh VAE on grey photos, to time it."""
     model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample)).to(accelerator.device)
     perceptual = PerceptualLoss(args.perceptual_network).to(accelerator.device) if args.perceptual else None
-    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay)
+    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
     latent_shape = (model.vae.config.latent_channels, *(side // downsample_factor(model.vae) for side in size_px))
     photos, noise = (torch.zeros(batch_size, *shape, device=accelerator.device) for shape in ((3, *size_px), latent_shape))
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-LEARNING_RATE_SCALE = 20.0  # Muon's learning rate over AdamW's: what trained the tiny VAE best
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest (Jordan et al. 2024)
 
 
@@ -19,7 +18,7 @@ class Muon(torch.optim.Optimizer):
 
     W <- W (1 - lr wd) - lr 0.2 sqrt(max(rows, columns)) O, where O is the nearest semi-orthogonal matrix to the Nesterov momentum:
     the factor gives the step the size that AdamW's has (arXiv:2502.16982, eq. 4). A convolution's weight (out, in, h, w) counts as
-    a matrix (out, in h w). Weights of one shape are treated in one batch.
+    a matrix (out, h w in), as it lies in memory with channels last. Weights of one shape are treated in one batch.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -32,26 +31,40 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape[weight.shape].append(weight)
-            for shape, weights in by_shape.items():
+            for weights in by_shape.values():
                 momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
                 gradients = [w.grad for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                steps = orthogonal(torch.stack(ahead).flatten(2))
+                steps = orthogonal(torch.stack([step.movedim(1, -1) for step in ahead]).flatten(2))
                 size = 0.2 * max(steps.shape[1:]) ** 0.5
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, [s.view(shape) for s in steps], alpha=-group["lr"] * size)
+                inner = [w.movedim(1, -1) for w in weights]
+                torch._foreach_add_(inner, [step.view_as(w) for step, w in zip(steps, inner, strict=True)], alpha=-group["lr"] * size)
 
 
 def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """(B, rows, columns) -> about the nearest semi-orthogonal matrices: singular values between 0.7 and 1.2, by Newton-Schulz."""
+    """(B, rows, columns) -> about the nearest semi-orthogonal matrices: singular values between 0.7 and 1.2, by Newton-Schulz.
+
+    Each iteration multiplies by a polynomial of the Gram matrix, and those commute: so the iterations run on the Gram matrix,
+    on the shorter side, and the matrices themselves are touched twice.
+    """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[1], device=x.device)
+
+    def factor() -> torch.Tensor:
+        return a * identity + b * gram + c * gram @ gram
+
+    product = step = factor()
+    for _ in range(iterations - 1):
+        gram = step @ gram @ step
+        step = factor()
+        product = step @ product
+    x = product @ x
     return x.mT if tall else x
 
 
@@ -85,8 +98,11 @@ class Together(torch.optim.Optimizer):
             part.load_state_dict(values)
 
 
-def build_optimizer(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """ "adamw", or "muon": Muon for the weights of the layers within, AdamW for the first and last layers, norms, biases, embeddings."""
+def build_optimizer(name: str, model: nn.Module, learning_rate: float, weight_decay: float, muon_scale: float) -> torch.optim.Optimizer:
+    """ "adamw", or "muon": Muon for the weights of the layers within, AdamW for the first and last layers, norms, biases, embeddings.
+
+    muon_scale: Muon's learning rate over AdamW's.
+    """
     hidden = []
     if name == "muon":
         outer = ("conv_in", "conv_out", "class_embedding", "told", "guess")
@@ -96,6 +112,6 @@ def build_optimizer(name: str, model: nn.Module, learning_rate: float, weight_de
     adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)
     if not hidden:
         return adamw
-    muon = Muon(hidden, LEARNING_RATE_SCALE * learning_rate, weight_decay=weight_decay / LEARNING_RATE_SCALE)
-    muon.param_groups[0]["lr_scale"] = LEARNING_RATE_SCALE
+    muon = Muon(hidden, muon_scale * learning_rate, weight_decay=weight_decay / muon_scale)
+    muon.param_groups[0]["lr_scale"] = muon_scale
     return Together(muon, adamw)

@@ -52,10 +52,10 @@ def test_first_and_last_layers_norms_and_biases_stay_with_adamw():
     model = nn.ModuleDict(
         {"conv_in": nn.Conv2d(3, 8, 3), "middle": nn.Conv2d(8, 8, 3), "norm": nn.GroupNorm(2, 8), "conv_out": nn.Conv2d(8, 3, 3)}
     )
-    muon, adamw = build_optimizer("muon", model, 1e-3, 0.0).parts
+    muon, adamw = build_optimizer("muon", model, 1e-3, 0.0, 20).parts
     assert [p is model["middle"].weight for p in muon.param_groups[0]["params"]] == [True]
     assert sum(p.numel() for g in muon.param_groups + adamw.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
-    assert type(build_optimizer("adamw", model, 1e-3, 0.0)) is torch.optim.AdamW
+    assert type(build_optimizer("adamw", model, 1e-3, 0.0, 20)) is torch.optim.AdamW
 
 
 def test_scaled_gradients_make_the_same_step():
@@ -64,7 +64,7 @@ def test_scaled_gradients_make_the_same_step():
     def trained(scale: float | None) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = build_vae("tiny", (32, 32))
-        optimizer = build_optimizer("muon", model, 1e-3, 0.01)
+        optimizer = build_optimizer("muon", model, 1e-3, 0.01, 20)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         for step in range(3):
             photos = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(step))
@@ -84,7 +84,7 @@ def test_scaled_gradients_make_the_same_step():
 def test_together_is_saved_and_goes_on():
     torch.manual_seed(0)
     model = build_vae("tiny", (32, 32))
-    optimizer = build_optimizer("muon", model, 1e-3, 0.01)
+    optimizer = build_optimizer("muon", model, 1e-3, 0.01, 20)
 
     def step(optimizer: torch.optim.Optimizer) -> None:
         model(torch.ones(1, 3, 32, 32)).sample.square().mean().backward()
@@ -97,7 +97,7 @@ def test_together_is_saved_and_goes_on():
     once_more = [p.detach().clone() for p in model.parameters()]
     for parameter, weight in zip(model.parameters(), weights, strict=True):
         parameter.data.copy_(weight)
-    fresh = build_optimizer("muon", model, 5.0, 0.0)
+    fresh = build_optimizer("muon", model, 5.0, 0.0, 20)
     fresh.load_state_dict(state)
     assert {group["lr"] for group in fresh.param_groups} == {1e-3, 20 * 1e-3}
     step(fresh)

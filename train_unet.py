@@ -80,6 +80,8 @@ PANELS = {
     "KID x1000 of a few samples": {"kid_e3": "against held-out photos"},
     "learning rate": {"learning_rate": "learning rate"},
 }
+# benchmarks/overfitting.py: on 60 Corel photos the first copy was found between a gauge of 1.11 and one of 1.17
+MARKS = {"overfitting gauge: held-out over seen": (1.11, "copies began above, on 60 photos")}
 
 
 class FixedDraws(NamedTuple):
@@ -219,12 +221,12 @@ def main(args: UNetArguments) -> None:
                 values = means.close(accelerator) | values | {"learning_rate": rate.now}
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)
 
-            stopping = stop.received(accelerator)
+            stopping = stop.received(accelerator, state)
             if stopping or over or state.stop_reason or plan.ends_epoch(state.step, args.checkpoint_every):
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
-                    plot_history(history, PANELS, args.run_dir / "loss_history.png")
+                    plot_history(history, PANELS, args.run_dir / "loss_history.png", MARKS)
                     hub.write_card(args.run_dir)
             if stopping:
                 break

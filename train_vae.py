@@ -182,7 +182,7 @@ def main(args: VAEArguments) -> None:
                 values = means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now}
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)
 
-            stopping = stop.received(accelerator)
+            stopping = stop.received(accelerator, state)
             if stopping or over or plan.ends_epoch(state.step, args.checkpoint_every):
                 state.kl_weight = float(kl_weight)
                 means.store(state, accelerator)

@@ -39,6 +39,9 @@ from corel_diffusers.data.transforms import digest
 from corel_diffusers.files import UserError, finish_publishing, read_json, read_metrics, remove_folder, write_json, write_text
 from corel_diffusers.models import load_config
 
+SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
+
+
 # --- the run: device, precision, folder --------------------------------------------------------------------------------
 
 
@@ -221,10 +224,11 @@ class RunLength:
         return cls(args.max_train_steps or args.epochs * plan.steps_per_epoch, None, began)
 
     def tick(self, state: "RunState", accelerator: Accelerator) -> None:
-        """Books the time; where it decides when the run ends, every rank gets the first one's."""
-        state.seconds = time.monotonic() - self.began
-        if self.seconds:
-            state.seconds = of_main_process(accelerator, state.seconds)
+        """Books the time; where it decides when the run ends, every rank gets the first one's, now and then."""
+        if not self.seconds or accelerator.num_processes == 1:
+            state.seconds = time.monotonic() - self.began
+        elif state.step % SYNC_EVERY == 0:
+            state.seconds = of_main_process(accelerator, time.monotonic() - self.began)
 
     def total_steps(self, state: "RunState") -> int:
         """The steps of the whole run; of one that ends by time, as many as its pace so far leads to."""
@@ -557,10 +561,12 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
 
-    def received(self, accelerator: Accelerator) -> bool:
-        """Whether any rank was told to stop; the same answer on each."""
+    def received(self, accelerator: Accelerator, state: RunState) -> bool:
+        """Whether any rank was told to stop; the same answer on each, at a step at which all ask."""
         if accelerator.num_processes == 1:
             return bool(self.number)
+        if state.step % SYNC_EVERY:
+            return False
         return bool(accelerator.reduce(torch.tensor(float(self.number > 0), device=accelerator.device), "sum") > 0)
 
     def exit(self, state: RunState) -> None:

@@ -1,0 +1,52 @@
+"""Does the overfitting gauge move before the first copy is made? A UNet trained on few photos until it copies them.
+
+python benchmarks/overfitting.py --data-dir photos --vae-checkpoint vae_models --photos 60 --minutes 15
+
+Once on the photos as they are, once on eight changed views of each as well. Every hundred epochs 48 samples are compared with the
+photos trained on; the table has the gauge at those moments.
+"""
+
+import argparse
+from pathlib import Path
+
+from common import ROOT, launch, machine
+
+from corel_diffusers.files import read_metrics, write_text
+
+NEVER = 10**6
+COLUMNS = {
+    "images_seen": "pictures",
+    "seen_loss": "loss, seen",
+    "val_loss": "loss, held-out",
+    "gauge": "gauge",
+    "copies_pixels": "copies in pixels",
+    "copies_features": "copies in features",
+    "kid_e3": "KID x1000",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--vae-checkpoint", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, default=Path("overfitting"))
+    parser.add_argument("--photos", type=int, default=60)
+    parser.add_argument("--minutes", type=float, default=15)
+    args = parser.parse_args()
+    args.output_dir = args.output_dir.resolve()
+    text = f"{args.photos} photos, {args.minutes:g} minutes each, {machine()}\n"
+    for views in (0, 8):
+        run = args.output_dir / f"views-{views}"
+        flags = ["--data-dir", args.data_dir.resolve(), "--vae-checkpoint", args.vae_checkpoint.resolve(), "--output-dir", run]
+        flags += ["--max-train-samples", args.photos, "--max-train-minutes", args.minutes, "--views", views, "--config", "tiny"]
+        flags += ["--evaluate-every", 100, "--validate-every", 25, "--early-stopping-patience", 0, "--oscillation-window", 0]
+        launch(ROOT / "train_unet.py", *flags, "--sample-every", NEVER, "--checkpoint-every", NEVER)
+        rows = [record for record in read_metrics(run / "metrics.jsonl") if "copies_pixels" in record]
+        text += f"\n{views} changed views of each photo\n\n| {' | '.join(COLUMNS.values())} |\n{'|---' * len(COLUMNS)}|\n"
+        text += "".join(f"| {' | '.join(f'{row[name]:,.4g}' for name in COLUMNS)} |\n" for row in rows)
+        write_text(args.output_dir / "overfitting.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -35,9 +35,11 @@ VAE: Choices = {
     "f8, 4 channels, [16, 32, 64, 128]": (F8, []),
     "f8, 8 channels": (F8 | {"latent_channels": 8}, []),
     "f8, 16 channels": (F8 | {"latent_channels": 16}, []),
+    "f4, 8 norm groups, attention": ({"norm_num_groups": 8, "mid_block_add_attention": True}, []),
     "f4, [32, 64, 128]": ({"block_out_channels": [32, 64, 128]}, []),
     "f4, [16, 64, 128]": ({"block_out_channels": [16, 64, 128]}, []),
     "AdamW": ({}, ["--optimizer", "adamw"]),
+    "KL weight 5e-5": ({}, ["--kl-weight", 5e-5]),
     "KL weight 1e-6": ({}, ["--kl-weight", 1e-6]),
     "KL weight 2e-4": ({}, ["--kl-weight", 2e-4]),
     "whole photos only": ({}, ["--crop-chance", 0]),
@@ -45,7 +47,8 @@ VAE: Choices = {
     "no perceptual term": ({}, ["--no-perceptual"]),
     "adversarial term": ({}, ["--adversarial-weight", 0.2]),
     "twice the learning rate": ({}, ["--lr", 2e-3]),
-    "batch 4": ({}, ["--batch-size", 4]),
+    "batch 2": ({}, ["--batch-size", 2]),
+    "batch 8": ({}, ["--batch-size", 8]),
 }
 UNET: Choices = {
     "tiny: [32, 64, 128], batch 16": ({}, []),

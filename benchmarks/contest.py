@@ -25,7 +25,7 @@ from corel_diffusers.files import write_json, write_text
 from corel_diffusers.plots import picture_grid, save_picture
 
 OURS = "corel_diffusers"
-VAE_SHARE = 0.4  # of the minutes
+VAE_SHARE = 0.3  # of the minutes
 
 
 def export(prepared: Path, size_px: int, folder: Path) -> Path:

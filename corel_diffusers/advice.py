@@ -43,7 +43,7 @@ def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...]
         flag = (
             f"raise --kl-target (was {args.kl_target:g})"
             if args.kl_target
-            else f"lower --kl-weight (was {args.kl_weight:g}; 0.2 over the number of pixels suits most)"
+            else f"lower --kl-weight (was {args.kl_weight:g}; 0.4 over the number of pixels suits most)"
         )
         return [f"the KL is too low, the latents carry almost nothing ({measured}): {flag}"]
     if args.kl_target and not 0.8 < kl / args.kl_target < 1.25:

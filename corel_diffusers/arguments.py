@@ -259,7 +259,7 @@ class VAEArguments(TrainingArguments):
     adversarial_start: float = 0.4
     """Share of the run after which the verdict counts; the discriminator learns from a tenth of the run earlier."""
     kl_weight: float | None = None
-    """Final weight of the KL divergence in nats per photo (default: 0.2 / pixels, which is 5e-5 at 64 px)."""
+    """Final weight of the KL divergence in nats per photo (default: 0.4 / pixels, which is 1e-4 at 64 px)."""
     kl_warmup: int = 10
     """Epochs over which the KL weight rises to its value."""
     kl_target: float | None = None
@@ -278,7 +278,7 @@ class VAEArguments(TrainingArguments):
     def fill(self, plan: dict) -> None:
         super().fill(plan)
         if self.kl_weight is None:
-            self.kl_weight = 0.2 / math.prod(self.size_px)
+            self.kl_weight = 0.4 / math.prod(self.size_px)
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ def test_the_guides_own_kl_weight_collapses_the_posterior_and_is_told_so(vae_fla
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert len(said) == 1
     assert f"KL {last['val_kl']:.0f} nats a photo" in said[0], "the line gives what was measured"
-    assert "lower --kl-weight (was 1; 0.2 over the number of pixels suits most)" in said[0]
+    assert "lower --kl-weight (was 1; 0.4 over the number of pixels suits most)" in said[0]
 
 
 def test_a_learning_rate_of_nothing_is_told_that_the_loss_does_not_fall(vae_flags, tmp_path, capsys):

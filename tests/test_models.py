@@ -101,8 +101,10 @@ def test_an_own_config_is_taken_and_its_faults_are_named(tmp_path):
         build_vae(str(path), (32, 32))
 
 
-def test_group_norm_of_the_presets_has_more_than_one_channel_a_group():
-    for preset in ("tiny", "base", "large"):
-        for kind in ("vae", "unet"):
-            values = load_config(kind, preset)
-            assert min(values["block_out_channels"]) >= 2 * values["norm_num_groups"]
+def test_group_norm_of_the_presets_keeps_brightness():
+    """A group of one channel, or two, forgets how bright the photo is: the tiny VAE lost 0.8 dB by it."""
+    for preset, channels in (("tiny", 8), ("base", 8), ("large", 4)):
+        values = load_config("vae", preset)
+        assert min(values["block_out_channels"]) >= channels * values["norm_num_groups"]
+        values = load_config("unet", preset)
+        assert min(values["block_out_channels"]) >= 2 * values["norm_num_groups"]

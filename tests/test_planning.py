@@ -66,7 +66,7 @@ def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: LAPTOP[config])
     choose(VAEArguments(plan=True, epochs=600), Accelerator(cpu=True), {"train": range(200)}, VAE_LADDER, lambda *what: what[0], None)
     out = capsys.readouterr().out
-    assert "plan: --config tiny --image-size 64 --batch-size 8" in out
+    assert "plan: --config tiny --image-size 64 --batch-size 4" in out
     assert "100 minutes, 120,000 pictures in 15,000 steps: each of the 200 photos 600 times" in out
 
 

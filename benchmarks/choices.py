@@ -46,7 +46,7 @@ VAE: Choices = {
     "crops only": ({}, ["--crop-chance", 1]),
     "no perceptual term": ({}, ["--no-perceptual"]),
     "adversarial term": ({}, ["--adversarial-weight", 0.2]),
-    "twice the learning rate": ({}, ["--lr", 2e-3]),
+    "twice the learning rate": ({}, ["--lr", 2e-4]),
     "batch 2": ({}, ["--batch-size", 2]),
     "batch 8": ({}, ["--batch-size", 8]),
 }
@@ -140,7 +140,7 @@ def main() -> None:
         config = args.output_dir / f"{args.model}-{place:02d}.json"
         write_json(config, load_config(args.model, "tiny") | changes)
         shared = ["--data-dir", args.data_dir, "--output-dir", folder, "--config", config, "--max-train-minutes", args.minutes, *QUIET]
-        shared += ["--image-size", args.image_size, "--batch-size", batch_size, "--lr", {"vae": 1e-3, "unet": 2e-3}[args.model]]
+        shared += ["--image-size", args.image_size, "--batch-size", batch_size, "--lr", {"vae": 1e-4, "unet": 2e-3}[args.model]]
         shared += ["--vae-checkpoint", args.vae_checkpoint.resolve()] if args.vae_checkpoint else []
         launch(ROOT / f"train_{args.model}.py", *shared, *flags)
 

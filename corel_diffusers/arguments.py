@@ -27,7 +27,7 @@ class TrainingArguments:
     """What train_vae.py and train_unet.py have in common."""
 
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
-    TINY_LEARNING_RATE: ClassVar[float] = 1e-3
+    TINY_LEARNING_RATE: ClassVar[float] = 1e-4
     MUON_SCALE: ClassVar[float] = 30.0  # Muon's learning rate over AdamW's, as it trained the tiny model best
 
     # photos

@@ -42,7 +42,7 @@ class Ladder(NamedTuple):
 
 
 VAE_LADDER = Ladder(
-    (Rung("tiny", 64, 4), Rung("base", 128, 16, 20_000), Rung("large", 256, 16, 200_000, 5_000)),
+    (Rung("tiny", 64, 2), Rung("base", 128, 16, 20_000), Rung("large", 256, 16, 200_000, 5_000)),
     20,
     "held-out PSNR {:.1f} dB",
     ((900, 19.2), (1_800, 21.0), (6_800, 22.8)),

@@ -18,14 +18,14 @@ LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base
 @pytest.mark.parametrize(
     ("machine", "count", "side_px", "flags", "expected"),
     [
-        (LAPTOP, 350, 400, {}, {"config": "tiny", "image_size": "64", "batch_size": 8, "max_train_minutes": 20}),
+        (LAPTOP, 350, 400, {}, {"config": "tiny", "image_size": "64", "batch_size": 2, "max_train_minutes": 20}),
         (LAPTOP, 350, 400, {"max_train_minutes": 600}, {"config": "base", "image_size": "128", "batch_size": 16}),
-        (LAPTOP, 350, 100, {"max_train_minutes": 600}, {"config": "tiny", "image_size": "64", "batch_size": 8}),
-        (LAPTOP, 350, 400, {"epochs": 2}, {"config": "tiny", "image_size": "64", "batch_size": 8}),
+        (LAPTOP, 350, 100, {"max_train_minutes": 600}, {"config": "tiny", "image_size": "64", "batch_size": 2}),
+        (LAPTOP, 350, 400, {"epochs": 2}, {"config": "tiny", "image_size": "64", "batch_size": 2}),
         (LAPTOP, 350, 400, {"config": "base", "epochs": 2}, {"image_size": "128", "batch_size": 16}),
         (GPU, 350, 400, {}, {"config": "base", "image_size": "128", "batch_size": 16, "max_train_minutes": 20}),
         (GPU, 350, 400, {"image_size": "96", "batch_size": 4}, {"config": "base", "max_train_minutes": 20}),
-        (GPU, 350, 400, {"max_train_steps": 100}, {"config": "tiny", "image_size": "64", "batch_size": 8}),
+        (GPU, 350, 400, {"max_train_steps": 100}, {"config": "tiny", "image_size": "64", "batch_size": 2}),
         (GPU, 350, 400, {"max_train_minutes": 600}, {"config": "base", "image_size": "128", "batch_size": 16}),
         (GPU, 10_000, 400, {"max_train_minutes": 600}, {"config": "large", "image_size": "256", "batch_size": 16}),
     ],
@@ -66,7 +66,7 @@ def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: LAPTOP[config])
     choose(VAEArguments(plan=True, epochs=600), Accelerator(cpu=True), {"train": range(200)}, VAE_LADDER, lambda *what: what[0], None)
     out = capsys.readouterr().out
-    assert "plan: --config tiny --image-size 64 --batch-size 4" in out
+    assert "plan: --config tiny --image-size 64 --batch-size 2" in out
     assert "100 minutes, 120,000 pictures in 15,000 steps: each of the 200 photos 600 times" in out
 
 

@@ -150,7 +150,7 @@ def test_a_plan_is_printed_and_nothing_written(vae_flags, tmp_path, capsys):
     assert not ended.value.code
     assert not list(tmp_path.iterdir())
     out = capsys.readouterr().out
-    assert "plan: --config tiny --image-size 64 --batch-size 4 --max-train-minutes 20" in out
+    assert "plan: --config tiny --image-size 64 --batch-size 2 --max-train-minutes 20" in out
     photos, seen, steps = (int(re.search(rf"([\d,]+) {word}", out)[1].replace(",", "")) for word in ("photos/s", "pictures", "steps"))
     assert seen == pytest.approx(20 * 60 * photos, rel=0.5)
     assert steps == pytest.approx(seen / 8, abs=1)

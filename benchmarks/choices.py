@@ -47,7 +47,7 @@ VAE: Choices = {
     "no perceptual term": ({}, ["--no-perceptual"]),
     "adversarial term": ({}, ["--adversarial-weight", 0.2]),
     "twice the learning rate": ({}, ["--lr", 2e-4]),
-    "batch 2": ({}, ["--batch-size", 2]),
+    "batch 4": ({}, ["--batch-size", 4]),
     "batch 8": ({}, ["--batch-size", 8]),
 }
 UNET: Choices = {
@@ -124,7 +124,7 @@ def main() -> None:
         parser.error("--vae-checkpoint goes with unet, and only with it")
 
     choices, judge, columns, batch_size = {
-        "vae": (VAE, judge_vae, ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats a value"], 8),
+        "vae": (VAE, judge_vae, ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats a value"], 2),
         "unet": (UNET, judge_unet, ["held-out loss", "KID x1000 [95 %]", "precision", "recall"], 16),
     }[args.model]
     judge = judge(args)

@@ -27,7 +27,7 @@ class TrainingArguments:
     """What train_vae.py and train_unet.py have in common."""
 
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
-    TINY_LEARNING_RATE: ClassVar[float] = 1e-4
+    LEARNING_RATES: ClassVar[dict[str, float]] = {}  # of the presets for which 1e-4 is not best
     MUON_SCALE: ClassVar[float] = 30.0  # Muon's learning rate over AdamW's, as it trained the tiny model best
 
     # photos
@@ -70,7 +70,7 @@ class TrainingArguments:
 
     # optimisation
     learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
-    """Peak learning rate (default: for tiny models 1e-3 of the VAE and 2e-3 of the UNet, for others 1e-4)."""
+    """Peak learning rate (default: 1e-4, and 2e-3 for a UNet of --config tiny)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon makes the steps of convolutions and matrices orthogonal; the rest stays with AdamW."""
     lr_scheduler: LR_SCHEDULERS = "cosine"
@@ -220,7 +220,7 @@ class TrainingArguments:
         for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
             setattr(self, name, getattr(self, name) or plan.get(name))
         self.check_config_file()
-        self.learning_rate = self.learning_rate or (self.TINY_LEARNING_RATE if self.config == "tiny" else 1e-4)
+        self.learning_rate = self.learning_rate or self.LEARNING_RATES.get(self.config, 1e-4)
         self.check_learning_rate()
 
 
@@ -287,7 +287,7 @@ class UNetArguments(TrainingArguments):
     and the length is planned."""
 
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size")  # the size is the VAE's
-    TINY_LEARNING_RATE: ClassVar[float] = 2e-3
+    LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3}
     MUON_SCALE: ClassVar[float] = 2.0
 
     output_dir: str = "diffusion_models"

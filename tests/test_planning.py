@@ -41,7 +41,7 @@ def test_the_largest_model_that_sees_enough_in_its_time(machine, count, side_px,
     assert plan == expected
     args.fill(plan)
     assert None not in args.planned.values()
-    assert args.learning_rate == (1e-3 if args.config == "tiny" else 1e-4)
+    assert args.learning_rate == 1e-4
 
 
 def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):

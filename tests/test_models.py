@@ -32,10 +32,14 @@ def test_presets_run_forward_at_rectangular_sizes(preset, latent_shape):
     assert unet.config.sample_size == list(latent_shape[1:])
 
 
-def test_a_fresh_vae_lets_the_photo_through_its_noise():
+def test_a_fresh_vae_lets_the_photo_through_its_noise_and_mixes_no_channels():
     torch.manual_seed(0)
+    vae, photos = build_vae("tiny", (64, 64)), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        posterior = build_vae("tiny", (64, 64)).encode(torch.rand(2, 3, 64, 64)).latent_dist
+        posterior = vae.encode(photos).latent_dist
+        channels = vae.encoder(photos)
+        assert torch.equal(posterior.mean, channels[:, : posterior.mean.shape[1]])
+        assert torch.equal(vae.decode(posterior.mean).sample, vae.decoder(posterior.mean))
     assert posterior.logvar.mean() == pytest.approx(INITIAL_LOGVAR, abs=0.5)
 
 

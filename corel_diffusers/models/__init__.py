@@ -52,10 +52,22 @@ def build_vae(config: str, size_px: tuple[int, int], latent_dim: int | None = No
     values.setdefault("force_upcast", False)
     check_size(size_px, 2 ** (len(channels) - 1), "the VAE")
     vae = from_config(AutoencoderKL, values, config)
-    if vae.quant_conv is not None:
-        with torch.no_grad():
-            vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOGVAR
+    start_posterior(vae)
     return vae
+
+
+@torch.no_grad()
+def start_posterior(vae: AutoencoderKL) -> None:
+    """The 1x1 convolutions round the latents start as the identity, and the posterior's log variance at INITIAL_LOGVAR.
+
+    Drawn at random, so small a matrix is near singular often enough that half of the channels starve.
+    """
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        if conv is not None:
+            nn.init.dirac_(conv.weight)
+            nn.init.zeros_(conv.bias)
+    if vae.quant_conv is not None:
+        vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOGVAR
 
 
 def build_unet(config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_classes: int | None) -> UNet2DModel:

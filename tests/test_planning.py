@@ -58,7 +58,7 @@ def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):
     args = VAEArguments(plan=True, image_size="100")  # no size for base
     build = lambda config, size_px, batch_size: build_vae(config, size_px) and config  # noqa: E731
     assert choose(args, Accelerator(cpu=True), {"train": range(350)}, VAE_LADDER, build, (100, 100))["config"] == "tiny"
-    assert "does about 3,000 photos/s: 20 minutes, 3,600,000 pictures in 450,000 steps" in capsys.readouterr().out
+    assert "does about 3,000 photos/s: 20 minutes, 3,600,000 pictures in 1,800,000 steps" in capsys.readouterr().out
 
 
 def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
@@ -67,7 +67,7 @@ def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
     choose(VAEArguments(plan=True, epochs=600), Accelerator(cpu=True), {"train": range(200)}, VAE_LADDER, lambda *what: what[0], None)
     out = capsys.readouterr().out
     assert "plan: --config tiny --image-size 64 --batch-size 2" in out
-    assert "100 minutes, 120,000 pictures in 15,000 steps: each of the 200 photos 600 times" in out
+    assert "100 minutes, 120,000 pictures in 60,000 steps: each of the 200 photos 600 times" in out
 
 
 def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):

@@ -153,10 +153,10 @@ def test_a_plan_is_printed_and_nothing_written(vae_flags, tmp_path, capsys):
     assert "plan: --config tiny --image-size 64 --batch-size 2 --max-train-minutes 20" in out
     photos, seen, steps = (int(re.search(rf"([\d,]+) {word}", out)[1].replace(",", "")) for word in ("photos/s", "pictures", "steps"))
     assert seen == pytest.approx(20 * 60 * photos, rel=0.5)
-    assert steps == pytest.approx(seen / 8, abs=1)
+    assert steps == pytest.approx(seen / 2, abs=1)
     run_here("train_vae", [*where, "--max-train-steps", 1])
     assert json.loads((tmp_path / "run.json").read_text())["plan"] == {
-        "config": "tiny", "image_size": "64", "batch_size": 8, "max_train_steps": 1,
+        "config": "tiny", "image_size": "64", "batch_size": 2, "max_train_steps": 1,
     }  # fmt: skip
     run_here("train_vae", [*where, "--resume", "latest"])
     assert "plan: as the run was begun" in capsys.readouterr().out
@@ -190,9 +190,10 @@ def test_two_processes_are_one_with_the_same_global_batch(name, vae_flags, unet_
     """DDP over gloo, as torchrun starts it on CPUs, resumed in between. Without dropout, which each process draws for itself."""
     config = configs / "without-dropout.json"
     config.write_text(json.dumps(UNET_CONFIG | {"dropout": 0.0}))
-    extra = {"train_vae": ["--no-perceptual", "--lr-scheduler", "none"], "train_unet": ["--config", config, "--lr-scheduler", "plateau"]}[
-        name
-    ]
+    extra = {  # the warm-up of the KL weight follows the run's length, and "two" is begun as a shorter one
+        "train_vae": ["--no-perceptual", "--lr-scheduler", "none", "--kl-warmup", 0],
+        "train_unet": ["--config", config, "--lr-scheduler", "plateau"],
+    }[name]
     common = [*(vae_flags if name == "train_vae" else unet_flags), *extra, "--lr", 1e-3, "--output-dir"]
     port = {"train_vae": 29533, "train_unet": 29534}[name]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, ROOT / f"{name}.py"]

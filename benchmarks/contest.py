@@ -25,7 +25,6 @@ from corel_diffusers.files import write_json, write_text
 from corel_diffusers.plots import picture_grid, save_picture
 
 OURS = "corel_diffusers"
-VAE_SHARE = 0.3  # of the minutes
 
 
 def export(prepared: Path, size_px: int, folder: Path) -> Path:
@@ -41,7 +40,7 @@ def export(prepared: Path, size_px: int, folder: Path) -> Path:
 def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -> float:
     """Both models in the minutes; what starting the first script takes is taken from the second's time. Seconds in all."""
     shared = ["--data-dir", prepared, "--image-size", args.image_size, "--seed", seed, "--config", "tiny", *QUIET]
-    flags = ["--output-dir", run / "vae", "--max-train-minutes", VAE_SHARE * args.minutes, *args.vae_flags.split()]
+    flags = ["--output-dir", run / "vae", "--max-train-minutes", args.vae_share * args.minutes, *args.vae_flags.split()]
     spent = launch(ROOT / "train_vae.py", *shared, *flags)
     left = args.minutes - spent / 60 - args.reserve_minutes
     flags = ["--vae-checkpoint", run / "vae", "--output-dir", run / "pipeline", "--max-train-minutes", left, *args.unet_flags.split()]
@@ -79,6 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
     parser.add_argument("--reserve-minutes", type=float, default=0.4, help="of the toolkit's time: imports, last validation, last grid")
+    parser.add_argument("--vae-share", type=float, default=0.3, help="of the toolkit's minutes")
     parser.add_argument("--vae-flags", default="", help="more flags for train_vae.py, to try a recipe")
     parser.add_argument("--unet-flags", default="", help="more flags for train_unet.py")
     args = parser.parse_args()

@@ -22,9 +22,9 @@ install: .venv/installed
 demo: .venv/installed
 	$(if $(filter-out scenes $(DATA),$(PREPARED)),$(BIN)/corel-diffusers prepare --data-dir "$(DATA)" --output-dir "$(OUT)/training_data" --figs-dir "$(OUT)/figs")
 	$(BIN)/python train_vae.py --data-dir "$(PREPARED)" --output-dir "$(OUT)/vae_models" $(SIZE) \
-	  --max-train-minutes 3 --sample-every 5
+	  --max-train-minutes 3
 	$(BIN)/python train_unet.py --vae-checkpoint "$(OUT)/vae_models" --data-dir "$(PREPARED)" --output-dir "$(OUT)/diffusion_models" $(SIZE) \
-	  --max-train-minutes 5 --sample-every 20
+	  --max-train-minutes 5
 	$(BIN)/corel-diffusers generate --pipeline "$(OUT)/diffusion_models" --sampler dpm-solver++ --num-images 36 --nrow 6 --seed 1 \
 	  --output "$(OUT)/generated.png"
 	@echo

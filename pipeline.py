@@ -69,14 +69,15 @@ class CorelPipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
         latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
+        low, high = guidance_interval
+        always = low <= 0 and high >= 1
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 inputs = self.scheduler.scale_model_input(latents, timestep)
-                level = float(timestep) / self.scheduler.config.num_train_timesteps
-                if guided and guidance_interval[0] <= level <= guidance_interval[1]:  # both halves in one forward pass
+                if guided and (always or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high):  # in one pass
                     without, with_class = self.unet(torch.cat([inputs, inputs]), timestep, both).sample.chunk(2)
                     noise_pred = without + guidance_scale * (with_class - without)
                 else:

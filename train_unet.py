@@ -46,6 +46,7 @@ from corel_diffusers.training import (
     StopSignal,
     batches,
     build_ema,
+    checkpoint_due,
     early_stop,
     ema_weights,
     epochs_between_validations,
@@ -56,13 +57,13 @@ from corel_diffusers.training import (
     note_validation,
     of_main_process,
     open_history,
+    pictures_due,
     print_data_and_model,
     progress_bar,
     record_epoch,
     run_settings,
     save_checkpoint,
     show_progress,
-    shows,
     start_run,
 )
 from pipeline import CorelPipeline
@@ -129,7 +130,9 @@ def main(args: UNetArguments) -> None:
     )
     with accelerator.main_process_first():
         views = Views.of(cache_large_pixels(photos, size_px)["train"], args.views) if args.views else None
-        moments = {split: cache_moments(vae, part, device, views=views if split == "train" else None) for split, part in pixels.items()}
+        moments = {
+            split: cache_moments(vae, part, device, views if split == "train" else None, args.batch_size) for split, part in pixels.items()
+        }
     labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
     same = {"train": alike(labels["train"], labels["validation"]), "validation": np.arange(len(labels["validation"]))}
     seen, held_out = (
@@ -144,7 +147,7 @@ def main(args: UNetArguments) -> None:
     changes = views.changes() if views else np.zeros((len(labels["train"]), 2, 0), np.float32)
     if args.align_weight:
         with accelerator.main_process_first():
-            features = cache_features(pixels["train"], views, inner_grid(unet, latent_shape[1:]), device)
+            features = cache_features(pixels["train"], views, inner_grid(unet, latent_shape[1:]), device, args.batch_size)
         feature_mean, feature_std = feature_scale(features, device)
     else:
         features = np.zeros((len(labels["train"]), 2, 0), np.float32)
@@ -201,7 +204,7 @@ def main(args: UNetArguments) -> None:
 
             epoch, over = plan.epoch(state.step), length.reached(state)
             if over or plan.ends_epoch(state.step, validate_every):
-                shown = shows(args, epoch, validate_every)
+                shown = pictures_due(args, epoch, validate_every, length, state, history)
                 with ema_weights(ema, model):
                     with accelerator.autocast():
                         values = of_main_process(accelerator, gauge(unet, noise_scheduler, seen, held_out))
@@ -222,7 +225,7 @@ def main(args: UNetArguments) -> None:
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)
 
             stopping = stop.received(accelerator, state)
-            if stopping or over or state.stop_reason or plan.ends_epoch(state.step, args.checkpoint_every):
+            if stopping or over or state.stop_reason or checkpoint_due(args, plan, state, length):
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
@@ -241,10 +244,10 @@ def main(args: UNetArguments) -> None:
         pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(device)  # the best, as any user loads it
         save_picture(sample_grid(pipe, args.seed, pictures=36), args.run_dir / "grid.png")
         hub.write_card(args.run_dir)
-        if args.push_to_hub and not stop.number:
-            hub.push(args.run_dir, args.hub_model_id)
         if not stop.number:
             mark_finished(args)
+        if args.push_to_hub and not stop.number:
+            hub.push(args.run_dir, args.hub_model_id)
     accelerator.end_training()
     stop.exit(state)
 

@@ -49,6 +49,7 @@ from corel_diffusers.training import (
     StopSignal,
     batches,
     build_ema,
+    checkpoint_due,
     ema_weights,
     epochs_between_validations,
     explained_failures,
@@ -58,13 +59,13 @@ from corel_diffusers.training import (
     note_validation,
     of_main_process,
     open_history,
+    pictures_due,
     print_data_and_model,
     progress_bar,
     record_epoch,
     run_settings,
     save_checkpoint,
     show_progress,
-    shows,
     start_run,
 )
 
@@ -128,6 +129,8 @@ def main(args: VAEArguments) -> None:
                 warmup_steps = args.kl_warmup * plan.steps_per_epoch
                 kl_weight.fill_(kl_warmup(args.kl_weight, max(state.step, 3 * length.share(state) * warmup_steps), warmup_steps))
             early = args.adversarial_start - length.share(state)  # so much of the run before the discriminator's verdict counts
+            if discriminator and early <= 0 and not state.adversarial:  # the best is the best of those that the verdict has shaped
+                state.adversarial, state.best = True, math.inf
             kl = 0.0
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
@@ -143,7 +146,8 @@ def main(args: VAEArguments) -> None:
                         critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
                         terms["adversarial"] = -critic(reconstruction).mean()
                         critic.requires_grad_(True)
-                        pull = adaptive_weight(loss, terms["adversarial"], vae.decoder.conv_out.weight)
+                        loss_scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+                        pull = adaptive_weight(loss, terms["adversarial"], vae.decoder.conv_out.weight, loss_scale)
                         loss = loss + args.adversarial_weight * pull * terms["adversarial"]
                     loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(loss)
@@ -170,7 +174,7 @@ def main(args: VAEArguments) -> None:
 
             epoch, over = plan.epoch(state.step), length.reached(state)
             if over or plan.ends_epoch(state.step, validate_every):
-                shown = shows(args, epoch, validate_every)
+                shown = pictures_due(args, epoch, validate_every, length, state, history)
                 with ema_weights(ema, model):
                     values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
                     if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
@@ -183,7 +187,7 @@ def main(args: VAEArguments) -> None:
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)
 
             stopping = stop.received(accelerator, state)
-            if stopping or over or plan.ends_epoch(state.step, args.checkpoint_every):
+            if stopping or over or checkpoint_due(args, plan, state, length):
                 state.kl_weight = float(kl_weight)
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
@@ -196,7 +200,7 @@ def main(args: VAEArguments) -> None:
     # save
     if accelerator.is_main_process and history:
         vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)  # the best by validation
-        mean, std = measure_scale(cache_moments(vae, pixels["train"], device))
+        mean, std = measure_scale(cache_moments(vae, pixels["train"], device, batch_size=args.batch_size))
         write_json(args.run_dir / "config.json", read_json(args.run_dir / "config.json") | {"latents_mean": mean, "latents_std": std})
         best = min(history, key=lambda record: record["val_loss"])
         print(

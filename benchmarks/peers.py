@@ -127,7 +127,7 @@ if __name__ == "__main__":
     parser.add_argument("pictures", type=Path)
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--num-images", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=100, help="of DDIM; sampling is outside the seconds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -14,14 +14,14 @@ from corel_diffusers.perceptual import EfficientNetLiteFeatures, enlarged
 LOOKED_AT_PX = 128  # photos are enlarged to this: the network was trained on larger ones
 
 
-def cache_features(pixels: Pixels, views: Views | None, grid: tuple[int, int], device: torch.device) -> np.ndarray:
+def cache_features(pixels: Pixels, views: Views | None, grid: tuple[int, int], device: torch.device, batch_size: int = 32) -> np.ndarray:
     """EfficientNet-Lite0's features at 1/16 of each version of each photo, on the grid: memory-mapped float32 (N, 2 + 2V, F, h, w)."""
     network = EfficientNetLiteFeatures().eval().requires_grad_(False).to(device)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool2d(network(enlarged(pictures, LOOKED_AT_PX))[-1], grid)
 
-    return cache_versions(f"features-{'x'.join(map(str, grid))}", features, pixels, views, device)
+    return cache_versions(f"features-{'x'.join(map(str, grid))}", features, pixels, views, device, batch_size)
 
 
 def feature_scale(features: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

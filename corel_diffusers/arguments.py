@@ -28,6 +28,7 @@ class TrainingArguments:
 
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
     LEARNING_RATES: ClassVar[dict[str, float]] = {}  # of the presets for which 1e-4 is not best
+    CHECKPOINT_EVERY: ClassVar[int] = 10  # epochs
     MUON_SCALE: ClassVar[float] = 30.0  # Muon's learning rate over AdamW's, as it trained the tiny model best
 
     # photos
@@ -62,7 +63,8 @@ class TrainingArguments:
     max_train_steps: int | None = None
     """Optimizer steps, in place of --epochs."""
     max_train_minutes: float | None = None
-    """Minutes, in place of --epochs: the learning rate runs over them, the end is on time. Starting Python is not counted."""
+    """Minutes, in place of --epochs: the learning rate runs over them, and the last step ends with them. Starting Python and the last
+    validation and pictures are not counted."""
     batch_size: int | None = None
     """Photos a forward pass, on each device."""
     grad_accum: int = 1
@@ -97,10 +99,10 @@ class TrainingArguments:
     # what is measured and written when, in epochs
     validate_every: int | None = None
     """Epochs between validations (default: as few as keep them at 3 % of the time)."""
-    sample_every: int = 10
-    """Epochs between pictures."""
-    checkpoint_every: int = 10
-    """Epochs between checkpoints."""
+    sample_every: int | None = None
+    """Epochs between pictures (default: 10; a run of minutes has them ten times)."""
+    checkpoint_every: int | None = None
+    """Epochs between checkpoints (default: 20 for a VAE, 10 for a UNet; a run of minutes writes one each tenth of it, or ten minutes)."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep (0 keeps all)."""
     resume: str | None = None
@@ -162,9 +164,8 @@ class TrainingArguments:
 
     def check(self) -> None:
         """Refuses values that no run can take."""
-        for name in ("grad_accum", "sample_every", "checkpoint_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in ("epochs", "batch_size", "max_train_steps", "max_train_samples", "validate_every"):
+        counts = ("grad_accum", "epochs", "batch_size", "max_train_steps", "max_train_samples")
+        for name in (*counts, "validate_every", "sample_every", "checkpoint_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more")
         minutes = self.max_train_minutes
@@ -217,8 +218,8 @@ class TrainingArguments:
 
     def fill(self, plan: dict) -> None:
         """Sets the flags that are open to those of the plan, and then those that follow from them."""
-        for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
-            setattr(self, name, getattr(self, name) or plan.get(name))
+        for name, given in self.planned.items():
+            setattr(self, name, plan.get(name) if given is None else given)
         self.check_config_file()
         self.learning_rate = self.learning_rate or self.LEARNING_RATES.get(self.config, 1e-4)
         self.check_learning_rate()
@@ -228,8 +229,9 @@ class TrainingArguments:
 class VAEArguments(TrainingArguments):
     """Train an AutoencoderKL from scratch. What is left open of --config, --image-size, --batch-size and the length is planned."""
 
+    CHECKPOINT_EVERY: ClassVar[int] = 20
+
     output_dir: str = "vae_models"
-    checkpoint_every: int = 20
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon makes the steps of convolutions and matrices orthogonal; the rest stays with AdamW."""
 
@@ -286,7 +288,7 @@ class UNetArguments(TrainingArguments):
     """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline. What is left open of --config, --batch-size
     and the length is planned."""
 
-    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size")  # the size is the VAE's
+    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the size is the VAE's
     LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3}
     MUON_SCALE: ClassVar[float] = 2.0
 
@@ -301,8 +303,9 @@ class UNetArguments(TrainingArguments):
     """Share of labels replaced by the null label, for guidance."""
 
     # photos, as they vary
-    views: int = 0
-    """Crops of each photo, brightness and contrast varied, to train on as well; the UNet is told of the change and draws none."""
+    views: int | None = None
+    """Crops of each photo, brightness and contrast varied, to train on as well; the UNet is told of the change and draws none
+    (default: planned, 16 where the run sees each photo so often that it would learn it by heart, else 0)."""
     view_chance: float = 0.5
     """Share of training pictures that are such views."""
 
@@ -329,12 +332,13 @@ class UNetArguments(TrainingArguments):
     """Epochs between evaluations of a few samples: KID and copies, into metrics.jsonl and the plot (0: none)."""
 
     # early stopping, on the validation loss at fixed noise and timesteps
-    early_stopping_patience: int = 30
-    """Validations without a new best before the run stops (0: never stops early)."""
+    early_stopping_patience: int | None = None
+    """Validations without a new best before the run stops (0: never stops early; default: 30, and 0 for a run of minutes, whose learning
+    rate falls to the end)."""
     early_stopping_delta: float = 1e-5
     """A new best is lower by at least this."""
-    oscillation_window: int = 10
-    """Validations in which the loss may swing without falling before the run stops (0: not looked at)."""
+    oscillation_window: int | None = None
+    """Validations in which the loss may swing without falling before the run stops (0: not looked at; default: 10, and 0 likewise)."""
     oscillation_threshold: float = 0.0005
     """A lowest loss that falls by less than this from one half of the window to the other does not count as falling."""
 
@@ -357,7 +361,8 @@ class UNetArguments(TrainingArguments):
             "views",
             "align_weight",
         ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "give 0 or more")
         require(0 <= self.view_chance <= 1, "view_chance", self.view_chance, "give a share from 0 to 1")
         require(self.log_normal[1] > 0, "log_normal", self.log_normal, "give a spread above 0")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
@@ -367,6 +372,12 @@ class UNetArguments(TrainingArguments):
         if self.hub_model_id:
             check_repo_id(self.hub_model_id, "--hub-model-id")
         _ = self.vae_location
+
+    def fill(self, plan: dict) -> None:
+        super().fill(plan)
+        for name, validations in {"early_stopping_patience": 30, "oscillation_window": 10}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, 0 if self.max_train_minutes else validations)
 
     @property
     def vae_location(self) -> Path | str:

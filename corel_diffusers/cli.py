@@ -126,8 +126,10 @@ class Generate(Sampling):
 class Evaluate(Sampling):
     """How good the pictures are beside held-out photos, and how many are copies of training photos."""
 
-    data_dir: str
+    data_dir: str | None = None
     """The photos that the model was trained on, held-out ones included: prepared, raw, or "scenes"."""
+    dataset_name: str | None = None
+    """The same as a Hub dataset id, in place of --data-dir."""
     classes: tuple[str, ...] = ()
     """Compare with these classes only, by name or number (default: those that the model has)."""
     against: Literal["auto", "test", "validation", "all"] = "auto"
@@ -152,8 +154,10 @@ class Evaluate(Sampling):
         else:
             self.check()
             require(self.num_images >= 4, "num_images", self.num_images, "give 4 or more, some hundred to trust the numbers")
-        source = self.data_dir if self.data_dir == SCENES else base / self.data_dir
-        if source != SCENES and not source.is_dir():
+        if bool(self.data_dir) == bool(self.dataset_name):
+            raise UserError("evaluate compares with the photos that the model was trained on: give --data-dir or --dataset-name")
+        source = self.dataset_name or (SCENES if self.data_dir == SCENES else base / self.data_dir)
+        if isinstance(source, Path) and not source.is_dir():
             raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
         from corel_diffusers.evaluation.evaluate import evaluate
 

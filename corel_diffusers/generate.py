@@ -101,7 +101,9 @@ def pick_device(wanted: str) -> torch.device:
 def load_pipeline(location: Path | str, device: torch.device, vae_location: Path | str | None = None) -> DiffusionPipeline:
     """The pipeline of a folder or a Hub id, with another VAE where --vae-checkpoint names one."""
     try:
-        pipe = DiffusionPipeline.from_pretrained(location, trust_remote_code=True, local_files_only=isinstance(location, Path))
+        pipe = DiffusionPipeline.from_pretrained(
+            location, trust_remote_code=True, use_safetensors=True, local_files_only=isinstance(location, Path)
+        )
     except (OSError, ValueError, ImportError) as error:
         way_out = "give the --output-dir of a train_unet.py run, or a Hub id"
         raise UserError(f"--pipeline {location} cannot be loaded ({first_line(error)}): {way_out}") from None

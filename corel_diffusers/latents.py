@@ -43,7 +43,7 @@ def scale_key(vae: AutoencoderKL) -> str:
     return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
 
 
-def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, views: Views | None = None) -> np.ndarray:
+def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, views: Views | None = None, batch_size: int = 32) -> np.ndarray:
     """The posterior of each version of each photo, encoded once: memory-mapped float32 (N, 2 + 2V, 2C, h, w).
 
     Second axis: photo, mirror image, then the views and their mirror images. Third: C means, then C log-variances.
@@ -53,7 +53,7 @@ def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, view
         posterior = vae.encode(pictures).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    return cache_versions(f"latents-{weights_key(vae)}", encode, pixels, views, device)
+    return cache_versions(f"latents-{weights_key(vae)}", encode, pixels, views, device, batch_size)
 
 
 def draw(moments: torch.Tensor, view: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -27,12 +27,16 @@ def discriminator_loss(on_photos: torch.Tensor, on_reconstructions: torch.Tensor
     return F.relu(1 - on_photos).mean() + F.relu(1 + on_reconstructions).mean()
 
 
-def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, loss_scale: float = 1.0
+) -> torch.Tensor:
     """|grad reconstruction| / |grad adversarial| at the decoder's last weights (Esser et al. 2021, arXiv:2012.09841, eq. 7) -> scalar.
 
-    Both terms then pull equally hard, whatever the discriminator's scale. Clamped to 10^4, and detached.
+    Both terms then pull equally hard, whatever the discriminator's scale. Clamped to 10^4, and detached. loss_scale: what fp16 losses
+    are multiplied by, so that their gradients do not vanish on the way.
     """
-    pulls = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].float().norm() for term in (reconstruction, adversarial)]
+    terms = [loss_scale * term for term in (reconstruction, adversarial)]
+    pulls = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].float().norm() / loss_scale for term in terms]
     return (pulls[0] / (pulls[1] + 1e-4)).clamp(max=1e4).detach()
 
 

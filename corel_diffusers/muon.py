@@ -5,7 +5,8 @@ slower than float32 there, more than the whole training step takes.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -43,6 +44,19 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(inner, [step.view_as(w) for step, w in zip(steps, inner, strict=True)], alpha=-group["lr"] * size)
 
 
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Within, CUDA multiplies matrices in float32: TF32 keeps 10 bits of a Gram matrix, and where its rounding makes an eigenvalue
+    negative, the polynomials amplify that."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@float32_products()
 def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     """(B, rows, columns) -> about the nearest semi-orthogonal matrices: singular values between 0.7 and 1.2, by Newton-Schulz.
 

@@ -5,7 +5,6 @@ time to be worth the size.
 """
 
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +13,9 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from datasets import DatasetDict
-from datasets import Image as ImageFeature
 
 from corel_diffusers.arguments import TrainingArguments
-from corel_diffusers.data.transforms import PhotoError, open_photo
+from corel_diffusers.data.transforms import native_side_px
 from corel_diffusers.files import UserError, read_json
 from corel_diffusers.training import device_name, is_out_of_memory, of_main_process
 
@@ -53,6 +51,7 @@ UNET_LADDER = Ladder(
     "KID x1000 {:.0f} against held-out photos, where real photos have about 0",
     ((34_000, 68),),
 )
+VIEWS, VIEWS_FROM = 16, 300  # changed views of each photo, where a run would see each photo more often; benchmarks/overfitting.py
 STEEPNESS = 3  # a rung is at least so many times as slow as the one below: one that this rules out is not tried
 
 # config, size (height, width), batch size -> a training step of such a model, on noise
@@ -100,7 +99,9 @@ def choose(
     rungs = [rung for rung in rungs if rung.photos <= count and rung.side_px <= side_px] or rungs[:1]
 
     chosen, rate = rungs[0], None
-    for rung in rungs if args.plan or len(rungs) > 1 else ():
+    timed = not (args.epochs or args.max_train_steps)
+    matters = len(rungs) > 1 or (timed and args.planned.get("views", 0) is None)
+    for rung in rungs if args.plan or matters else ():
         higher = rung is not rungs[0]
         if higher and (asked_for(args, rung, accelerator, count) < rung.pictures or 60 * minutes * rate < STEEPNESS * rung.pictures):
             break
@@ -115,13 +116,13 @@ def choose(
         if not higher or 60 * minutes * measured >= rung.pictures:
             chosen, rate = rung, measured
 
+    seen = 60 * minutes * rate if timed and rate else asked_for(args, chosen, accelerator, count)
     plan = {"config": chosen.config, "image_size": str(chosen.side_px), "batch_size": chosen.batch_size, "max_train_minutes": minutes}
+    plan["views"] = VIEWS if seen > VIEWS_FROM * count else 0
     plan = {name: plan[name] for name, given in args.planned.items() if given is None and not (name == "image_size" and size_px)}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
     accelerator.print(f"plan: {flags or 'as the flags say'}")
     if rate:
-        timed = not (args.epochs or args.max_train_steps)
-        seen = 60 * minutes * rate if timed else asked_for(args, chosen, accelerator, count)
         for line in (speed_line(accelerator, args, chosen, count, seen, rate), expectation(args, ladder, chosen, size_px, seen)):
             accelerator.print(f"      {line}")
     return plan
@@ -149,18 +150,6 @@ def expectation(args: TrainingArguments, ladder: Ladder, rung: Rung, size_px: tu
         return "expect: no run like this has been measured; --evaluate-every and `corel-diffusers evaluate` tell"
     seen, value = reached[-1]
     return f"expect: {ladder.measure.format(value)}, as measured on 221 Corel photos after {seen:,} pictures"
-
-
-def native_side_px(photos: DatasetDict, looked_at: int = 16) -> float:
-    """The shorter side of a typical training photo, in pixels."""
-    part = photos["train"].select(range(min(looked_at, len(photos["train"])))).cast_column("image", ImageFeature(decode=False))
-    sides = []
-    for row in part["image"]:
-        try:
-            sides.append(min(open_photo(row["bytes"] or row["path"]).size))
-        except PhotoError:  # named when the photos are decoded
-            continue
-    return statistics.median(sides) if sides else 0
 
 
 def photos_per_second(step: Callable[[], None], batch_size: int, seconds: float = 1.0) -> float:

@@ -39,6 +39,7 @@ from corel_diffusers.data.transforms import digest
 from corel_diffusers.files import UserError, finish_publishing, read_json, read_metrics, remove_folder, write_json, write_text
 from corel_diffusers.models import load_config
 
+TRAINING_PHOTOS = "training_photos.txt"  # in a run's folder: the files that it trains on
 SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
 
 
@@ -48,7 +49,8 @@ SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time a
 def start_run(args: TrainingArguments) -> Accelerator:
     """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
     args.mixed_precision = resolve_precision(args.mixed_precision)
-    if read_metrics(args.run_dir / "metrics.jsonl") and not args.resume and not args.plan:
+    begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
+    if begun and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
         raise UserError(f"--output-dir {args.run_dir} already holds a run: {way_out}")
     torch.backends.cudnn.benchmark = True
@@ -216,6 +218,7 @@ class RunLength:
     steps: int | None
     seconds: float | None
     began: float  # time.monotonic() of the beginning
+    before: float = math.inf  # the state's seconds before the last tick
 
     @classmethod
     def of(cls, args: TrainingArguments, plan: BatchPlan, began: float) -> "RunLength":
@@ -225,6 +228,7 @@ class RunLength:
 
     def tick(self, state: "RunState", accelerator: Accelerator) -> None:
         """Books the time; where it decides when the run ends, every rank gets the first one's, now and then."""
+        self.before = state.seconds
         if not self.seconds or accelerator.num_processes == 1:
             state.seconds = time.monotonic() - self.began
         elif state.step % SYNC_EVERY == 0:
@@ -242,12 +246,30 @@ class RunLength:
         return self.share(state) >= 1
 
 
+def checkpoint_due(args: TrainingArguments, plan: BatchPlan, state: "RunState", length: RunLength) -> bool:
+    """Whether this step ends as many epochs as --checkpoint-every says; a run of minutes left open: a tenth of it, or ten minutes."""
+    if args.checkpoint_every or not length.seconds:
+        return plan.ends_epoch(state.step, args.checkpoint_every or args.CHECKPOINT_EVERY)
+    interval = min(length.seconds / 10, 600)
+    return state.seconds // interval > length.before // interval
+
+
+def pictures_due(
+    args: TrainingArguments, epoch: int, validate_every: int, length: RunLength, state: "RunState", history: list[dict]
+) -> bool:
+    """Whether this validation comes with pictures: --sample-every epochs have passed, or a tenth of a run of minutes, since the last."""
+    if args.sample_every or not length.seconds:
+        return epoch % (args.sample_every or 10) < validate_every
+    before = history[-1]["seconds"] if history else 0.0
+    return 10 * state.seconds // length.seconds > 10 * before // length.seconds
+
+
 def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward_passes: int) -> int:
-    """--validate-every, or as few epochs as keep validation, so many photos' forward passes, at 3 % of the time or less.
+    """--validate-every, or as few epochs as keep validation, so many photos' forward passes on each rank, at 3 % of the time or less.
 
     A training step costs three forward passes a photo. At least ten validations fall into a run that counts epochs.
     """
-    every = args.validate_every or math.ceil(forward_passes / (0.03 * 3 * plan.steps_per_epoch * plan.global_batch))
+    every = math.ceil(forward_passes * plan.num_processes / (0.03 * 3 * plan.steps_per_epoch * plan.global_batch))
     epochs = math.ceil(args.max_train_steps / plan.steps_per_epoch) if args.max_train_steps else args.epochs
     return args.validate_every or (every if args.max_train_minutes else min(every, max(1, epochs // 10)))
 
@@ -327,6 +349,7 @@ class RunState:
     totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
     passes: int = 0  # forward passes in those sums
     kl_weight: float = 0.0
+    adversarial: bool = False  # whether the discriminator's verdict counts by now
     stop_reason: str = ""
 
 
@@ -503,7 +526,7 @@ def append_metrics(path: Path, record: dict) -> None:
 def open_history(
     accelerator: Accelerator, args: TrainingArguments, state: RunState, script: str, photos: DatasetDict, **more: object
 ) -> list[dict]:
-    """Opens the run's folder: what the run is (run.json, with `more`), its metrics up to the state's step, its trackers.
+    """Opens the run's folder: what the run is (run.json, with `more`), its photos, its metrics up to the state's step, its trackers.
 
     Lines after that step, which a resumed run writes again, are dropped. Returns those that stay.
     """
@@ -514,6 +537,7 @@ def open_history(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_text(path, "".join(json.dumps(record) + "\n" for record in history))
+        write_text(args.run_dir / TRAINING_PHOTOS, "".join(f"{name}\n" for name in photos["train"]["file_name"][:]))
         data = {
             "source": str(args.photo_source) if isinstance(args.photo_source, str) else args.photo_source.name,
             "classes": photos["train"].features["label"].names,
@@ -591,8 +615,10 @@ def explained_failures(args: TrainingArguments) -> Iterator[None]:
             raise
         used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""
         size = f"{'x'.join(map(str, args.size_px))} px" if args.size_px else "the VAE's size"
-        divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
         way_out = "a smaller --image-size or --config"
+        if not args.batch_size:  # nothing was planned yet
+            raise UserError(f"out of memory before training began{used}: something else holds the memory, or give {way_out}") from None
+        divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
         if divisors:
             accumulated = args.grad_accum * args.batch_size // divisors[-1]
             way_out = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {way_out}"
@@ -621,11 +647,6 @@ def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, length: RunLength
             way_out = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g})"
             raise UserError(f"the loss is no number any more at step {state.step}: {way_out}")
     bar.update(plan.global_batch)
-
-
-def shows(args: TrainingArguments, epoch: int, validate_every: int) -> bool:
-    """Whether pictures are due at the validation after `epoch`: a multiple of --sample-every has passed since the last one."""
-    return epoch % args.sample_every < validate_every
 
 
 def record_epoch(

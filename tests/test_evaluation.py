@@ -10,15 +10,20 @@ import scipy.linalg
 import torch
 from conftest import ROOT, make_photos, tool
 from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.scenes import CLASS_NAMES
-from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.data.transforms import cache_pixels, to_float
+from corel_diffusers.evaluation import evaluate as evaluation
 from corel_diffusers.evaluation import features as feature_networks
 from corel_diffusers.evaluation import memorization, metrics
+from corel_diffusers.evaluation.evaluate import reconstruct, reconstruction_scores, render
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import write_card
+from corel_diffusers.models import build_vae
+from corel_diffusers.perceptual import PerceptualLoss
 
 
 def gaussian(n, d=12, shift=0.0, seed=0):
@@ -38,8 +43,25 @@ def test_kid_of_sets_of_two_sizes_is_the_mean_over_all_pairs():
     assert metrics.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between)
 
 
-def test_frechet_distance_is_scipys_matrix_root():
-    a, b = gaussian(60), gaussian(50, shift=0.5, seed=1) * 1.5
+def test_pictures_made_from_the_photos_are_as_far_as_pictures_made_from_others():
+    """Photos, and noisy versions of them: with their own photos left out the mean is that of versions of other photos."""
+    own, others, counted = [], [], []
+    for seed in range(200):
+        photos, more, noise = gaussian(20, seed=seed), gaussian(20, seed=1000 + seed), 0.5 * gaussian(20, seed=2000 + seed)
+        own.append(metrics.kernel_distance(photos + noise, photos, paired=True))
+        counted.append(metrics.kernel_distance(photos + noise, photos))
+        others.append(metrics.kernel_distance(more + noise, photos))
+        low, high = metrics.kernel_interval(photos + noise, photos, paired=True, resamples=50)
+        assert low < own[-1] < high
+    spread = np.std(others) / 200**0.5
+    assert abs(np.mean(own) - np.mean(others)) < 3 * spread
+    assert np.mean(counted) < np.mean(others) - 10 * spread, "the pairs themselves make it too low"
+    assert metrics.precision_recall(photos, photos, paired=True)[0] < 1
+
+
+@pytest.mark.parametrize("counts", [(60, 50), (60, 9), (8, 9)])  # of 12 values: more pictures than values, or fewer
+def test_frechet_distance_is_scipys_matrix_root(counts):
+    a, b = gaussian(counts[0]), gaussian(counts[1], shift=0.5, seed=1) * 1.5
     covariance = [np.cov(x.numpy().T) for x in (a, b)]
     root = scipy.linalg.sqrtm(covariance[0] @ covariance[1]).real
     expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(covariance[0] + covariance[1] - 2 * root)
@@ -71,12 +93,15 @@ def test_the_interval_covers_the_true_distance():
         return ((x * y).sum(1) / d + 1) ** 3
 
     truth = float((mean_kernel(0, 0) + mean_kernel(shift, shift) - 2 * mean_kernel(0, shift)).mean())
-    inside = 0
+    inside, widths, values = 0, [], []
     for trial in range(100):
         a, b = gaussian(60, d, 0, 2 * trial), gaussian(40, d, shift, 2 * trial + 1)
         low, high = metrics.kernel_interval(a, b, resamples=300)
         inside += low <= truth <= high
         assert low <= metrics.kernel_distance(a, b) <= high
+        widths.append(high - low)
+        values.append(metrics.kernel_distance(a, b))
+    assert np.mean(widths) < 2 * 3.92 * np.std(values), "it is as wide as the values spread, not wider than twice that"
     assert inside >= 90, f"a 95 % interval covered {inside} of 100 times"
 
 
@@ -94,6 +119,12 @@ def pixels(tmp_path_factory):
     return cache_pixels(load_photos(make_photos(tmp_path_factory.mktemp("many") / "corel", classes=4, each=12)), (48, 48))[1]
 
 
+@pytest.fixture
+def vae(configs):
+    torch.manual_seed(0)
+    return build_vae(str(configs / "vae.json"), (48, 48)).eval()
+
+
 @pytest.fixture(scope="module")
 def network():
     return feature_networks.load_network("efficientnet-lite0", torch.device("cpu"))
@@ -101,7 +132,7 @@ def network():
 
 @pytest.mark.parametrize("plant", ["as it is", "mirrored", "cropped", "mirrored, cropped and noisy"])
 def test_planted_copies_are_found(pixels, network, plant):
-    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
+    finder = memorization.CopyFinder.of(pixels["train"], network)
     copies = np.array(pixels["train"].values[:8])
     if "mirrored" in plant:
         copies = copies[:, :, ::-1]
@@ -118,7 +149,7 @@ def test_planted_copies_are_found(pixels, network, plant):
 
 
 def test_held_out_photos_are_no_copies(pixels, network):
-    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
+    finder = memorization.CopyFinder.of(pixels["train"], network)
     assert (
         finder.shares(*finder.search(pixels["validation"].values, feature_networks.photo_features(network, pixels["validation"])))["pixels"]
         == 0
@@ -128,7 +159,7 @@ def test_held_out_photos_are_no_copies(pixels, network):
 def test_photo_features_are_cached_and_the_uncached_ones(pixels, network):
     cached = feature_networks.photo_features(network, pixels["validation"])
     assert torch.equal(cached, feature_networks.extract(network, pixels["validation"].values))
-    network_gone = feature_networks.Network(network.name, network.width, None)
+    network_gone = feature_networks.Network(network.name, network.width, network.device, None)
     assert torch.equal(cached, feature_networks.photo_features(network_gone, pixels["validation"])), "the second time, nothing is computed"
 
 
@@ -165,6 +196,43 @@ def test_evaluate_a_pipeline(trained_unet, raw_photos, tmp_path):
     assert 'src="http' not in page
     assert "KID x1000" in done.stdout
     assert f"{found['generation']['kid_e3']:.1f} [" in done.stdout
+
+
+def test_reconstruction_in_parts_is_that_of_all_at_once(network):
+    rng = np.random.default_rng(0)
+    photos = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    made = np.clip(photos + rng.normal(0, rng.uniform(5, 40, (40, 1, 1, 1)), photos.shape), 0, 255).astype(np.uint8)
+    found = reconstruction_scores(made, photos, network, feature_networks.extract(network, photos))
+    a, b = (to_float(torch.from_numpy(x)) / 2 + 0.5 for x in (made, photos))
+    assert found["psnr_db"] == pytest.approx(float(peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3))), rel=1e-6)
+    assert found["ssim"] == pytest.approx(float(structural_similarity_index_measure(a, b, data_range=1.0)), rel=1e-5)
+    with torch.no_grad():
+        assert found["perceptual"] == pytest.approx(float(PerceptualLoss("efficientnet-lite0")(2 * a - 1, 2 * b - 1)), rel=1e-4)
+
+
+def test_rendered_photos_are_cached_by_the_vaes_weights(vae, pixels, monkeypatch):
+    first = render(vae, pixels["validation"])
+    assert np.array_equal(first.values, reconstruct(vae, pixels["validation"].values))
+    monkeypatch.setattr(evaluation, "reconstruct", lambda *a: pytest.fail("computed again"))
+    assert np.array_equal(render(vae, pixels["validation"]).values, first.values)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.5
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        render(vae, pixels["validation"])
+
+
+def test_pictures_are_searched_for_copies_of_every_photo_that_is_not_held_out(raw_photos, tmp_path):
+    tool("prepare", "--data-dir", raw_photos, "--output-dir", tmp_path / "data", "--no-visualize", "--test-fraction", 0.34)
+    prepared = tmp_path / "data" / "corel" / "corel_all"
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in [*load_photos(prepared)["validation"]["file_name"][:], load_photos(prepared)["train"]["file_name"][0]]:
+        shutil.copy(prepared / name, pictures)
+    tool("evaluate", "--pictures", pictures, "--data-dir", prepared, "--output-dir", tmp_path / "out")
+    copies = json.loads((tmp_path / "out" / "evaluation.json").read_text())["copies"]
+    assert copies["pictures"]["pixels"] == 1
+    assert copies["planted"]["pixels"] > 0.3, "photos, mirrored and cropped off the middle, are found"
+    assert copies["held_out"]["pixels"] == 0
 
 
 def test_the_card_quotes_the_evaluation_of_its_own_weights_only(trained_unet, raw_photos, tmp_path):
@@ -207,6 +275,27 @@ def test_a_test_split_is_set_aside_and_judged_by(raw_photos, tmp_path):
         Image.new("RGB", (32, 32), (60 * place, 0, 0)).save(folder / f"{place}.png")
     done = tool("evaluate", "--pictures", folder, "--data-dir", tmp_path / "data" / "corel" / "corel_all", "--output-dir", tmp_path / "out")
     assert "4 pictures, 32x32 px, against the test photos" in done.stdout
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["train_against_held_out"]["n"] == [9, 6]
+    assert found["copies"]["held_out"]["pixels"] == 0
+
+
+def test_photos_that_were_trained_on_are_noticed_when_they_are_held_out_later(trained_unet, raw_photos, tmp_path):
+    photos = load_photos(raw_photos)
+    assert (trained_unet / "training_photos.txt").read_text().split() == photos["train"]["file_name"][:]
+    assert evaluation.trained_on(trained_unet, photos["validation"]["file_name"][:]) == 0
+    tool("prepare", "--data-dir", raw_photos, "--output-dir", tmp_path / "data", "--no-visualize", "--test-fraction", 0.34)
+    done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", tmp_path / "data" / "corel" / "corel_all", "--num-images", 4,
+                "--steps", 1, "--output-dir", tmp_path / "out")  # fmt: skip
+    assert "6 of them were not held back when the model was trained: these numbers are too good" in done.stdout
+
+
+def test_the_stage_gate_says_what_the_vae_allows(vae, pixels):
+    line = evaluation.reconstruction_limit(vae, pixels["validation"])
+    made = reconstruct(vae, pixels["validation"].values) / 255.0
+    errors = ((made - pixels["validation"].values / 255.0) ** 2).mean((1, 2, 3))
+    assert f"PSNR {np.mean(-10 * np.log10(errors)):.1f} dB" in line
+    assert line.endswith("that is poor: train the VAE longer first"), "a fresh VAE brings nothing back"
 
 
 def test_a_picture_that_cannot_be_read_is_named(raw_photos, tmp_path):
@@ -222,6 +311,7 @@ def test_a_picture_that_cannot_be_read_is_named(raw_photos, tmp_path):
     ("flags", "expected"),
     [
         (["--pictures", "nowhere"], "--pictures nowhere: this is no folder"),
+        (["--dataset-name", "user/photos"], "give --data-dir or --dataset-name"),
         (["--against", "test"], "--against test: no photos were set aside as test"),
         (["--guidance-interval", "0.8", "0.2"], "--guidance-interval 0.8 0.2: give two numbers"),
     ],

@@ -48,7 +48,7 @@ def test_a_draw_is_the_posteriors_own_sample(vae, pixels):
 
 def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_photos):
     large = cache_large_pixels(load_photos(raw_photos), (32, 32))["train"]
-    assert large.values.shape[1:3] == (80, 80)
+    assert large.values.shape[1:3] == (48, 48), "photos of 48 px have no more"
     views = Views.of(large, 3)
     moments, changes = cache_moments(vae, pixels, torch.device("cpu"), views=views), views.changes()
     assert np.array_equal(moments[:, :2], cache_moments(vae, pixels, torch.device("cpu"))), "photo and mirror image first"

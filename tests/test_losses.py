@@ -109,6 +109,7 @@ def test_the_adaptive_weight_makes_both_terms_pull_alike():
     weight = torch.nn.Parameter(torch.randn(5))
     reconstruction, adversarial = (weight**2).sum(), 7 * weight.sum()
     ratio = adaptive_weight(reconstruction, adversarial, weight)
+    assert torch.allclose(adaptive_weight(reconstruction, adversarial, weight, loss_scale=2.0**16), ratio)
     assert float(ratio) == pytest.approx(float((2 * weight).detach().norm() / (7 * 5**0.5)), rel=1e-4)
     assert not ratio.requires_grad
 

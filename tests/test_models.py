@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import UNET_CONFIG
+from diffusers.models.attention_processor import Attention
 
 from corel_diffusers.files import UserError
 from corel_diffusers.models import (
@@ -63,6 +64,15 @@ def test_a_unet_in_training_is_without_changes_the_plain_one():
     bare = UNetInTraining(unet, changes=0, features=0)
     assert len(list(bare.parameters())) == len(list(unet.parameters()))
     assert bare(*inputs, torch.zeros(2, 0))[1] is None
+
+
+@pytest.mark.parametrize("config", ["tiny", "base", "unet.json"])
+def test_all_attention_is_normed(config, tmp_path):
+    """UNet2DModel leaves one out where the time is a scale and shift; the tiny UNet's activations then grew until the loss was nan."""
+    (tmp_path / "unet.json").write_text(json.dumps(UNET_CONFIG | {"resnet_time_scale_shift": "scale_shift"}))
+    config = str(tmp_path / config) if config.endswith("json") else config
+    unet = build_unet(config, (64, 64), build_vae("tiny", (64, 64)), 2)
+    assert all(module.group_norm is not None for module in unet.modules() if isinstance(module, Attention))
 
 
 def test_the_large_presets_build():

@@ -34,6 +34,17 @@ def test_orthogonal_brings_singular_values_near_one(shape):
     assert values.max() < 1.3
 
 
+def test_gram_matrices_are_multiplied_in_float32(monkeypatch):
+    seen, eye = [], torch.eye
+    monkeypatch.setattr(torch, "eye", lambda *a, **k: seen.append(torch.backends.cuda.matmul.allow_tf32) or eye(*a, **k))
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        orthogonal(torch.ones(1, 2, 3))
+        assert [*seen, torch.backends.cuda.matmul.allow_tf32] == [False, True]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def test_a_convolution_is_stepped_as_its_matrix():
     torch.manual_seed(0)
     conv, matrix = nn.Parameter(torch.zeros(8, 4, 3, 3)), nn.Parameter(torch.zeros(8, 36))

@@ -10,7 +10,7 @@ from corel_diffusers import planning
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.models import build_vae
-from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, choose, native_side_px, photos_per_second
+from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, VIEWS, choose, native_side_px, photos_per_second
 
 LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base": 600.0, "large": 60.0}
 
@@ -75,8 +75,28 @@ def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):
     asked = []
     args = UNetArguments(vae_checkpoint=str(trained_vae), plan=True)
     plan = choose(args, Accelerator(cpu=True), {"train": range(9)}, UNET_LADDER, lambda *what: asked.append(what), (32, 48))
-    assert plan == {"config": "tiny", "batch_size": 16, "max_train_minutes": 40}
+    assert plan == {"config": "tiny", "batch_size": 16, "views": VIEWS, "max_train_minutes": 40}
     assert asked == [("tiny", (32, 48), 16)]
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "expected"),
+    [
+        (79, {}, VIEWS),
+        (81, {}, 0),
+        (79, {"epochs": 300}, 0),
+        (79, {"epochs": 301}, VIEWS),
+        (79, {"views": 0}, None),
+        (81, {"views": 2}, None),
+    ],
+)
+def test_photos_that_are_seen_very_often_come_in_changed_views(count, flags, expected, monkeypatch, trained_vae):
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)  # 24,000 pictures in 40 minutes
+    args = UNetArguments(vae_checkpoint=str(trained_vae), config="tiny", batch_size=16, **flags)
+    plan = choose(args, Accelerator(cpu=True), {"train": range(count)}, UNET_LADDER, lambda *what: None, (32, 48))
+    assert plan.get("views") == expected
+    args.fill(plan)
+    assert args.views == (flags.get("views") if expected is None else expected)
 
 
 def test_speed_is_that_of_the_steps_and_photos_have_a_size(raw_photos):

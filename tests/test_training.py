@@ -12,7 +12,57 @@ from accelerate import Accelerator
 from corel_diffusers import training
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.files import UserError, finish_publishing, published_model, read_metrics, whole_file
-from corel_diffusers.training import BatchPlan, RunState, StepRandom, append_metrics, early_stop, lr_factor, note_validation
+from corel_diffusers.training import (
+    BatchPlan,
+    RunLength,
+    RunState,
+    StepRandom,
+    append_metrics,
+    checkpoint_due,
+    early_stop,
+    epochs_between_validations,
+    lr_factor,
+    note_validation,
+    pictures_due,
+)
+
+
+def test_a_run_of_minutes_has_ten_checkpoints_and_ten_pictures():
+    plan, args = BatchPlan(20, 4, 1, 1, 0, seed=0), VAEArguments(max_train_minutes=10)
+    length, state, history, checkpoints = RunLength(None, 600.0, 0.0), RunState(), [], []
+    for state.step in range(1, 601):  # a second each, an epoch every five
+        length.before, state.seconds = state.seconds, float(state.step)
+        if checkpoint_due(args, plan, state, length):
+            checkpoints.append(state.step)
+        if plan.ends_epoch(state.step, 4):
+            history.append({"seconds": state.seconds, "shown": pictures_due(args, plan.epoch(state.step), 4, length, state, history)})
+    assert checkpoints == list(range(60, 601, 60))
+    assert [record["seconds"] for record in history if record["shown"]] == list(range(60, 601, 60))
+    long = RunLength(None, 36_000.0, 0.0, before=599.0)
+    assert checkpoint_due(args, plan, RunState(step=1, seconds=600.5), long), "no more than ten minutes are lost"
+    args.checkpoint_every, args.sample_every = 3, 8
+    assert [step for step in range(1, 31) if checkpoint_due(args, plan, RunState(step=step), length)] == [15, 30]
+    assert [epoch for epoch in range(4, 33, 4) if pictures_due(args, epoch, 4, length, state, history)] == [8, 16, 24, 32]
+
+
+def test_epochs_without_flags_have_the_guides_rhythm():
+    plan, length, state = BatchPlan(4, 4, 1, 1, 0, seed=0), RunLength(40, None, 0.0), RunState()
+    for kind, expected in ((VAEArguments, [20, 40]), (UNetArguments, [10, 20, 30, 40])):
+        args = kind(epochs=40)
+        assert [step for step in range(1, 41) if checkpoint_due(args, plan, RunState(step=step), length)] == expected
+        assert [epoch for epoch in range(1, 41) if pictures_due(args, epoch, 1, length, state, [])] == [10, 20, 30, 40]
+
+
+def test_validation_takes_its_share_of_the_time_however_many_processes_there_are():
+    args = VAEArguments(max_train_minutes=10)
+    every = [epochs_between_validations(args, BatchPlan(100, 10 // n, 1, n, 0, seed=0), forward_passes=90) for n in (1, 2, 5)]
+    assert every == [10, 20, 50], "each process validates all photos and trains on a part"
+
+
+def test_a_run_that_has_checkpoints_only_is_not_begun_anew(tmp_path):
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="already holds a run: give --resume latest"):
+        training.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no"))
 
 
 def test_every_photo_is_seen_equally_often_in_a_new_order_each_epoch():

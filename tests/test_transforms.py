@@ -127,6 +127,15 @@ def test_unreadable_photos_are_left_out_and_named(raw_photos, tmp_path, capsys):
         assert len(photos["train"]) == len(pixels["train"]) == len(before["train"]) - 1
         assert name not in photos["train"]["file_name"][:]
         assert name in capsys.readouterr().out
+    whole = cache_pixels(load_photos(raw_photos), (32, 32))[1]["train"].values
+    assert np.array_equal(pixels["train"].values, np.delete(whole, 2, axis=0))
+    assert isinstance(pixels["train"].values, np.memmap), "photos stay on the disk"
+
+
+@pytest.mark.parametrize(("size_px", "kept_px"), [(32, 48), (16, 40), (64, 64)])
+def test_crops_are_cut_from_no_more_pixels_than_the_photos_have(size_px, kept_px, raw_photos):
+    large = transforms.cache_large_pixels(load_photos(raw_photos), (size_px, size_px))  # photos of 48 px
+    assert large["train"].values.shape[1:3] == (kept_px, kept_px)
 
 
 def test_random_views_crop_where_they_say_and_leave_the_rest_alone():

@@ -6,6 +6,7 @@ and refuses the rest with a reason, once, for preparing and for training alike.
 
 import hashlib
 import io
+import statistics
 import struct
 import warnings
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from corel_diffusers.files import UserError, read_json, whole_file, write_json
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100-megapixel cameras exist; twice as much is refused
 MIN_SIDE_PX = 32
-CROP_SCALE = 2.5  # crops are cut from photos kept at so many times the training size
-CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers"
+CROP_SCALE = 2.5  # crops are cut from photos kept at up to so many times the training size
+CACHE_VERSION = "1"  # to be raised when the code that fills a cache fills it with something else
+CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
 
 
 class PhotoError(Exception):
@@ -146,15 +148,39 @@ def cache_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> tuple[Dataset
         if not good:
             raise UserError(f"no photo of the {split} split can be read: {'; '.join(bad[:3])}")
         kept[split] = part.select(good)
-        pixels[split] = Pixels(all_pixels.values[good], all_pixels.key) if reasons else all_pixels
+        pixels[split] = readable(all_pixels, good) if reasons else all_pixels
     if bad:
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     return DatasetDict(kept), pixels
 
 
+def readable(pixels: Pixels, good: list[int]) -> Pixels:
+    """The photos of a split that could be read, on disk as well."""
+    key = f"{pixels.key}-readable"
+
+    def fill(array: np.ndarray) -> None:
+        for place, index in enumerate(good):
+            array[place] = pixels.values[index]
+
+    return Pixels(cached_array(key, (len(good), *pixels.values.shape[1:]), np.uint8, fill), key)
+
+
 def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> dict[str, Pixels]:
-    """The photos at more pixels than `size_px`, for crops of them."""
-    return cache_pixels(photos, tuple(round(CROP_SCALE * side) for side in size_px))[1]
+    """The photos at more pixels than `size_px`, as far as they have them, for crops of them."""
+    factor = min(CROP_SCALE, max(1.0, native_side_px(photos) / min(size_px)))
+    return cache_pixels(photos, tuple(round(factor * side) for side in size_px))[1]
+
+
+def native_side_px(photos: DatasetDict, looked_at: int = 16) -> float:
+    """The shorter side of a typical training photo, in pixels."""
+    part = photos["train"].select(range(min(looked_at, len(photos["train"])))).cast_column("image", ImageFeature(decode=False))
+    sides = []
+    for row in part["image"]:
+        try:
+            sides.append(min(open_photo(row["bytes"] or row["path"]).size))
+        except PhotoError:  # named when the photos are decoded
+            continue
+    return statistics.median(sides) if sides else 0
 
 
 def decode_split(part: Dataset, size_px: tuple[int, int]) -> tuple[Pixels, dict[int, str]]:

@@ -58,11 +58,11 @@ def cache_versions(
     pixels: Pixels,
     views: Views | None,
     device: torch.device,
-    batch_size: int = 32,
+    batch_size: int,
 ) -> np.ndarray:
     """What `network` makes of each version of each photo: memory-mapped float32 (N, 2 + 2V, …).
 
-    key: stands for the network. network: (B, 3, H, W) in [-1, 1], channels last -> (B, …).
+    key: stands for the network. network: (2 B, 3, H, W) in [-1, 1], channels last -> (2 B, …).
     """
 
     def both(pictures: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from corel_diffusers.cli import Evaluate
 from corel_diffusers.data.photos import PHOTO_ENDINGS, load_photos
-from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, digest, fit_photo, open_photo, to_float
+from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, cached_array, digest, fit_photo, open_photo, to_float
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
@@ -25,6 +26,7 @@ from corel_diffusers.latents import weights_key
 from corel_diffusers.models import downsample_factor
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
+from corel_diffusers.training import TRAINING_PHOTOS
 
 FEWEST = 4  # photos on either side; with fewer, no distance means anything
 POOR_PSNR_DB, POOR_KID_E3 = 20.0, 60.0  # at 64 px: faces and small things are gone below the one or above the other
@@ -41,7 +43,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     class_names = photos["train"].features["label"].names
     photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
     held_out = pick_held_out(args.against, pixels)
-    pixels["all"], photo_labels["all"] = joined(pixels), torch.cat(list(photo_labels.values()))
+    known = pixels["train"] if pipe else joined([pixels[split] for split in ("train", "validation") if split != held_out])
+    pixels["all"], photo_labels["all"] = joined(list(pixels.values())), torch.cat(list(photo_labels.values()))
     network = load_network(args.features, device)
 
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
@@ -50,8 +53,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     values = as_array(pictures)
     features = extract(network, values)
     real = {split: photo_features(network, part) for split, part in pixels.items()}
-    rendered = {split: render(pipe.vae, pixels[split]) for split in {"train", held_out}} if pipe else pixels
-    finder = CopyFinder.of(pixels["train"], rendered["train"], network)
+    as_rendered = partial(render, pipe.vae) if pipe else lambda part: part
+    finder = CopyFinder.of(as_rendered(known), network)
     in_pixels, in_features = finder.search(values, features)
 
     results = settings | {
@@ -64,37 +67,35 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
         "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(in_pixels, in_features)},
     }
-    planted = planted_copies(pixels["train"].values[:PLANTED])
+    planted = planted_copies(known.values[:PLANTED])
     planted = reconstruct(pipe.vae, planted) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted, extract(network, planted)))
     if held_out != "all":
-        results["held_out_against_train"] = compare(real[held_out], real["train"])
-        alarms = finder.search(rendered[held_out].values, photo_features(network, rendered[held_out]))
-        results["copies"]["held_out"] = finder.shares(*alarms)
+        results["train_against_held_out"] = compare(real["train"], real[held_out])
+        alarms = as_rendered(pixels[held_out])
+        results["copies"]["held_out"] = finder.shares(*finder.search(alarms.values, photo_features(network, alarms)))
     if labels is not None:
-        results["diversity"] = {
-            "pictures": within_class_distance(features, labels),
-            "photos": within_class_distance(real["all"], photo_labels["all"]),
-        }
-        results["classes"] = class_scores(class_names, features, labels, real, photo_labels, held_out)
+        made, real_of = (features, labels), {split: (real[split], photo_labels[split]) for split in pixels}
+        results["diversity"] = {"pictures": within_class_distance(*made), "photos": within_class_distance(*real_of["all"])}
+        results["classes"] = class_scores(class_names, made, real_of["train"], real_of["all"], real_of[held_out])
+    sheets = {
+        "Pictures": report.sample_sheet(values, labels, class_names),
+        "Nearest in features": report.pair_sheet(values, known.values, in_features),
+        "Nearest in pixels": report.pair_sheet(values, known.values, in_pixels),
+    }
     if pipe:
-        results["reconstruction"] = reconstruction_scores(rendered[held_out].values, pixels[held_out].values, network, real[held_out])
+        originals, rendered = pixels[held_out].values, as_rendered(pixels[held_out]).values
+        results["reconstruction"] = reconstruction_scores(rendered, originals, network, real[held_out])
+        sheets["Held-out photos over their reconstructions"] = report.reconstruction_sheet(originals, rendered)
     if isinstance(args.pipeline, Path) and pipe:
         results["unet_sha256"] = unet_digest(args.pipeline)
+        if held_out != "all":
+            results["held_out_trained_on"] = trained_on(args.pipeline, photos[held_out]["file_name"][:])
     results["seconds"] = round(time.monotonic() - began, 1)
 
     write_json(output_dir / "evaluation.json", results)
     if output_dir == args.pipeline:
         write_card(output_dir)
-    sheets = {
-        "Pictures": report.sample_sheet(values, labels, class_names),
-        "Nearest in features": report.pair_sheet(values, pixels["train"].values, in_features),
-        "Nearest in pixels": report.pair_sheet(values, pixels["train"].values, in_pixels),
-    }
-    if pipe:
-        sheets["Held-out photos over their reconstructions"] = report.reconstruction_sheet(
-            pixels[held_out].values, rendered[held_out].values
-        )
     report.write_html(output_dir / "evaluation.html", results, sheets)
     print(report.table_text(results))
     print(f"numbers: {output_dir / 'evaluation.json'}\npictures: {output_dir / 'evaluation.html'} (it shows your photos)")
@@ -122,7 +123,7 @@ class SampleJudge:
     @classmethod
     def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels]) -> "SampleJudge":
         network = load_network("efficientnet-lite0", vae.device)
-        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"]), network)
+        finder = CopyFinder.of(render(vae, pixels["train"]), network)
         return cls(network, photo_features(network, pixels["validation"]), finder)
 
     def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
@@ -187,6 +188,12 @@ def data_labels(pipe: DiffusionPipeline, labels: list[int] | None, class_names: 
     return torch.tensor([class_names.index(name) for name in names]) if names and set(names) <= set(class_names) else None
 
 
+def trained_on(pipeline: Path, names: list[str]) -> int:
+    """How many of these files the model was trained on: of photos that were split anew, some held-out ones were training photos before."""
+    listed = pipeline / TRAINING_PHOTOS
+    return len(set(names) & set(listed.read_text(encoding="utf-8").splitlines())) if listed.is_file() else 0
+
+
 def pick_held_out(wanted: str, pixels: dict[str, Pixels]) -> str:
     """The split to compare with. Raises UserError where it is missing or too small."""
     split = ("test" if "test" in pixels else "validation") if wanted == "auto" else wanted
@@ -200,9 +207,9 @@ def pick_held_out(wanted: str, pixels: dict[str, Pixels]) -> str:
     return split
 
 
-def joined(pixels: dict[str, Pixels]) -> Pixels:
-    """The photos of all splits."""
-    return Pixels(np.concatenate([part.values for part in pixels.values()]), digest([part.key for part in pixels.values()]))
+def joined(parts: list[Pixels]) -> Pixels:
+    """The photos of several splits."""
+    return Pixels(np.concatenate([part.values for part in parts]), digest([part.key for part in parts]))
 
 
 @torch.no_grad()
@@ -216,42 +223,47 @@ def reconstruct(vae: AutoencoderKL, photos: np.ndarray) -> np.ndarray:
 
 
 def render(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
-    """The photos of a split as the VAE renders them."""
-    return Pixels(reconstruct(vae, pixels.values), f"{pixels.key}-{weights_key(vae)}")
+    """The photos of a split as the VAE renders them: computed once, cached by what the photos hold and the VAE's weights."""
+    key = f"{pixels.key}-{len(pixels)}-{weights_key(vae)}"
+
+    def fill(array: np.ndarray) -> None:
+        array[:] = reconstruct(vae, pixels.values)
+
+    return Pixels(cached_array(key, pixels.values.shape, np.uint8, fill), key)
 
 
 def reconstruction_scores(made: np.ndarray, photos: np.ndarray, network: Network, real: torch.Tensor) -> dict[str, float]:
-    """What the VAE loses: PSNR (dB), SSIM, perceptual distance, and its own distances, under which no sample set comes but by luck."""
-    a, b = (to_float(torch.from_numpy(np.array(values))) for values in (made, photos))
-    with torch.no_grad():
-        perceptual = float(PerceptualLoss("efficientnet-lite0")(a, b))
-    return {
-        "psnr_db": float(peak_signal_noise_ratio((a + 1) / 2, (b + 1) / 2, data_range=1.0, dim=(1, 2, 3))),
-        "ssim": float(structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0)),
-        "perceptual": perceptual,
-    } | compare(extract(network, made), real)
+    """What the VAE loses: PSNR (dB), SSIM, perceptual distance, and its own distances, under which no sample set comes but by luck.
+
+    A photo and its reconstruction are no pair that KID counts; `kid_e3_all_pairs` counts them too, and is too low for it.
+    """
+    perceptual, sums = PerceptualLoss("efficientnet-lite0").to(network.device), np.zeros(3)
+    for start in range(0, len(made), 32):
+        a, b = (to_float(torch.from_numpy(np.array(values[start : start + 32]))).to(network.device) for values in (made, photos))
+        with torch.no_grad():
+            far = perceptual(a, b)
+        a, b = (a + 1) / 2, (b + 1) / 2
+        near = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3)), structural_similarity_index_measure(a, b, data_range=1.0)
+        sums += [len(a) * float(value) for value in (*near, far)]
+    features = extract(network, made)
+    means = dict(zip(("psnr_db", "ssim", "perceptual"), (sums / len(made)).tolist(), strict=True))
+    return means | compare(features, real, paired=True) | {"kid_e3_all_pairs": 1e3 * kernel_distance(features, real)}
 
 
-def class_scores(
-    class_names: list[str],
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    real: dict[str, torch.Tensor],
-    photo_labels: dict[str, torch.Tensor],
-    held_out: str,
-) -> dict[str, dict]:
+Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)
+
+
+def class_scores(class_names: list[str], pictures: Labelled, train: Labelled, photos: Labelled, held_out: Labelled) -> dict[str, dict]:
     """For each class: its pictures beside its photos (all of them: the held-out ones of a class are few), and how many are
     nearest to their own class's mean training photo, beside the same share of held-out photos."""
-    train = real["train"], photo_labels["train"]
-    matches = class_match(features, labels, *train)
-    real_matches = class_match(real[held_out], photo_labels[held_out], *train)
+    matches, real_matches = class_match(*pictures, *train), class_match(*held_out, *train)
     found = {}
     for label, name in enumerate(class_names):
-        own, own_photos = labels == label, photo_labels["all"] == label
+        own, own_photos = pictures[1] == label, photos[1] == label
         if own.sum() < 2 or own_photos.sum() < 2:
             continue
-        held = real_matches[photo_labels[held_out] == label]
-        found[name] = compare(features[own], real["all"][own_photos]) | {
+        held = real_matches[held_out[1] == label]
+        found[name] = compare(pictures[0][own], photos[0][own_photos]) | {
             "match": float(matches[own].double().mean()),
             "match_photos": float(held.double().mean()) if len(held) else None,
         }

@@ -17,10 +17,11 @@ from corel_diffusers.perceptual import load_efficientnet
 
 @dataclass
 class Network:
-    """A frozen network: uint8 pictures (B, H, W, 3) -> (B, width)."""
+    """A frozen network on a device: uint8 pictures (B, H, W, 3) -> (B, width)."""
 
     name: str
     width: int
+    device: torch.device
     run: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -45,7 +46,7 @@ def efficientnet(device: torch.device) -> Network:
         x = (enlarged(pictures, 224).permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
         return network.extract_features(x.to(device)).mean((2, 3))
 
-    return Network("efficientnet-lite0", 1280, run)
+    return Network("efficientnet-lite0", 1280, device, run)
 
 
 def inception(device: torch.device) -> Network:
@@ -53,7 +54,7 @@ def inception(device: torch.device) -> Network:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network = FeatureExtractorInceptionV3("inception", ["2048"]).eval().to(device)  # it resizes to 299 px itself
-    return Network("inception", 2048, lambda pictures: network(pictures.permute(0, 3, 1, 2).to(device))[0])
+    return Network("inception", 2048, device, lambda pictures: network(pictures.permute(0, 3, 1, 2).to(device))[0])
 
 
 def dinov2(device: torch.device, location: str = "facebook/dinov2-small") -> Network:
@@ -67,7 +68,7 @@ def dinov2(device: torch.device, location: str = "facebook/dinov2-small") -> Net
         x = (enlarged(pictures, 224).permute(0, 3, 1, 2).float() / 255 - mean) / std
         return network(x.to(device)).last_hidden_state[:, 0]
 
-    return Network("dinov2", network.config.hidden_size, run)
+    return Network("dinov2", network.config.hidden_size, device, run)
 
 
 def enlarged(pictures: torch.Tensor, side_px: int) -> torch.Tensor:

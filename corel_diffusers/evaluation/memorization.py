@@ -2,11 +2,12 @@
 
 A copy is much nearer to one photo than to any other: the distance to the nearest over that to the second nearest. Bonnaire et
 al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In a network's features, where a shifted copy still
-stands out, the ratio below which it counts is calibrated on the photos. There the photos are taken as the VAE renders them: its
+stands out, the ratio below which it counts is calibrated on the photos. The photos are taken as the VAE renders them: its
 blur moves features further than the way from one photo to the next, and a model that copies cannot copy what its VAE loses.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.evaluation.features import Network, photo_features
 
 PIXEL_RATIO = 1 / 3
-COMPARED_PX = 32  # pixels are compared at this size: a copy stays one, and the views of ten thousand photos fit in memory
-CROPS = (0.92, 0.84)  # of the side: a photo's centre and corners count as the photo
+COMPARED_PX = 32  # pixels are compared at this size: a copy stays one, and what ten thousand photos are searched as takes 1.2 GB
+CROPS = (0.92, 0.84)  # of the side: a photo's centre, corners and the middles of its edges count as the photo
 
 
 @dataclass
@@ -32,17 +33,17 @@ class Nearest:
         return float((self.ratio < ratio).double().mean())
 
 
-def views(photos: np.ndarray) -> list[np.ndarray]:
-    """uint8 (N, H, W, 3) -> each photo, its centres and corners at CROPS, and the mirror image of each: 22 arrays of that shape."""
+def pixel_versions(photos: np.ndarray) -> list[torch.Tensor]:
+    """uint8 (N, H, W, 3) -> pixel vectors of each photo, nine crops of it at each of CROPS, and the mirror image of each: 38 of (N, D)."""
     height, width = photos.shape[1:3]
     boxes = [(0, 0, width, height)]
     for crop in CROPS:
         kept_h, kept_w = round(crop * height), round(crop * width)
         below, beside = height - kept_h, width - kept_w
-        for top, left in ((below // 2, beside // 2), (0, 0), (0, beside), (below, 0), (below, beside)):
+        for top, left in product((0, below // 2, below), (0, beside // 2, beside)):
             boxes.append((left, top, left + kept_w, top + kept_h))
-    resized = [resize(photos, (height, width), box) for box in boxes]
-    return resized + [view[:, :, ::-1] for view in resized]
+    seen = [resize(photos, (COMPARED_PX, COMPARED_PX), box) for box in boxes]
+    return [torch.from_numpy(np.ascontiguousarray(side).reshape(len(photos), -1)) for part in seen for side in (part, part[:, :, ::-1])]
 
 
 def resize(pictures: np.ndarray, size_px: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> np.ndarray:
@@ -57,7 +58,9 @@ def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], leav
     leave_out_self: the pictures are the photos themselves, and a photo is not its own neighbour.
     """
     pictures = pictures.double()
-    distance = torch.stack([torch.cdist(pictures, view.double()) for view in photo_views]).amin(0)
+    distance = torch.full((len(pictures), len(photo_views[0])), float("inf"), dtype=torch.float64)
+    for view in photo_views:
+        distance = torch.minimum(distance, torch.cdist(pictures, view.double()))
     if leave_out_self:
         distance.fill_diagonal_(float("inf"))
     two, photo = distance.topk(2, dim=1, largest=False)
@@ -78,8 +81,8 @@ class CopyFinder:
     feature_ratio: float
 
     @classmethod
-    def of(cls, photos: Pixels, rendered: Pixels, network: Network) -> "CopyFinder":
-        """rendered: the photos as the VAE renders them; the photos themselves where the pictures were made without one.
+    def of(cls, rendered: Pixels, network: Network) -> "CopyFinder":
+        """rendered: the training photos as the VAE renders them; the photos themselves where the pictures were made without one.
 
         In features a photo counts by itself and its mirror image: the networks see past small crops. The feature ratio is the
         one that 1 % of the photos themselves are below when each is compared with the others: photos of a series that look
@@ -87,7 +90,7 @@ class CopyFinder:
         """
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
         own = nearest_photos(features[0], features, leave_out_self=True)
-        return cls([pixel_vectors(view) for view in views(photos.values)], features, float(torch.quantile(own.ratio, 0.01)))
+        return cls(pixel_versions(rendered.values), features, float(torch.quantile(own.ratio, 0.01)))
 
     def search(self, pictures: np.ndarray, features: torch.Tensor) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""

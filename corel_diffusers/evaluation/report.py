@@ -17,8 +17,8 @@ SHOWN_PAIRS = 8
 ROWS = {
     "generation": "pictures",
     "reconstruction": "VAE reconstructions (the floor)",
-    "held_out_against_train": "held-out photos against training photos",
-    "halves": "one half of the photos against the other",
+    "train_against_held_out": "training photos",
+    "halves": "one half of all photos against the other",
 }
 
 
@@ -29,7 +29,16 @@ def with_interval(values: dict) -> str:
 
 def distance_rows(results: dict) -> list[tuple[str, ...]]:
     """The distances as text, a row for each pair of sets; the first row is the heading."""
-    rows = [("against held-out photos", "n", "KID x1000 [95 %]", "FD (biased up at small n)", "precision", "recall")]
+    rows = [
+        (
+            f"against {'all' if results['held_out'] == 'all' else 'held-out'} photos",
+            "n",
+            "KID x1000 [95 %]",
+            "FD (biased up at small n)",
+            "precision",
+            "recall",
+        )
+    ]
     for key, name in ROWS.items():
         if key in results:
             v = results[key]
@@ -87,7 +96,9 @@ def heading(results: dict) -> str:
         made += f" by {results['sampler']} in {results['steps']} steps, guidance {results['guidance_scale']:g}, seed {results['seed']}"
     height, width = results["size_px"]
     held = {"test": "the test photos", "validation": "the validation photos, which also chose the best epoch", "all": "all photos"}
-    return f"{made}, {width}x{height} px, against {held[results['held_out']]}; features: {results['features']}"
+    trained_on = results.get("held_out_trained_on")
+    warning = f"; {trained_on} of them were not held back when the model was trained: these numbers are too good" if trained_on else ""
+    return f"{made}, {width}x{height} px, against {held[results['held_out']]}; features: {results['features']}{warning}"
 
 
 def reconstruction_line(results: dict) -> str:

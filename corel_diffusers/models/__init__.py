@@ -83,6 +83,8 @@ def build_unet(config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_cl
         "out_channels": vae.config.latent_channels,
         "num_class_embeds": num_classes + 1 if num_classes else None,
     }
+    # with time as a scale and shift, UNet2DModel leaves this norm out: activations grow there until gradients overflow
+    values.setdefault("attn_norm_num_groups", values.get("norm_num_groups", 32))
     return from_config(UNet2DModel, values, config)
 
 

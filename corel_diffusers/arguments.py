@@ -218,8 +218,9 @@ class TrainingArguments:
 
     def fill(self, plan: dict) -> None:
         """Sets the flags that are open to those of the plan, and then those that follow from them."""
-        for name, given in self.planned.items():
-            setattr(self, name, plan.get(name) if given is None else given)
+        for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
+            if getattr(self, name) is None:
+                setattr(self, name, plan.get(name))
         self.check_config_file()
         self.learning_rate = self.learning_rate or self.LEARNING_RATES.get(self.config, 1e-4)
         self.check_learning_rate()

@@ -43,13 +43,13 @@ VAE_LADDER = Ladder(
     (Rung("tiny", 64, 2), Rung("base", 128, 16, 20_000), Rung("large", 256, 16, 200_000, 5_000)),
     20,
     "held-out PSNR {:.1f} dB",
-    ((900, 19.2), (1_800, 21.0), (6_800, 22.8)),
+    ((4_100, 23.5), (38_000, 24.4)),
 )
 UNET_LADDER = Ladder(
     (Rung("tiny", 64, 16), Rung("base", 128, 16, 100_000), Rung("large", 256, 32, 1_000_000, 5_000)),
     40,
     "KID x1000 {:.0f} against held-out photos, where real photos have about 0",
-    ((34_000, 68),),
+    ((49_000, 55),),
 )
 VIEWS, VIEWS_FROM = 16, 300  # changed views of each photo, where a run would see each photo more often; benchmarks/overfitting.py
 STEEPNESS = 3  # a rung is at least so many times as slow as the one below: one that this rules out is not tried

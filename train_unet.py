@@ -29,7 +29,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels
 from corel_diffusers.data.views import Views
 from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
-from corel_diffusers.files import published_model
+from corel_diffusers.files import best_record, published_model
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
@@ -236,7 +236,7 @@ def main(args: UNetArguments) -> None:
 
     # save
     if accelerator.is_main_process and history:
-        best = min(history, key=lambda record: record["val_loss"])
+        best = best_record(history)
         epochs = f"epoch {best['epoch']} of {history[-1]['epoch']}" + (f" ({state.stop_reason})" if state.stop_reason else "")
         print(f"{args.run_dir} holds the pipeline of {epochs}: held-out loss {best['val_loss']:.4f}")
         for line in advice.on_loss(history, "loss", args):

@@ -25,7 +25,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from corel_diffusers import advice
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
-from corel_diffusers.files import published_model, read_json, write_json
+from corel_diffusers.files import best_record, published_model, read_json, write_json
 from corel_diffusers.latents import cache_moments, measure_scale
 from corel_diffusers.losses import (
     adaptive_weight,
@@ -202,7 +202,7 @@ def main(args: VAEArguments) -> None:
         vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)  # the best by validation
         mean, std = measure_scale(cache_moments(vae, pixels["train"], device, batch_size=args.batch_size))
         write_json(args.run_dir / "config.json", read_json(args.run_dir / "config.json") | {"latents_mean": mean, "latents_std": std})
-        best = min(history, key=lambda record: record["val_loss"])
+        best = best_record(history)
         print(
             f"{args.run_dir} holds the VAE of epoch {best['epoch']}: held-out PSNR {best['val_psnr']:.2f} dB, SSIM {best['val_ssim']:.3f}"
         )

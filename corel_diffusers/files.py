@@ -97,6 +97,12 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+def best_record(history: list[dict]) -> dict:
+    """The validation whose model was published: the lowest loss, of those that a discriminator had shaped where there are any."""
+    shaped = [record for record in history if "adversarial" in record]
+    return min(shaped or history, key=lambda record: record["val_loss"])
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole; leaves it alone when it already holds the same."""
     if not (path.is_file() and path.read_bytes() == content):

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData, get_token
 
 from corel_diffusers.evaluation.report import card_rows, heading
-from corel_diffusers.files import UserError, first_line, read_json, read_metrics, write_text
+from corel_diffusers.files import UserError, best_record, first_line, read_json, read_metrics, write_text
 
 PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
@@ -65,7 +65,7 @@ def describe_vae(location: Path | str) -> dict | None:
     history = read_metrics(Path(location) / "metrics.jsonl")
     if not history or not (Path(location) / "run.json").is_file():
         return None
-    best = min(history, key=lambda record: record["val_loss"])
+    best = best_record(history)
     return {"command": read_json(Path(location) / "run.json")["command"], "best": best}
 
 
@@ -84,7 +84,7 @@ def training_lines(run: dict, history: list[dict]) -> list[str]:
         best = run["vae"]["best"]
         lines += [f"| VAE reconstruction, PSNR | {best['val_psnr']:.2f} dB |", f"| VAE reconstruction, SSIM | {best['val_ssim']:.3f} |"]
     if history:
-        best, last = min(history, key=lambda record: record["val_loss"]), history[-1]
+        best, last = best_record(history), history[-1]
         lines += [
             f"| denoising loss of these weights (epoch {best['epoch']}, step {best['step']}) | {best['val_loss']:.4f} |",
             f"| pictures seen in all, minutes | {last['images_seen']}, {last['seconds'] / 60:.1f} on {run['device']} |",

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from corel_diffusers import training
 from corel_diffusers.arguments import UNetArguments, VAEArguments
-from corel_diffusers.files import UserError, finish_publishing, published_model, read_metrics, whole_file
+from corel_diffusers.files import UserError, best_record, finish_publishing, published_model, read_metrics, whole_file
 from corel_diffusers.training import (
     BatchPlan,
     RunLength,
@@ -148,6 +148,17 @@ def test_plateau_is_torchs_and_survives_a_resume():
         resumed.set(0, 100)
         assert resumed.now == pytest.approx(reference.param_groups[0]["lr"])
     assert resumed.now == pytest.approx(2.5e-4)
+
+
+def test_the_published_model_is_the_best_that_the_verdict_has_shaped():
+    history = [{"val_loss": loss, "epoch": epoch} for epoch, loss in enumerate((3.0, 1.0, 2.0))]
+    assert best_record(history)["epoch"] == 1
+    assert (
+        best_record([*history, {"val_loss": 1.5, "adversarial": 0.1, "epoch": 3}, {"val_loss": 1.2, "adversarial": 0.0, "epoch": 4}])[
+            "epoch"
+        ]
+        == 4
+    )
 
 
 def test_early_stopping_by_patience_and_delta():

@@ -27,7 +27,7 @@ from corel_diffusers import advice, hub
 from corel_diffusers.alignment import cache_features, feature_scale, misalignment
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels
-from corel_diffusers.data.views import Views
+from corel_diffusers.data.views import Views, pick_versions
 from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
 from corel_diffusers.files import best_record, published_model
 from corel_diffusers.generate import build_sampler
@@ -71,9 +71,12 @@ from pipeline import CorelPipeline
 BANDS = 4  # equal parts of the timesteps, the first one the cleanest
 JUDGED = 48  # samples that --evaluate-every looks at
 FIXED_DRAWS = 128  # pairs of noise and timestep over the held-out photos, at least one a photo
+GAUGE = "overfitting gauge: held-out over seen"
+# benchmarks/overfitting.py: on 60 Corel photos the first copy was found when the gauge stood this far above its lowest value
+COPIES_BEGAN = 1.11
 PANELS = {
     "denoising loss": {"loss": "training", "seen_loss": "seen photos, fixed noise", "val_loss": "held-out, fixed noise"},
-    "overfitting gauge: held-out over seen": {
+    GAUGE: {
         "gauge": "all timesteps",
         **{f"gauge_{band + 1}": f"t {1000 * band // BANDS} to {1000 * (band + 1) // BANDS}" for band in range(BANDS)},
     },
@@ -81,8 +84,6 @@ PANELS = {
     "KID x1000 of a few samples": {"kid_e3": "against held-out photos"},
     "learning rate": {"learning_rate": "learning rate"},
 }
-# benchmarks/overfitting.py: on 60 Corel photos the first copy was found between a gauge of 1.11 and one of 1.17
-MARKS = {"overfitting gauge: held-out over seen": (1.11, "copies began above, on 60 photos")}
 
 
 class FixedDraws(NamedTuple):
@@ -136,7 +137,7 @@ def main(args: UNetArguments) -> None:
     labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
     same = {"train": alike(labels["train"], labels["validation"]), "validation": np.arange(len(labels["validation"]))}
     seen, held_out = (
-        fixed_draws(vae, moments[split][rows], labels[split][rows] if class_names else None, noise_scheduler, device)
+        fixed_draws(vae, moments[split][rows, 0], labels[split][rows] if class_names else None, noise_scheduler, device)
         for split, rows in same.items()
     )
     if accelerator.is_main_process:
@@ -144,13 +145,14 @@ def main(args: UNetArguments) -> None:
     judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
-    changes = views.changes() if views else np.zeros((len(labels["train"]), 2, 0), np.float32)
+    versions = moments["train"].shape[:2]  # photos, versions of each
+    changes = views.changes() if views else np.zeros((*versions, 0), np.float32)
     if args.align_weight:
         with accelerator.main_process_first():
             features = cache_features(pixels["train"], views, inner_grid(unet, latent_shape[1:]), device, args.batch_size)
         feature_mean, feature_std = feature_scale(features, device)
     else:
-        features = np.zeros((len(labels["train"]), 2, 0), np.float32)
+        features = np.zeros((*versions, 0), np.float32)
     model = UNetInTraining(unet, changes.shape[2], features.shape[2])
     model, optimizer = accelerator.prepare(
         model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
@@ -165,18 +167,16 @@ def main(args: UNetArguments) -> None:
     history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_location))
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
-    passes = batches(plan, state.step, length, args.num_workers, moments["train"], labels["train"], changes, features)
+    pick = partial(pick_versions, seed=args.seed, global_batch=plan.global_batch, views=args.views, view_chance=args.view_chance)
+    arrays = moments["train"], np.broadcast_to(labels["train"][:, None], versions), changes, features
+    passes = batches(plan, state.step, length, args.num_workers, *arrays, versions=pick)
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state) and not state.stop_reason:
             rate.set(state.step, length.total_steps(state))
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
-                batch, label, *told = (tensor.to(device, non_blocking=True) for tensor in next(passes))  # (B, 2 + 2V, 2C, h, w), (B,)
-                view = random.chance(0.5).int()  # the photo, or its mirror image
-                if views:
-                    view = view + 2 * random.chance(args.view_chance) * (1 + random.integers(args.views))
-                changed, wanted = (versions[torch.arange(len(view)), view] for versions in told)  # (B, changes), (B, F, h', w')
-                latents = scale(draw(batch, view, random.normal(*latent_shape)), vae)  # (B, C, h, w)
+                batch, label, changed, wanted = (tensor.to(device, non_blocking=True) for tensor in next(passes))
+                latents = scale(draw(batch, random.normal(*latent_shape)), vae)  # (B, C, h, w)
                 noise = random.normal(*latent_shape)
                 if args.timesteps == "log-normal":
                     timesteps = log_normal_timesteps(noise_scheduler, random.normal(), *args.log_normal)
@@ -229,7 +229,9 @@ def main(args: UNetArguments) -> None:
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
-                    plot_history(history, PANELS, args.run_dir / "loss_history.png", MARKS)
+                    lowest = min((record["gauge"] for record in history), default=1.0)
+                    mark = {GAUGE: (COPIES_BEGAN * lowest, "copies began above, on 60 photos")}
+                    plot_history(history, PANELS, args.run_dir / "loss_history.png", mark)
                     hub.write_card(args.run_dir)
             if stopping:
                 break
@@ -282,12 +284,12 @@ def fixed_draws(
 ) -> FixedDraws:
     """What a set of photos is measured on: the same at each validation, so that the loss is no lottery.
 
-    Each photo (its posterior's mean, not mirrored) comes in equally often; the timesteps are spread evenly. Sets of one size get
-    the same noise and timesteps.
+    moments: (N, 2C, h, w). Each photo (its posterior's mean) comes in equally often; the timesteps are spread evenly. Sets of one
+    size get the same noise and timesteps.
     """
     repeats = -(-FIXED_DRAWS // len(moments))
     generator = torch.Generator().manual_seed(0)
-    means = torch.tensor(moments[:, 0]).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
+    means = torch.tensor(moments).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
     noise = torch.randn(means.shape, generator=generator)
     places = torch.randperm(len(means), generator=generator)
     timesteps = (places + 0.5) / len(means) * noise_scheduler.config.num_train_timesteps

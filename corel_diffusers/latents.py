@@ -56,12 +56,12 @@ def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, view
     return cache_versions(f"latents-{weights_key(vae)}", encode, pixels, views, device, batch_size)
 
 
-def draw(moments: torch.Tensor, view: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def draw(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draws latents mean + exp(logvar / 2) * noise from cached posteriors.
 
-    moments (B, 2 + 2V, 2C, h, w), view (B,): which of the second axis, noise (B, C, h, w) -> unscaled latents (B, C, h, w).
+    moments (B, 2C, h, w), noise (B, C, h, w) -> unscaled latents (B, C, h, w).
     """
-    mean, logvar = moments[torch.arange(len(view)), view.long()].chunk(2, dim=1)
+    mean, logvar = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * logvar) * noise
 
 

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -179,31 +179,44 @@ def epoch_order(seed: int, epoch: int, photos: int) -> np.ndarray:
 
 
 class BatchOrder(Sampler):
-    """The index arrays of every forward pass from `first_step` to `last_step`, in order."""
+    """What every forward pass from `first_step` to `last_step` reads, in order: photos, and where wanted a version of each."""
 
-    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
-        self.plan, self.steps = plan, range(first_step, last_step)
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int, versions: Callable[[int], np.ndarray] | None) -> None:
+        self.plan, self.steps, self.versions = plan, range(first_step, last_step), versions
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self.plan.indices(step, micro) for step in self.steps for micro in range(self.plan.grad_accum))
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
+        for step in self.steps:
+            picked = (self.versions(step),) if self.versions else ()
+            for micro in range(self.plan.grad_accum):
+                yield self.plan.indices(step, micro), *(values[self.plan.rows(micro)] for values in picked)
 
     def __len__(self) -> int:
         return len(self.steps) * self.plan.grad_accum
 
 
 class ArrayBatches(Dataset):
-    """Whole batches of memory-mapped arrays: an array of indices -> a tensor for each array."""
+    """Whole batches of memory-mapped arrays: indices into their first axes -> a tensor for each array. Nothing else is read."""
 
     def __init__(self, *arrays: np.ndarray) -> None:
         self.arrays = arrays
 
-    def __getitem__(self, indices: np.ndarray) -> list[torch.Tensor]:
+    def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
         return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
 
 
-def batches(plan: BatchPlan, first_step: int, length: "RunLength", num_workers: int, *arrays: np.ndarray) -> Iterator[list[torch.Tensor]]:
-    """The batches of every forward pass from `first_step` on."""
-    order = BatchOrder(plan, first_step, length.steps or sys.maxsize // plan.grad_accum)
+def batches(
+    plan: BatchPlan,
+    first_step: int,
+    length: "RunLength",
+    num_workers: int,
+    *arrays: np.ndarray,
+    versions: Callable[[int], np.ndarray] | None = None,
+) -> Iterator[list[torch.Tensor]]:
+    """The batches of every forward pass from `first_step` on.
+
+    arrays: (photos, …); with `versions`, a step -> which one its global batch takes, (photos, versions, …).
+    """
+    order = BatchOrder(plan, first_step, length.steps or sys.maxsize // plan.grad_accum, versions)
     pin = torch.cuda.is_available()
     return iter(DataLoader(ArrayBatches(*arrays), sampler=order, batch_size=None, num_workers=num_workers, pin_memory=pin))
 

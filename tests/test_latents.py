@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, random_views
-from corel_diffusers.data.views import CHANGES, Views
+from corel_diffusers.data.views import CHANGES, Views, pick_versions
 from corel_diffusers.files import UserError
 from corel_diffusers.latents import cache_moments, draw, load_vae, measure_scale, scale, weights_key
 from corel_diffusers.models import build_vae
@@ -43,7 +43,7 @@ def test_a_draw_is_the_posteriors_own_sample(vae, pixels):
         posterior = vae.encode(torch.where(mirrored.view(-1, 1, 1, 1), photos.flip(-1), photos)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
     expected = posterior.sample(generator=torch.Generator().manual_seed(3))
-    assert torch.allclose(draw(moments, mirrored, noise), expected, atol=1e-5)
+    assert torch.allclose(draw(moments[torch.arange(len(moments)), mirrored.long()], noise), expected, atol=1e-5)
 
 
 def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_photos):
@@ -68,6 +68,16 @@ def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_pho
     assert (changes[:, 2:, 0] <= 0.5).all()
 
 
+@pytest.mark.parametrize("views", [0, 3])
+def test_versions_are_picked_as_often_as_they_are_said_to_be(views):
+    picked = np.concatenate([pick_versions(step, 0, 16, views, view_chance=0.75) for step in range(1000)])
+    shares = np.bincount(picked, minlength=2 + 2 * views) / len(picked)
+    expected = [0.125] * 8 if views else [0.5] * 2  # photo and mirror image share a quarter, three views and theirs the rest
+    assert np.allclose(shares, expected, atol=0.01)
+    assert np.array_equal(picked[16:32], pick_versions(1, 0, 16, views, view_chance=0.75)), "the same step picks the same again"
+    assert not np.array_equal(picked[16:32], picked[32:48])
+
+
 def test_other_weights_photos_or_sizes_are_another_cache(vae, pixels, raw_photos, monkeypatch):
     from corel_diffusers.data import views
 
@@ -90,9 +100,8 @@ def test_measured_scale_makes_drawn_latents_standard(vae, pixels):
     moments = cache_moments(vae, pixels, torch.device("cpu"))
     mean, std = measure_scale(moments)
     generator = torch.Generator().manual_seed(0)
-    many = torch.from_numpy(np.concatenate([moments] * 200))
-    mirrored = torch.rand(len(many), generator=generator) < 0.5
-    latents = draw(many, mirrored, torch.randn(len(many), 4, 8, 8, generator=generator))
+    many = torch.from_numpy(np.concatenate([moments] * 200)).flatten(0, 1)
+    latents = draw(many, torch.randn(len(many), 4, 8, 8, generator=generator))
     assert torch.allclose(latents.mean((0, 2, 3)), torch.tensor(mean), atol=0.02)
     assert torch.allclose(latents.std((0, 2, 3)), torch.tensor(std), rtol=0.03)
 

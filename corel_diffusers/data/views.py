@@ -51,6 +51,17 @@ class Views:
         return torch.cat([torch.zeros(len(told), 2, CHANGES), pairs], dim=1).numpy()
 
 
+def pick_versions(step: int, seed: int, global_batch: int, views: int, view_chance: float) -> np.ndarray:
+    """The version of each photo of a step's global batch, (B,): a view with that chance, else the photo; of it, the mirror image half
+    of the time. Known from the step alone, so that no version is read that is not trained on."""
+    random = np.random.default_rng([seed, step, 1])  # [seed, epoch] gives the order of the photos
+    mirrored, changed = random.random((2, global_batch))
+    versions = (mirrored < 0.5).astype(int)
+    if views:
+        versions += 2 * (changed < view_chance) * (1 + random.integers(views, size=global_batch))
+    return versions
+
+
 @torch.no_grad()
 def cache_versions(
     key: str,

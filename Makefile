@@ -2,6 +2,7 @@
 #   make demo               train both models on pictures that the package draws, and generate a grid
 #   make demo DATA=photos   the same on your own photos
 #   make test               lint and tests
+#   make bench              what a step, a batch and a picture cost here, as ratios: benchmarks/results/<machine>.md
 PYTHON ?= python3
 BIN = .venv/bin
 DATA ?=
@@ -10,7 +11,7 @@ OUT ?= $(if $(DATA),demo/$(notdir $(abspath $(DATA))),demo/scenes)
 PREPARED = $(if $(filter-out scenes,$(DATA)),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
 SIZE = --image-size 64 --config tiny --resume latest
 
-.PHONY: demo test lint install
+.PHONY: demo test lint install bench
 
 install: .venv/installed
 
@@ -25,7 +26,7 @@ demo: .venv/installed
 	  --max-train-minutes 3
 	$(BIN)/python train_unet.py --vae-checkpoint "$(OUT)/vae_models" --data-dir "$(PREPARED)" --output-dir "$(OUT)/diffusion_models" $(SIZE) \
 	  --max-train-minutes 5
-	$(BIN)/corel-diffusers generate --pipeline "$(OUT)/diffusion_models" --sampler dpm-solver++ --num-images 36 --nrow 6 --seed 1 \
+	$(BIN)/corel-diffusers generate --pipeline "$(OUT)/diffusion_models" --num-images 36 --nrow 6 --seed 1 \
 	  --output "$(OUT)/generated.png"
 	@echo
 	@echo "the photos over their reconstructions  $(OUT)/vae_models/reconstructions/"
@@ -36,6 +37,9 @@ demo: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/all.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -39,6 +39,7 @@ from corel_diffusers.planning import UNET_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
 from corel_diffusers.training import (
     BatchPlan,
+    Compilation,
     LearningRate,
     RunLength,
     RunningMean,
@@ -46,6 +47,7 @@ from corel_diffusers.training import (
     StopSignal,
     batches,
     build_ema,
+    cache_share,
     checkpoint_due,
     early_stop,
     ema_weights,
@@ -61,16 +63,19 @@ from corel_diffusers.training import (
     print_data_and_model,
     progress_bar,
     record_epoch,
+    resident,
     run_settings,
     save_checkpoint,
     show_progress,
     start_run,
+    to_device,
 )
 from pipeline import CorelPipeline
 
 BANDS = 4  # equal parts of the timesteps, the first one the cleanest
 JUDGED = 48  # samples that --evaluate-every looks at
-FIXED_DRAWS = 128  # pairs of noise and timestep over the held-out photos, at least one a photo
+MEASURED = 2048  # held-out photos, at most, on which the denoising loss is measured, evenly over all
+FIXED_DRAWS = 128  # pairs of noise and timestep over them, at least one a photo
 GAUGE = "overfitting gauge: held-out over seen"
 # benchmarks/overfitting.py: on 60 Corel photos the first copy was found when the gauge stood this far above its lowest value
 COPIES_BEGAN = 1.11
@@ -109,8 +114,8 @@ def main(args: UNetArguments) -> None:
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
-    with accelerator.main_process_first():
-        photos, pixels = cache_pixels(photos, size_px)
+    share = cache_share(accelerator)
+    photos, pixels = cache_pixels(photos, size_px, share)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     settings = run_settings(
         args, photos, "unet", size_px=size_px, global_batch=plan.global_batch, vae=weights_key(vae), scale=scale_key(vae)
@@ -122,6 +127,8 @@ def main(args: UNetArguments) -> None:
     # model
     torch.manual_seed(args.seed)
     unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     noise_scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2" if args.schedule == "cosine" else "linear",
         prediction_type=args.prediction_type,
@@ -129,13 +136,14 @@ def main(args: UNetArguments) -> None:
         clip_sample=False,  # latents are not bounded by 1
         timestep_spacing="trailing",  # few-step samplers then begin at pure noise (Lin et al. 2023, arXiv:2305.08891)
     )
-    with accelerator.main_process_first():
-        views = Views.of(cache_large_pixels(photos, size_px)["train"], args.views) if args.views else None
-        moments = {
-            split: cache_moments(vae, part, device, views if split == "train" else None, args.batch_size) for split, part in pixels.items()
-        }
+    views = Views.of(cache_large_pixels(photos, size_px, share)["train"], args.views) if args.views else None
+    moments = {
+        split: cache_moments(vae, part, device, views if split == "train" else None, args.batch_size, share)
+        for split, part in pixels.items()
+    }
     labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
-    same = {"train": alike(labels["train"], labels["validation"]), "validation": np.arange(len(labels["validation"]))}
+    measured = np.linspace(0, len(labels["validation"]) - 1, min(len(labels["validation"]), MEASURED)).astype(int)
+    same = {"train": alike(labels["train"], labels["validation"][measured]), "validation": measured}
     seen, held_out = (
         fixed_draws(vae, moments[split][rows, 0], labels[split][rows] if class_names else None, noise_scheduler, device)
         for split, rows in same.items()
@@ -148,8 +156,7 @@ def main(args: UNetArguments) -> None:
     versions = moments["train"].shape[:2]  # photos, versions of each
     changes = views.changes() if views else np.zeros((*versions, 0), np.float32)
     if args.align_weight:
-        with accelerator.main_process_first():
-            features = cache_features(pixels["train"], views, inner_grid(unet, latent_shape[1:]), device, args.batch_size)
+        features = cache_features(pixels["train"], views, inner_grid(unet, latent_shape[1:]), device, args.batch_size, share)
         feature_mean, feature_std = feature_scale(features, device)
     else:
         features = np.zeros((*versions, 0), np.float32)
@@ -167,15 +174,16 @@ def main(args: UNetArguments) -> None:
     history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_location))
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
+    compilation = Compilation(args, accelerator, model, state)
     pick = partial(pick_versions, seed=args.seed, global_batch=plan.global_batch, views=args.views, view_chance=args.view_chance)
     arrays = moments["train"], np.broadcast_to(labels["train"][:, None], versions), changes, features
-    passes = batches(plan, state.step, length, args.num_workers, *arrays, versions=pick)
+    passes = batches(plan, state.step, length, args.num_workers, *resident(arrays, device), versions=pick)
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state) and not state.stop_reason:
             rate.set(state.step, length.total_steps(state))
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
-                batch, label, changed, wanted = (tensor.to(device, non_blocking=True) for tensor in next(passes))
+                batch, label, changed, wanted = (to_device(values, device) for values in next(passes))
                 latents = scale(draw(batch, random.normal(*latent_shape)), vae)  # (B, C, h, w)
                 noise = random.normal(*latent_shape)
                 if args.timesteps == "log-normal":
@@ -200,6 +208,7 @@ def main(args: UNetArguments) -> None:
                 ema.step(model.parameters())
             state.step += 1
             length.tick(state, accelerator)
+            compilation.tick(length.total_steps(state) - state.step)
             show_progress(bar, plan, state, length, means, args)
 
             epoch, over = plan.epoch(state.step), length.reached(state)

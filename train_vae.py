@@ -42,6 +42,7 @@ from corel_diffusers.planning import VAE_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
 from corel_diffusers.training import (
     BatchPlan,
+    Compilation,
     LearningRate,
     RunLength,
     RunningMean,
@@ -49,6 +50,7 @@ from corel_diffusers.training import (
     StopSignal,
     batches,
     build_ema,
+    cache_share,
     checkpoint_due,
     ema_weights,
     epochs_between_validations,
@@ -67,6 +69,7 @@ from corel_diffusers.training import (
     save_checkpoint,
     show_progress,
     start_run,
+    to_device,
 )
 
 PANELS = {
@@ -90,9 +93,9 @@ def main(args: VAEArguments) -> None:
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px)
     size_px = args.size_px
-    with accelerator.main_process_first():
-        photos, pixels = cache_pixels(photos, size_px)
-        large = cache_large_pixels(photos, size_px) if args.crop_chance else pixels
+    share = cache_share(accelerator)
+    photos, pixels = cache_pixels(photos, size_px, share)
+    large = cache_large_pixels(photos, size_px, share) if args.crop_chance else pixels
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     settings = run_settings(args, photos, "vae", size_px=size_px, global_batch=plan.global_batch)
     checkpoint = find_resume(args, settings)
@@ -102,6 +105,8 @@ def main(args: VAEArguments) -> None:
     vae = build_vae(args.config, size_px, args.latent_dim, args.downsample)
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     perceptual = PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last) if args.perceptual else None
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
     model = VAEWithPosterior(vae)
     model, optimizer = accelerator.prepare(
         model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
@@ -121,6 +126,7 @@ def main(args: VAEArguments) -> None:
     kl_weight = torch.tensor(state.kl_weight or args.kl_weight, device=device)
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, len(pixels["validation"]))
+    compilation = Compilation(args, accelerator, model, state)
     passes = batches(plan, state.step, length, args.num_workers, pixels["train"].values, large["train"].values)
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state):
@@ -133,13 +139,13 @@ def main(args: VAEArguments) -> None:
                 state.adversarial, state.best = True, math.inf
             kl = 0.0
             for micro_step in range(args.grad_accum):
-                random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step), device)
-                fitted, whole = (tensor.to(device, non_blocking=True) for tensor in next(passes))
+                random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step))
+                fitted, whole = next(passes)
                 jitter = args.colour_jitter * (2 * random.uniform(2) - 1)
                 batch = random_views(whole, fitted, random.chance(args.crop_chance), random.uniform(3), jitter)  # (B, 3, H, W)
-                batch = torch.where(random.chance(0.5).view(-1, 1, 1, 1), batch.flip(-1), batch)
+                batch = to_device(torch.where(random.chance(0.5).view(-1, 1, 1, 1), batch.flip(-1), batch), device)
                 with accelerator.accumulate(*trained):
-                    reconstruction, mean, logvar = model(batch, random.normal(*latent_shape))
+                    reconstruction, mean, logvar = model(batch, to_device(random.normal(*latent_shape), device))
                     terms = loss_terms(args, accelerator, perceptual, batch, reconstruction, mean, logvar)
                     loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
                     if discriminator and early <= 0:  # only the VAE learns from it
@@ -170,13 +176,14 @@ def main(args: VAEArguments) -> None:
                 ema.step(model.parameters())
             state.step += 1
             length.tick(state, accelerator)
+            compilation.tick(length.total_steps(state) - state.step)
             show_progress(bar, plan, state, length, means, args)
 
             epoch, over = plan.epoch(state.step), length.reached(state)
             if over or plan.ends_epoch(state.step, validate_every):
                 shown = pictures_due(args, epoch, validate_every, length, state, history)
                 with ema_weights(ema, model):
-                    values = validate(args, accelerator, perceptual, model, pixels["validation"], latent_shape)
+                    values = validate(args, accelerator, perceptual, vae, pixels["validation"], latent_shape)
                     if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
                         with published_model(args.run_dir) as folder:
                             vae.save_pretrained(folder)
@@ -254,7 +261,7 @@ def validate(
     args: VAEArguments,
     accelerator: Accelerator,
     perceptual: PerceptualLoss | None,
-    model: VAEWithPosterior,
+    vae: AutoencoderKL,
     pixels: Pixels,
     latent_shape: tuple[int, int, int],
 ) -> dict[str, float]:
@@ -266,7 +273,9 @@ def validate(
     sums: dict[str, float] = {}
     for start in range(0, len(pixels), args.batch_size):
         photos = pixels.batch(slice(start, start + args.batch_size)).to(accelerator.device)
-        outputs = model(photos, torch.zeros(len(photos), *latent_shape, device=accelerator.device))
+        with accelerator.autocast():
+            outputs = VAEWithPosterior(vae)(photos, torch.zeros(len(photos), *latent_shape, device=accelerator.device))
+        outputs = [values.float() for values in outputs]
         terms = loss_terms(args, accelerator, perceptual, photos, *outputs)
         shown = (outputs[0].float().clamp(-1, 1) + 1) / 2, (photos + 1) / 2
         terms["psnr"] = peak_signal_noise_ratio(*shown, data_range=1.0, dim=(1, 2, 3))
@@ -295,9 +304,10 @@ def write_pictures(args: VAEArguments, accelerator: Accelerator, vae: Autoencode
 
 
 def mean_picture_psnr(pixels: dict[str, Pixels]) -> float:
-    """PSNR (dB) on the held-out photos of the mean training photo: what a VAE reaches that knows nothing of the photo."""
-    mean = torch.from_numpy(pixels["train"].values.mean(0, dtype="float64")).float().permute(2, 0, 1) / 255
-    held_out = (pixels["validation"].batch(slice(None)) + 1) / 2
+    """PSNR (dB) on held-out photos, at most a thousand, of the mean training photo: what a VAE reaches that knows nothing of the photo."""
+    train, at_once = pixels["train"], 256
+    total = sum(train.batch(slice(start, start + at_once)).double().sum(0) for start in range(0, len(train), at_once))
+    mean, held_out = (total / len(train) + 1) / 2, (pixels["validation"].batch(slice(1000)).double() + 1) / 2
     return float(peak_signal_noise_ratio(mean.expand_as(held_out), held_out, data_range=1.0, dim=(1, 2, 3)))
 
 

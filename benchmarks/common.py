@@ -1,13 +1,20 @@
-"""What the benchmarks share: running the project's scripts, and naming the machine."""
+"""What the benchmarks share: running the project's scripts, timing their steps, comparing the times, and naming the machine."""
 
+import argparse
+import json
 import platform
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 QUIET = ["--sample-every", 10**6, "--checkpoint-every", 10**6]  # no time goes into pictures and checkpoints on the way
@@ -25,9 +32,72 @@ def tool(*words: object) -> None:
     launch("-c", "from corel_diffusers.cli import main; main()", *words)
 
 
+def make_photos(folder: Path, count: int = 64) -> Path:
+    """Drawn scenes of the size of Corel photos, as PNG files."""
+    from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in range(count):
+        scene = draw_scene(place % len(CLASS_NAMES), np.random.default_rng(place))
+        scene.resize((384, 256), Image.Resampling.BICUBIC).save(folder / f"{place:04d}.png")
+    return folder
+
+
+def record_steps(times: Path, script: str, flags: list[str]) -> None:
+    """Runs a training script in this process, and writes the moments at which its steps ended: everything in its loop is in them."""
+    from corel_diffusers import training
+    from corel_diffusers.files import write_json
+
+    ended, shown = [], training.show_progress
+
+    def show_progress(*values: object) -> None:
+        ended.append(time.monotonic())
+        shown(*values)
+
+    training.show_progress = show_progress
+    sys.path.insert(0, str(ROOT))  # as for a script that is started by itself
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+    write_json(times, ended)
+
+
+def step_seconds(*words: object, warmup: int = 10) -> list[float]:
+    """The seconds of each step, after a warm-up, of a training script or of benchmarks/plain.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = Path(folder) / "times.json"
+        if Path(str(words[0])).name == "plain.py":
+            launch(*words[:3], times, *words[3:])
+        else:
+            launch(ROOT / "benchmarks" / "common.py", times, *words, "--output-dir", Path(folder) / "run")
+        return np.diff(json.loads(times.read_text()))[warmup:].tolist()
+
+
+def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats: int, unit: str = "ms a step") -> str:
+    """Each side in turn, so many times: a line of the table with medians, spreads and the ratio of the first side to the last.
+
+    sides: name -> a function that measures it once, in seconds.
+    """
+    found = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, measure in sides.items():
+            found[name].append(1e3 * float(np.median(measure())))
+    cells = [f"{name} {np.median(values):,.3g} ({min(values):,.3g} to {max(values):,.3g})" for name, values in found.items()]
+    first, *_, last = (np.median(values) for values in found.values())
+    print(json.dumps({"question": question, "unit": unit, "ratio": round(first / last, 3)} | found))
+    return f"| {question} | {'; '.join(cells)} {unit} | {first / last:.2f} |"
+
+
 def machine() -> str:
     """What the numbers were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else named[1] if named else platform.processor()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=record_steps.__doc__)
+    parser.add_argument("times", type=Path)
+    parser.add_argument("script")
+    given, rest = parser.parse_known_args()
+    record_steps(given.times, given.script, rest)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from corel_diffusers.data.cache import ALONE, Shards, Share
 from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.data.views import Views, cache_versions, channel_statistics
 from corel_diffusers.perceptual import EfficientNetLiteFeatures, enlarged
@@ -14,17 +15,24 @@ from corel_diffusers.perceptual import EfficientNetLiteFeatures, enlarged
 LOOKED_AT_PX = 128  # photos are enlarged to this: the network was trained on larger ones
 
 
-def cache_features(pixels: Pixels, views: Views | None, grid: tuple[int, int], device: torch.device, batch_size: int = 32) -> np.ndarray:
-    """EfficientNet-Lite0's features at 1/16 of each version of each photo, on the grid: memory-mapped float32 (N, 2 + 2V, F, h, w)."""
+def cache_features(
+    pixels: Pixels,
+    views: Views | None,
+    grid: tuple[int, int],
+    device: torch.device,
+    batch_size: int = 32,
+    share: Share = ALONE,
+) -> Shards:
+    """EfficientNet-Lite0's features at 1/16 of each version of each photo, on the grid: cached, float32 (N, 2 + 2V, F, h, w)."""
     network = EfficientNetLiteFeatures().eval().requires_grad_(False).to(device)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool2d(network(enlarged(pictures, LOOKED_AT_PX))[-1], grid)
 
-    return cache_versions(f"features-{'x'.join(map(str, grid))}", features, pixels, views, device, batch_size)
+    return cache_versions(f"features-{'x'.join(map(str, grid))}", features, pixels, views, device, batch_size, share)
 
 
-def feature_scale(features: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def feature_scale(features: Shards, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each feature over photos and positions, (1, F, 1, 1)."""
     mean, variance = channel_statistics(features)
     values = mean, np.sqrt(np.maximum(variance, 1e-12))

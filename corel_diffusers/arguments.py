@@ -43,7 +43,7 @@ class TrainingArguments:
     image_size: str | None = None
     """Pixels: 128, or 96x144 (height x width)."""
     num_workers: int = 0
-    """Processes that read ahead. Pixels and latents are memory-mapped: 0 is fastest on most machines."""
+    """Processes that read ahead. Pixels and latents are decoded once and cached: 0 is fastest on most machines."""
 
     # where things are
     output_dir: str = "."
@@ -54,6 +54,10 @@ class TrainingArguments:
     # model
     config: str | None = None
     """tiny, base, large, or the path of a diffusers config JSON."""
+    gradient_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep no activations between stages but compute them again for the gradients: the same gradients, less memory, slower."""
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compile the model with torch.compile after some steps, and say whether the minutes that this takes will be won back."""
 
     # how long, and how many at a time
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -141,6 +145,7 @@ class TrainingArguments:
             "grad_accum",
             "num_workers",
             "no_mixed_precision",
+            "gradient_checkpointing",
             "config",
         }  # the global batch is compared, the config's content
         stopping = {"early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"}

@@ -5,13 +5,15 @@ else is another cache. The scale comes from the VAE's config alone, here for the
 """
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from corel_diffusers.data.transforms import Pixels, digest
+from corel_diffusers.data.cache import ALONE, Shards, Share, digest
+from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.data.views import Views, cache_versions, channel_statistics
 from corel_diffusers.files import UserError, first_line
 
@@ -43,8 +45,15 @@ def scale_key(vae: AutoencoderKL) -> str:
     return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
 
 
-def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, views: Views | None = None, batch_size: int = 32) -> np.ndarray:
-    """The posterior of each version of each photo, encoded once: memory-mapped float32 (N, 2 + 2V, 2C, h, w).
+def cache_moments(
+    vae: AutoencoderKL,
+    pixels: Pixels,
+    device: torch.device,
+    views: Views | None = None,
+    batch_size: int = 32,
+    share: Share = ALONE,
+) -> Shards:
+    """The posterior of each version of each photo, encoded once: cached, float32 (N, 2 + 2V, 2C, h, w).
 
     Second axis: photo, mirror image, then the views and their mirror images. Third: C means, then C log-variances.
     """
@@ -53,7 +62,7 @@ def cache_moments(vae: AutoencoderKL, pixels: Pixels, device: torch.device, view
         posterior = vae.encode(pictures).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    return cache_versions(f"latents-{weights_key(vae)}", encode, pixels, views, device, batch_size)
+    return cache_versions(f"latents-{weights_key(vae)}", encode, pixels, views, device, batch_size, share)
 
 
 def draw(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -73,18 +82,22 @@ def scale(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
     config = vae.config
     if config.latents_mean is None:
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
-    mean, std = (
-        torch.tensor(v, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
-    )
+    mean, std = (per_channel(tuple(v), latents.dtype, latents.device) for v in (config.latents_mean, config.latents_std))
     return (latents - mean) / std * config.scaling_factor
 
 
-def measure_scale(moments: np.ndarray) -> tuple[list[float], list[float]]:
+@lru_cache(maxsize=8)
+def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(1, C, 1, 1), copied to the device once: each copy makes a GPU wait."""
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+def measure_scale(moments: Shards) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over the training split, the posterior's spread included.
 
     moments: (N, 2, 2C, h, w). Var(z) = Var(mean) + E(exp(logvar)), the law of total variance.
     """
     channels = moments.shape[2] // 2
-    mean, variance = channel_statistics(moments[:, :, :channels])
-    spread, _ = channel_statistics(moments[:, :, channels:], np.exp)
+    mean, variance = channel_statistics(moments, slice(channels))
+    spread, _ = channel_statistics(moments, slice(channels, None), np.exp)
     return mean.tolist(), np.sqrt(variance + spread).tolist()

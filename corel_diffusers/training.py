@@ -35,11 +35,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from corel_diffusers.arguments import TrainingArguments
-from corel_diffusers.data.transforms import digest
+from corel_diffusers.data.cache import Shards, Share, digest
 from corel_diffusers.files import UserError, finish_publishing, read_json, read_metrics, remove_folder, write_json, write_text
 from corel_diffusers.models import load_config
+from corel_diffusers.precision import resolve_precision
 
+Array = Shards | np.ndarray | torch.Tensor
 TRAINING_PHOTOS = "training_photos.txt"  # in a run's folder: the files that it trains on
+CPU = torch.device("cpu")
 SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
 
 
@@ -48,7 +51,7 @@ SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time a
 
 def start_run(args: TrainingArguments) -> Accelerator:
     """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
-    args.mixed_precision = resolve_precision(args.mixed_precision)
+    args.mixed_precision = resolve_precision(args.mixed_precision, "cuda" if torch.cuda.is_available() else "cpu")
     begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
     if begun and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
@@ -73,18 +76,10 @@ def device_name(accelerator: Accelerator) -> str:
     return f"{accelerator.num_processes} x {name}" if accelerator.num_processes > 1 else name
 
 
-def resolve_precision(wanted: str) -> str:
-    """ "auto" -> fp16 on CUDA, bf16 where the CPU computes it in hardware, else no; what `accelerate launch` was told comes first.
-
-    Raises UserError for fp16 without a GPU, which accelerate would silently run in fp32.
-    """
-    if wanted == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = launched if launched in ("fp16", "bf16") else "fp16" if torch.cuda.is_available() else "bf16" if has_bf16 else "no"
-    if wanted == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed-precision fp16 needs a GPU and there is none: give auto, bf16 or no")
-    return wanted
+def cache_share(accelerator: Accelerator) -> Share:
+    """This process's share of filling the caches: those of one machine divide the photos, each machine has a cache of its own."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return Share(accelerator.local_process_index, processes, accelerator.wait_for_everyone)
 
 
 def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px: tuple[int, int], model: str) -> None:
@@ -97,13 +92,19 @@ def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px:
 # --- randomness and the order of the photos ----------------------------------------------------------------------------
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values on the device. A GPU copies pinned memory while the CPU goes on; other memory it would make wait."""
+    pinned = device.type == "cuda" and not values.is_cuda and not values.is_pinned()
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=True)
+
+
 class StepRandom:
     """Draws for the rows of one forward pass, as slices of draws for the whole global batch of a step.
 
     Also seeds torch's global generator, which dropout uses.
     """
 
-    def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device) -> None:
+    def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device = CPU) -> None:
         first, second = (int(word) for word in np.random.SeedSequence([seed, step]).generate_state(2))
         torch.manual_seed(second + rows.start)
         self.generator = torch.Generator().manual_seed(first)
@@ -111,15 +112,15 @@ class StepRandom:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal values, (rows, *shape)."""
-        return torch.randn(self.global_batch, *shape, generator=self.generator)[self.rows].to(self.device)
+        return to_device(torch.randn(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
 
     def integers(self, high: int) -> torch.Tensor:
         """Whole numbers from 0 to high - 1, (rows,)."""
-        return torch.randint(high, (self.global_batch,), generator=self.generator)[self.rows].to(self.device)
+        return to_device(torch.randint(high, (self.global_batch,), generator=self.generator)[self.rows], self.device)
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """Uniform values from 0 to below 1, (rows, *shape)."""
-        return torch.rand(self.global_batch, *shape, generator=self.generator)[self.rows].to(self.device)
+        return to_device(torch.rand(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
 
     def chance(self, probability: float) -> torch.Tensor:
         """True with the probability, (rows,)."""
@@ -195,13 +196,26 @@ class BatchOrder(Sampler):
 
 
 class ArrayBatches(Dataset):
-    """Whole batches of memory-mapped arrays: indices into their first axes -> a tensor for each array. Nothing else is read."""
+    """Whole batches of cached arrays: indices into their first axes -> a tensor for each array. Nothing else is read."""
 
-    def __init__(self, *arrays: np.ndarray) -> None:
+    def __init__(self, *arrays: Array) -> None:
         self.arrays = arrays
 
     def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
-        return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
+        return [self.read(array, indices) for array in self.arrays]
+
+    def read(self, array: Array, indices: tuple[np.ndarray, ...]) -> torch.Tensor:
+        if isinstance(array, torch.Tensor):
+            return array[tuple(to_device(torch.from_numpy(places), array.device) for places in indices)]
+        return torch.from_numpy(np.ascontiguousarray(array[indices]))
+
+
+def resident(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
+    """The arrays as tensors on the GPU, where they fill less than a quarter of what is free there; else as they are."""
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
+        return arrays
+    return [torch.from_numpy(np.array(array)).to(device) for array in arrays]
 
 
 def batches(
@@ -209,16 +223,16 @@ def batches(
     first_step: int,
     length: "RunLength",
     num_workers: int,
-    *arrays: np.ndarray,
+    *arrays: Array,
     versions: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[list[torch.Tensor]]:
     """The batches of every forward pass from `first_step` on.
 
-    arrays: (photos, …); with `versions`, a step -> which one its global batch takes, (photos, versions, …).
+    arrays: (photos, …); with `versions`, a step -> which one its global batch takes, (photos, versions, …). Those on a GPU are read there.
     """
     order = BatchOrder(plan, first_step, length.steps or sys.maxsize // plan.grad_accum, versions)
-    pin = torch.cuda.is_available()
-    return iter(DataLoader(ArrayBatches(*arrays), sampler=order, batch_size=None, num_workers=num_workers, pin_memory=pin))
+    workers = 0 if any(isinstance(array, torch.Tensor) for array in arrays) else num_workers
+    return iter(DataLoader(ArrayBatches(*arrays), sampler=order, batch_size=None, num_workers=workers))
 
 
 # --- how long, and how often to look --------------------------------------------------------------------------------------
@@ -496,6 +510,49 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
         if ema:
             ema.restore(model.parameters())
         model.train()
+
+
+# --- compiling ----------------------------------------------------------------------------------------------------------
+
+
+class Compilation:
+    """--compile: a run's first steps go uncompiled, so that there is something to compare with; then it says what was gained.
+
+    A resumed run is compiled from its first step on, as it was when it stopped. The keys of checkpoints stay what they are.
+    """
+
+    PLAIN, WARMUP, COMPILED = 10, 10, 20  # steps; the first three are not counted
+
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator, model: torch.nn.Module, state: RunState) -> None:
+        self.accelerator, self.model = accelerator, accelerator.unwrap_model(model)
+        self.times: list[float] | None = [] if args.compile and not state.step else None  # when each step ended, while they are told
+        if args.compile and state.step:
+            self.model.compile()
+
+    def tick(self, steps_to_come: int) -> None:
+        """After each step."""
+        if self.times is None:
+            return
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.monotonic())
+        if len(self.times) == 3 + self.PLAIN:
+            self.model.compile()
+        elif len(self.times) == 3 + self.PLAIN + self.WARMUP + self.COMPILED:
+            seconds = np.diff(self.times)
+            plain, compiled = np.median(seconds[2 : 2 + self.PLAIN]), np.median(seconds[-self.COMPILED :])
+            warmup = seconds[2 + self.PLAIN : -self.COMPILED].sum() - self.WARMUP * compiled
+            self.accelerator.print(compilation_report(plain, compiled, warmup, steps_to_come))
+            self.times = None
+
+
+def compilation_report(plain: float, compiled: float, warmup: float, steps_to_come: int) -> str:
+    """What compiling came to: seconds a step without and with it, and those that it took."""
+    line = f"--compile: {1e3 * compiled:.3g} ms a step in place of {1e3 * plain:.3g}, after {warmup:.0f} s of compiling"
+    back = warmup / (plain - compiled) if compiled < plain else math.inf
+    if back > steps_to_come:
+        return f"{line}: this run will not win that back, leave the flag out"
+    return f"{line}: won back after {back:,.0f} of {steps_to_come:,} steps"
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,39 @@ def test_a_unet_in_training_is_without_changes_the_plain_one():
     assert bare(*inputs, torch.zeros(2, 0))[1] is None
 
 
+def test_a_compiled_unet_in_training_is_the_uncompiled_one():
+    torch.manual_seed(0)
+    model = UNetInTraining(build_unet("tiny", (32, 32), build_vae("tiny", (32, 32)), num_classes=2), changes=5, features=7)
+    torch.nn.init.normal_(model.told.weight)
+    names = list(model.state_dict())
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.tensor([0, 2])
+    plain = [model(*inputs, changes) for changes in torch.ones(3, 2, 5).cumsum(0)]
+    graphs = []
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for changes, expected in zip(torch.ones(3, 2, 5).cumsum(0), plain, strict=True):
+        for value, wanted in zip(model(*inputs, changes), expected, strict=True):
+            assert torch.allclose(value, wanted, atol=1e-6)
+    assert len(graphs) == 1, "one graph, compiled once"
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("kind", ["vae", "unet"])
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        vae = build_vae("tiny", (32, 32))
+        model = vae if kind == "vae" else build_unet("tiny", (32, 32), vae, num_classes=2)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        inputs = (torch.rand(2, 3, 32, 32),) if kind == "vae" else (torch.rand(2, 4, 8, 8), torch.tensor([3, 9]), torch.tensor([0, 2]))
+        model(*inputs).sample.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 50
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("config", ["tiny", "base", "unet.json"])
 def test_all_attention_is_normed(config, tmp_path):
     """UNet2DModel leaves one out where the time is a scale and shift; the tiny UNet's activations then grew until the loss was nan."""

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from corel_diffusers import training
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.files import UserError, best_record, finish_publishing, published_model, read_metrics, whole_file
+from corel_diffusers.precision import autocast, resolve_precision
 from corel_diffusers.training import (
     BatchPlan,
     RunLength,
@@ -84,14 +85,52 @@ def test_the_global_batch_and_its_draws_do_not_depend_on_how_it_is_divided(batch
             for micro in range(grad_accum):
                 rows = plan.rows(micro)
                 indices[rows] = plan.indices(step, micro)
-                draws[rows] = StepRandom(1, step, plan.global_batch, rows, torch.device("cpu")).normal(2)
+                draws[rows] = StepRandom(1, step, plan.global_batch, rows).normal(2)
         assert (indices == whole.indices(step, 0)).all()
-        assert torch.equal(draws, StepRandom(1, step, 8, slice(0, 8), torch.device("cpu")).normal(2))
+        assert torch.equal(draws, StepRandom(1, step, 8, slice(0, 8)).normal(2))
+
+
+def test_arrays_that_stay_on_a_device_give_the_batches_of_those_on_the_disk():
+    arrays = np.arange(11 * 4 * 3).reshape(11, 4, 3), np.broadcast_to(np.arange(11)[:, None], (11, 4))
+    plan, length = BatchPlan(11, 2, 2, 2, 1, seed=1), training.RunLength(6, None, 0.0)
+    versions = [np.random.default_rng(step).integers(4, size=8) for step in range(6)]
+    read = [
+        list(training.batches(plan, 2, length, workers, *kind, versions=versions.__getitem__))
+        for kind, workers in ((arrays, 0), (arrays, 1), ([torch.from_numpy(array.copy()) for array in arrays], 0))
+    ]
+    assert len(read[0]) == 8, "two passes a step, from the third step on"
+    for passes in zip(*read, strict=True):
+        for tensors in zip(*passes, strict=True):
+            assert torch.equal(tensors[0], tensors[1])
+            assert torch.equal(tensors[0], tensors[2])
+    rows, indices = plan.rows(1), plan.indices(3, 1)
+    assert np.array_equal(read[0][3][0], arrays[0][indices, versions[3][rows]])
+    assert np.array_equal(read[0][3][1], indices)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_arrays_stay_on_a_gpu_that_has_room():
+    values = np.arange(24).reshape(6, 2, 2)
+    (kept,) = training.resident([values], torch.device("cuda"))
+    assert kept.is_cuda
+    assert np.array_equal(kept.cpu(), values)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "to_come", "expected"),
+    [
+        (0.05, 10_000, "50 ms a step in place of 100, after 60 s of compiling: won back after 1,200 of 10,000 steps"),
+        (0.05, 1_000, "this run will not win that back, leave the flag out"),
+        (0.11, 10_000, "110 ms a step in place of 100, after 60 s of compiling: this run will not win that back"),
+    ],
+)
+def test_what_compiling_gains_is_told(compiled, to_come, expected):
+    assert expected in training.compilation_report(0.1, compiled, 60.0, to_come)
 
 
 def test_draws_differ_from_step_to_step_and_seed_to_seed():
     def first(seed, step):
-        return float(StepRandom(seed, step, 1, slice(0, 1), torch.device("cpu")).normal(1))
+        return float(StepRandom(seed, step, 1, slice(0, 1)).normal(1))
 
     assert len({first(seed, step) for seed in range(4) for step in range(4)}) == 16
 
@@ -195,14 +234,20 @@ def test_metrics_survive_a_kill_in_mid_line(tmp_path):
 
 
 def test_fp16_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--mixed-precision fp16 needs a GPU"):
-        training.resolve_precision("fp16")
+        resolve_precision("fp16", "cpu")
+    assert resolve_precision("auto", "cuda") == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        training.resolve_precision("auto")
+        resolve_precision("auto", "cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert training.resolve_precision("auto") == "bf16"
+    assert resolve_precision("auto", "cpu") == "bf16"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_matrix_product_runs_in_the_precision_asked_for(precision, expected):
+    with autocast(precision, "cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
 
 
 def test_a_half_written_checkpoint_is_never_found(tmp_path):

@@ -1,1 +1,1 @@
-"""Photos: any source -> DatasetDict -> memory-mapped pixels."""
+"""Photos: any source -> DatasetDict -> cached pixels."""

@@ -1,4 +1,4 @@
-"""Photos -> pixels: RGB, resized and cropped once into a memory-mapped uint8 cache, read as float batches.
+"""Photos -> pixels: RGB, resized and cropped once into a uint8 cache, read as float batches.
 
 Photos come in every state: rotated by EXIF, with alpha, CMYK, 16-bit, truncated. `open_photo` converts what can be shown
 and refuses the rest with a reason, once, for preparing and for training alike.
@@ -9,26 +9,23 @@ import io
 import statistics
 import struct
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, config
+from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from corel_diffusers.files import UserError, read_json, whole_file, write_json
+from corel_diffusers.data.cache import ALONE, CACHE_DIR, Shards, Share, cached_array, digest
+from corel_diffusers.files import UserError, read_json, write_json
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100-megapixel cameras exist; twice as much is refused
 MIN_SIDE_PX = 32
 CROP_SCALE = 2.5  # crops are cut from photos kept at up to so many times the training size
-CACHE_VERSION = "1"  # to be raised when the code that fills a cache fills it with something else
-CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
 
 
 class PhotoError(Exception):
@@ -84,9 +81,9 @@ def fit_photo(photo: Image.Image, size_px: tuple[int, int]) -> Image.Image:
 
 @dataclass
 class Pixels:
-    """The decoded photos of one split: uint8 (N, H, W, 3) on disk, memory-mapped, and the key that stands for their content."""
+    """The decoded photos of one split: uint8 (N, H, W, 3) on disk, and the key that stands for their content."""
 
-    values: np.ndarray
+    values: Shards | np.ndarray
     key: str
 
     def __len__(self) -> int:
@@ -94,7 +91,7 @@ class Pixels:
 
     def batch(self, indices: np.ndarray | slice) -> torch.Tensor:
         """float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-        return to_float(torch.from_numpy(np.array(self.values[indices])))
+        return to_float(torch.from_numpy(self.values[indices]))
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -123,18 +120,7 @@ def random_views(
     return (photos * (1 + contrast) + brightness).clamp(-1, 1)
 
 
-def cached_array(key: str, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    """A memory-mapped array that is filled once and found again by its key; a half-filled one is never seen."""
-    path = CACHE_DIR / f"{key}.npy"
-    if not path.is_file():
-        with whole_file(path) as beside:
-            array = np.lib.format.open_memmap(beside, mode="w+", dtype=dtype, shape=shape)
-            fill(array)
-            array.flush()
-    return np.load(path, mmap_mode="r")
-
-
-def cache_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> tuple[DatasetDict, dict[str, Pixels]]:
+def cache_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Share = ALONE) -> tuple[DatasetDict, dict[str, Pixels]]:
     """Decodes, resizes and crops each photo once.
 
     Returns the photos without those that cannot be read (they are named in one line) and, for each split, their Pixels. The
@@ -142,33 +128,28 @@ def cache_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> tuple[Dataset
     """
     kept, pixels, bad = {}, {}, []
     for split, part in photos.items():
-        all_pixels, reasons = decode_split(part, size_px)
+        all_pixels, reasons = decode_split(part, size_px, share)
         good = [index for index in range(len(part)) if index not in reasons]
         bad += [f"{part['file_name'][index]}: {reason}" for index, reason in reasons.items()]
         if not good:
             raise UserError(f"no photo of the {split} split can be read: {'; '.join(bad[:3])}")
         kept[split] = part.select(good)
-        pixels[split] = readable(all_pixels, good) if reasons else all_pixels
+        pixels[split] = readable(all_pixels, good, share) if reasons else all_pixels
     if bad:
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     return DatasetDict(kept), pixels
 
 
-def readable(pixels: Pixels, good: list[int]) -> Pixels:
+def readable(pixels: Pixels, good: list[int], share: Share) -> Pixels:
     """The photos of a split that could be read, on disk as well."""
-    key = f"{pixels.key}-readable"
-
-    def fill(array: np.ndarray) -> None:
-        for place, index in enumerate(good):
-            array[place] = pixels.values[index]
-
-    return Pixels(cached_array(key, (len(good), *pixels.values.shape[1:]), np.uint8, fill), key)
+    key, shape = f"{pixels.key}-readable", (len(good), *pixels.values.shape[1:])
+    return Pixels(cached_array(key, shape, np.uint8, lambda photos: pixels.values[good[photos]], "leaving out photos", share), key)
 
 
-def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int]) -> dict[str, Pixels]:
+def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Share = ALONE) -> dict[str, Pixels]:
     """The photos at more pixels than `size_px`, as far as they have them, for crops of them."""
     factor = min(CROP_SCALE, max(1.0, native_side_px(photos) / min(size_px)))
-    return cache_pixels(photos, tuple(round(factor * side) for side in size_px))[1]
+    return cache_pixels(photos, tuple(round(factor * side) for side in size_px), share)[1]
 
 
 def native_side_px(photos: DatasetDict, looked_at: int = 16) -> float:
@@ -183,26 +164,31 @@ def native_side_px(photos: DatasetDict, looked_at: int = 16) -> float:
     return statistics.median(sides) if sides else 0
 
 
-def decode_split(part: Dataset, size_px: tuple[int, int]) -> tuple[Pixels, dict[int, str]]:
+def decode_split(part: Dataset, size_px: tuple[int, int], share: Share) -> tuple[Pixels, dict[int, str]]:
     """The cached pixels of every photo of a split, and index -> reason for those that cannot be read (their pixels are 0)."""
     rows = part.cast_column("image", ImageFeature(decode=False))["image"]
     key = "pixels-" + digest([file_key(row) for row in rows], size_px)
-    reasons_file = CACHE_DIR / f"{key}.json"
+    folder = CACHE_DIR / key
 
-    def fill(array: np.ndarray) -> None:
-        def decode(index: int) -> str | None:
-            row = rows[index]
-            try:
-                array[index] = np.asarray(fit_photo(open_photo(row["bytes"] or row["path"]), size_px))
-            except PhotoError as error:
-                return str(error)
+    def decode(index: int) -> tuple[np.ndarray | int, str | None]:
+        try:
+            return np.asarray(fit_photo(open_photo(rows[index]["bytes"] or rows[index]["path"]), size_px)), None
+        except PhotoError as error:
+            return 0, str(error)
 
+    def make(photos: slice) -> np.ndarray:
+        values = np.zeros((photos.stop - photos.start, *size_px, 3), np.uint8)
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-            found = list(tqdm(pool.map(decode, range(len(array))), "decoding photos", len(array), leave=False, disable=None))
-        write_json(reasons_file, {index: reason for index, reason in enumerate(found) if reason})
+            found = list(pool.map(decode, range(photos.start, photos.stop)))
+        for place, (picture, _) in enumerate(found):
+            values[place] = picture
+        if reasons := {photos.start + place: reason for place, (_, reason) in enumerate(found) if reason}:
+            write_json(folder / f"unreadable-{photos.start}.json", reasons)
+        return values
 
-    values = cached_array(key, (len(rows), *size_px, 3), np.uint8, fill)
-    return Pixels(values, key), {int(index): reason for index, reason in read_json(reasons_file).items()}
+    values = cached_array(key, (len(rows), *size_px, 3), np.uint8, make, "decoding photos", share)
+    reasons = [read_json(file) for file in folder.glob("unreadable-*.json")]
+    return Pixels(values, key), {int(index): reason for some in reasons for index, reason in some.items()}
 
 
 def file_key(row: dict) -> tuple:
@@ -211,8 +197,3 @@ def file_key(row: dict) -> tuple:
         return (hashlib.sha256(row["bytes"]).hexdigest(),)
     stat = Path(row["path"]).stat()
     return (str(Path(row["path"]).resolve()), stat.st_size, stat.st_mtime_ns)
-
-
-def digest(*parts: object) -> str:
-    """A short name for content: 24 hex digits of SHA-256 over the parts' representation."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -4,16 +4,18 @@ What a frozen network makes of them is computed once and cached, in one order: (
 each view and its mirror image.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from corel_diffusers.data.transforms import Pixels, cached_array, random_views
+from corel_diffusers.data.cache import ALONE, Shards, Share, cached_array
+from corel_diffusers.data.transforms import Pixels, random_views
 
 CHANGES = 5  # numbers that say how a view differs from its photo
+STATISTICS_OF = 10_000  # photos, evenly over all: more do not change a mean
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Views:
 
     def batch(self, rows: slice, view: int, pixels: Pixels) -> torch.Tensor:
         """One view of some photos, float32 (B, 3, H, W) in [-1, 1], of the size of `pixels`."""
-        large, fitted = (torch.from_numpy(np.array(part.values[rows])) for part in (self.large, pixels))
+        large, fitted = (torch.from_numpy(part.values[rows]) for part in (self.large, pixels))
         return random_views(large, fitted, torch.ones(len(fitted), dtype=torch.bool), self.places[rows, view], self.jitter[rows, view])
 
     def changes(self) -> np.ndarray:
@@ -70,8 +72,9 @@ def cache_versions(
     views: Views | None,
     device: torch.device,
     batch_size: int,
-) -> np.ndarray:
-    """What `network` makes of each version of each photo: memory-mapped float32 (N, 2 + 2V, …).
+    share: Share = ALONE,
+) -> Shards:
+    """What `network` makes of each version of each photo: cached, float32 (N, 2 + 2V, …).
 
     key: stands for the network. network: (2 B, 3, H, W) in [-1, 1], channels last -> (2 B, …).
     """
@@ -80,28 +83,29 @@ def cache_versions(
         made = network(torch.cat([pictures, pictures.flip(-1)]).to(device, memory_format=torch.channels_last))
         return torch.stack(made.float().cpu().chunk(2), dim=1)
 
-    def fill(array: np.ndarray) -> None:
-        for start in tqdm(range(0, len(pixels), batch_size), "encoding photos", leave=False, disable=None):
-            rows = slice(start, start + batch_size)
-            versions = [pixels.batch(rows)] + [views.batch(rows, view, pixels) for view in range(count)]
-            array[rows] = torch.cat([both(pictures) for pictures in versions], dim=1)
+    def make(photos: slice) -> np.ndarray:
+        versions = [pixels.batch(photos)] + [views.batch(photos, view, pixels) for view in range(count)]
+        return torch.cat([both(pictures) for pictures in versions], dim=1).numpy()
 
     count = len(views) if views else 0
     shape = (len(pixels), 2 + 2 * count, *both(pixels.batch(slice(1))).shape[2:])
-    return cached_array(f"{key}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{count}", shape, np.float32, fill)
+    name = f"{key}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{count}"
+    return cached_array(name, shape, np.float32, make, "encoding photos", share, batch_size)
 
 
 def channel_statistics(
-    versions: np.ndarray, of: Callable[[np.ndarray], np.ndarray] = np.asarray, at_once: int = 1024
+    versions: Shards | np.ndarray,
+    channels: slice = slice(None),
+    of: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    at_once: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each channel of (N, V, C, h, w), (C,) each; of a function of it, where one is given.
+    """Mean and variance of those channels of (N, V, C, h, w), or of a function of them, (C,) each; of at most STATISTICS_OF photos.
 
     In parts, so that a large cache stays on the disk.
     """
-    total, square = np.zeros((2, versions.shape[2]))
-    for start in range(0, len(versions), at_once):
-        part = of(versions[start : start + at_once].astype(np.float64))
-        total += part.sum((0, 1, 3, 4))
-        square += (part**2).sum((0, 1, 3, 4))
-    count = versions.size / versions.shape[2]
+    photos, parts = np.arange(0, len(versions), math.ceil(len(versions) / STATISTICS_OF)), []
+    for start in range(0, len(photos), at_once):
+        part = of(versions[photos[start : start + at_once]][:, :, channels].astype(np.float64))
+        parts.append((part.sum((0, 1, 3, 4)), (part**2).sum((0, 1, 3, 4)), part.size / part.shape[2]))
+    total, square, count = (sum(values) for values in zip(*parts, strict=True))
     return total / count, square / count - (total / count) ** 2

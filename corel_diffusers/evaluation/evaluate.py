@@ -13,14 +13,15 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from corel_diffusers.cli import Evaluate
+from corel_diffusers.data.cache import cached_array, digest
 from corel_diffusers.data.photos import PHOTO_ENDINGS, load_photos
-from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, cached_array, digest, fit_photo, open_photo, to_float
+from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, fit_photo, open_photo, to_float
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
 from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
 from corel_diffusers.files import UserError, read_json, write_json
-from corel_diffusers.generate import DEFAULT_STEPS, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
+from corel_diffusers.generate import build_sampler, load_pipeline, pick_device, pick_labels, pick_sampler, sample_pictures
 from corel_diffusers.hub import unet_digest, write_card
 from corel_diffusers.latents import weights_key
 from corel_diffusers.models import downsample_factor
@@ -30,6 +31,7 @@ from corel_diffusers.training import TRAINING_PHOTOS
 
 FEWEST = 4  # photos on either side; with fewer, no distance means anything
 POOR_PSNR_DB, POOR_KID_E3 = 20.0, 60.0  # at 64 px: faces and small things are gone below the one or above the other
+LOOKED_AT = 1000  # held-out photos, at most, that say what the VAE allows before the UNet trains
 PLANTED = 200  # training photos that are reconstructed and searched for, to see whether copies are found
 
 
@@ -103,11 +105,11 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
 
 def make_pictures(args: Evaluate, pipe: DiffusionPipeline, class_names: list[str]) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
     """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
-    steps = args.steps or DEFAULT_STEPS[args.sampler]
-    pipe.scheduler = build_sampler(args.sampler, pipe.scheduler)
+    sampler, steps = pick_sampler(args)
+    pipe.scheduler = build_sampler(sampler, pipe.scheduler)
     labels = pick_labels(pipe, (), args.num_images)
     pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)
-    settings = {"pipeline": Path(args.pipeline).name, "sampler": args.sampler, "steps": steps, "seed": args.seed}
+    settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
     settings |= {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
     return pictures, data_labels(pipe, labels, class_names), settings
 
@@ -138,7 +140,7 @@ def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
     """One line on what the VAE's held-out reconstruction allows at best, with a warning where that is poor."""
     if len(held_out) < FEWEST:
         return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
-    network = load_network("efficientnet-lite0", vae.device)
+    network, held_out = load_network("efficientnet-lite0", vae.device), Pixels(held_out.values[:LOOKED_AT], held_out.key)
     scores = reconstruction_scores(reconstruct(vae, held_out.values), held_out.values, network, photo_features(network, held_out))
     kid = f"KID x1000 {report.with_interval(scores)}"
     line = (
@@ -226,10 +228,10 @@ def render(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
     """The photos of a split as the VAE renders them: computed once, cached by what the photos hold and the VAE's weights."""
     key = f"{pixels.key}-{len(pixels)}-{weights_key(vae)}"
 
-    def fill(array: np.ndarray) -> None:
-        array[:] = reconstruct(vae, pixels.values)
+    def make(photos: slice) -> np.ndarray:
+        return reconstruct(vae, pixels.values[photos])
 
-    return Pixels(cached_array(key, pixels.values.shape, np.uint8, fill), key)
+    return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "rendering photos"), key)
 
 
 def reconstruction_scores(made: np.ndarray, photos: np.ndarray, network: Network, real: torch.Tensor) -> dict[str, float]:

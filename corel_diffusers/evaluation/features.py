@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from corel_diffusers.data.transforms import Pixels, cached_array
+from corel_diffusers.data.cache import cached_array
+from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.files import UserError, first_line
 from corel_diffusers.perceptual import load_efficientnet
 
@@ -86,13 +87,13 @@ def extract(network: Network, pictures: np.ndarray, batch_size: int = 32) -> tor
 
 def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> torch.Tensor:
     """The features of a split's photos, or of their mirror images: computed once, cached by what the photos hold."""
-    values = pixels.values[:, :, ::-1] if mirrored else pixels.values
     key = f"features-{network.name}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}{'-mirrored' * mirrored}"
 
-    def fill(array: np.ndarray) -> None:
-        array[:] = extract(network, values).numpy()
+    def make(photos: slice) -> np.ndarray:
+        values = pixels.values[photos]
+        return extract(network, values[:, :, ::-1] if mirrored else values).numpy()
 
-    return torch.from_numpy(np.array(cached_array(key, (len(pixels), network.width), np.float64, fill)))
+    return torch.from_numpy(np.asarray(cached_array(key, (len(pixels), network.width), np.float64, make, "looking at photos")))
 
 
 def as_array(pictures: Sequence[Image.Image]) -> np.ndarray:

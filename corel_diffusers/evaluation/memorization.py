@@ -90,7 +90,7 @@ class CopyFinder:
         """
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
         own = nearest_photos(features[0], features, leave_out_self=True)
-        return cls(pixel_versions(rendered.values), features, float(torch.quantile(own.ratio, 0.01)))
+        return cls(pixel_versions(np.asarray(rendered.values)), features, float(torch.quantile(own.ratio, 0.01)))
 
     def search(self, pictures: np.ndarray, features: torch.Tensor) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""

@@ -145,22 +145,28 @@ class UNetInTraining(nn.Module):
         if self.told:
             nn.init.zeros_(self.told.weight)
         self.guess = nn.Sequential(nn.Conv2d(channels, 256, 1), nn.SiLU(), nn.Conv2d(256, features, 1)) if features else None
+        self.changes: torch.Tensor | None = None  # of the pass that is under way; the UNet by itself is told of none
+        self.inner: torch.Tensor | None = None
+        if self.told:
+            unet.time_embedding.register_forward_hook(self.tell)
+        if self.guess:
+            unet.up_blocks[0].register_forward_hook(self.keep)
+
+    def tell(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output if self.changes is None else output + self.told(self.changes)
+
+    def keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.inner = output
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, changes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """changes (B, changes), zero for none -> the UNet's prediction (B, C, h, w) and the features it guesses (B, F, h', w')."""
-        inner, hooks = [], []
-        if self.told:
-            hooks.append(self.unet.time_embedding.register_forward_hook(lambda module, inputs, output: output + self.told(changes)))
-        if self.guess:
-            hooks.append(self.unet.up_blocks[0].register_forward_hook(lambda module, inputs, output: inner.append(output)))
-        try:
-            prediction = self.unet(sample, timestep, labels).sample
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return prediction, self.guess(inner[0]) if self.guess else None
+        self.changes = changes
+        prediction = self.unet(sample, timestep, labels).sample
+        guess = self.guess(self.inner) if self.guess else None
+        self.changes = self.inner = None
+        return prediction, guess
 
 
 def build_discriminator(width: int = 32) -> nn.Sequential:

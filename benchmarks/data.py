@@ -1,0 +1,51 @@
+"""How much faster is a batch of photos read from the cache than decoded in a loader?
+
+python benchmarks/data.py --image-size 64
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from common import compare, machine, make_photos
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder  # a cache of its own
+        from plain import Photos, endless
+        from torch.utils.data import DataLoader
+
+        from corel_diffusers.data.photos import load_photos
+        from corel_diffusers.data.transforms import cache_pixels, to_float
+        from corel_diffusers.training import BatchPlan, RunLength, batches
+
+        photos = make_photos(Path(folder) / "photos")
+        decoded = endless(DataLoader(Photos(photos, args.image_size), args.batch_size, shuffle=True, drop_last=True))
+        pixels = cache_pixels(load_photos(photos), (args.image_size, args.image_size))[1]["train"]
+        plan, length = BatchPlan(len(pixels), args.batch_size, 1, 1, 0, seed=0), RunLength(None, 1e9, 0.0)
+        cached = (to_float(values) for (values,) in batches(plan, 0, length, 0, pixels.values))
+
+        def seconds(passes: object) -> list[float]:
+            found = []
+            for _ in range(args.batches):
+                began = time.monotonic()
+                next(passes)
+                found.append(time.monotonic() - began)
+            return found
+
+        sides = {"decoded in the loader": partial(seconds, decoded), "from the cache": partial(seconds, cached)}
+        print(machine(), compare(f"{args.batch_size} photos at {args.image_size} px", sides, args.repeats, "ms a batch"), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

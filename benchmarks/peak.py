@@ -1,0 +1,114 @@
+"""What share of what this machine can do in convolutions and matrix products does a training step reach?
+
+python benchmarks/peak.py --config tiny --image-size 64
+
+Every convolution and linear layer of the step is run by itself, forward and backward, at its shape and precision, as fast as the machine
+does it; their sum over the step's time is the share. What is left is norms, activations, attention and the optimizer. On the CPU.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from common import machine
+from torch.utils.flop_counter import FlopCounterMode
+
+from corel_diffusers.losses import denoising_loss
+from corel_diffusers.models import VAEWithPosterior, build_unet, build_vae, downsample_factor
+from corel_diffusers.precision import autocast, resolve_precision
+
+
+def seconds(run: Callable[[], object], repeats: int) -> list[float]:
+    run(), run()
+    found = []
+    for _ in range(repeats):
+        began = time.monotonic()
+        run()
+        found.append(time.monotonic() - began)
+    return found
+
+
+def steps(args: argparse.Namespace, precision: str) -> dict[str, tuple[torch.nn.Module, Callable[[], None]]]:
+    """The models and a training step of each: forward, backward, fused AdamW."""
+    size_px = (args.image_size, args.image_size)
+    vae = VAEWithPosterior(build_vae(args.config, size_px))
+    unet = build_unet(args.config, size_px, vae.vae, 6)
+    shape = vae.vae.config.latent_channels, *(side // downsample_factor(vae.vae) for side in size_px)
+    photos = torch.rand(args.vae_batch_size, 3, *size_px).to(memory_format=torch.channels_last)
+    noise, latents = torch.randn(args.vae_batch_size, *shape), torch.randn(args.batch_size, *shape)
+    timesteps = torch.randint(1000, (args.batch_size,))
+
+    def stepping(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> tuple[torch.nn.Module, Callable[[], None]]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step() -> None:
+            with autocast(precision, "cpu"):
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return model, step
+
+    return {
+        "VAE": stepping(vae, lambda: (vae(photos, noise)[0].float() - photos).abs().mean()),
+        "UNet": stepping(unet, lambda: denoising_loss(unet(latents, timesteps, timesteps % 7).sample, latents).mean()),
+    }
+
+
+def parts(model: torch.nn.Module, step: Callable[[], None]) -> Counter:
+    """The convolutions and linear layers that a step goes through, with the shapes of their inputs: how often each."""
+    found = Counter()
+
+    def note(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        found[layer, tuple(inputs[0].shape)] += 1
+
+    layers = [layer for layer in model.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def alone(layer: torch.nn.Module, shape: tuple[int, ...], precision: str, repeats: int) -> float:
+    """The least seconds of the layer's forward and backward pass."""
+    values = torch.randn(shape)
+    values = (values.to(memory_format=torch.channels_last) if values.ndim == 4 else values).requires_grad_()
+    with autocast(precision, "cpu"):
+        towards = torch.randn_like(layer(values))
+
+    def run() -> None:
+        with autocast(precision, "cpu"):
+            layer(values).backward(towards)
+
+    return min(seconds(run, repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="tiny", help="tiny, base or large")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--vae-batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    precision = resolve_precision("auto", "cpu")
+    print(f"{machine()}, mixed precision {precision}")
+    for name, (model, step) in steps(args, precision).items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        whole = float(np.median(seconds(step, 4 * args.repeats)))
+        peak = sum(often * alone(layer, shape, precision, args.repeats) for (layer, shape), often in parts(model, step).items())
+        flops = counter.get_total_flops()
+        print(
+            f"| {name} step, {args.config}, {args.image_size} px | {1e3 * whole:.3g} ms, {flops / whole / 1e9:,.0f} GFLOP/s; its layers "
+            f"alone {1e3 * peak:.3g} ms, {flops / peak / 1e9:,.0f} GFLOP/s | {peak / whole:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

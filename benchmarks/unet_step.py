@@ -1,0 +1,51 @@
+"""How much faster is a UNet's training step than that of a plain loop, and of denoising-diffusion-pytorch?
+
+python benchmarks/unet_step.py --sizes 64 128 --repeats 5
+
+The plain loop, in plain.py, encodes each batch with the VAE; a second one has its latents cached, as train_unet.py always has. The
+toolkit's side is train_unet.py itself, without alignment and with AdamW, all of its loop counted. denoising-diffusion-pytorch (pip
+install --no-deps denoising-diffusion-pytorch einops ema-pytorch) gets cached latents and about as many parameters; it is left out where
+it is not installed.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from common import QUIET, ROOT, compare, machine, make_photos, step_seconds
+
+from corel_diffusers.models import build_vae
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--config", default="tiny", help="tiny, base or large")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20, help="timed, after as many for the warm-up")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        photos = make_photos(Path(folder) / "photos")
+        for size_px in args.sizes:
+            vae = Path(folder) / f"vae-{size_px}"
+            build_vae(args.config, (size_px, size_px)).save_pretrained(vae)
+            shared = ["--config", args.config, "--image-size", size_px, "--batch-size", args.batch_size]
+            plain = [ROOT / "benchmarks" / "plain.py", "unet", photos, *shared, "--vae", vae, "--steps", 2 * args.steps]
+            flags = ["--align-weight", 0, "--views", 0, "--max-train-steps", 2 * args.steps, "--validate-every", 10**6]
+            ours = [ROOT / "train_unet.py", "--data-dir", photos, *shared, "--vae-checkpoint", vae, *flags, *QUIET]
+            sides = {"plain loop": plain, "plain loop, cached": [*plain, "--cached"], "train_unet.py": ours}
+            if importlib.util.find_spec("denoising_diffusion_pytorch"):
+                sides = {"denoising-diffusion-pytorch": [plain[0], "ddpm", *plain[2:]]} | sides
+            sides = {name: partial(step_seconds, *words, warmup=args.steps) for name, words in sides.items()}
+            for other in list(sides)[:-1]:
+                ours = {other: sides[other], "train_unet.py": sides["train_unet.py"]}
+                lines.append(compare(f"UNet step, {args.config}, {size_px} px, batch {args.batch_size}", ours, args.repeats))
+    print(machine(), *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""How much faster is a VAE's training step than that of a plain loop, the model and the loss being the same?
+
+python benchmarks/vae_step.py --sizes 64 128 --repeats 5
+
+The plain loop is in plain.py. The toolkit's side is train_vae.py itself, with AdamW, all of its loop counted: reading, averaging,
+logging. Both compute the perceptual loss. Nothing else should be running.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from common import QUIET, ROOT, compare, machine, make_photos, step_seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--config", default="tiny", help="tiny, base or large")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=15, help="timed, after as many for the warm-up")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        photos = make_photos(Path(folder) / "photos")
+        for size_px in args.sizes:
+            shared = ["--config", args.config, "--image-size", size_px, "--batch-size", args.batch_size]
+            plain = [ROOT / "benchmarks" / "plain.py", "vae", photos, *shared, "--steps", 2 * args.steps]
+            flags = ["--crop-chance", 0, "--optimizer", "adamw", "--max-train-steps", 2 * args.steps, "--validate-every", 10**6]
+            ours = [ROOT / "train_vae.py", "--data-dir", photos, *shared, *flags, *QUIET]
+            sides = {
+                "plain loop": partial(step_seconds, *plain, warmup=args.steps),
+                "train_vae.py": partial(step_seconds, *ours, warmup=args.steps),
+            }
+            lines.append(compare(f"VAE step, {args.config}, {size_px} px, batch {args.batch_size}", sides, args.repeats))
+    print(machine(), *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

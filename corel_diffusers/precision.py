@@ -1,0 +1,28 @@
+"""The precision that a model runs in: what its device computes fastest, or what was asked for."""
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+
+from corel_diffusers.files import UserError
+
+
+def resolve_precision(wanted: str, device_type: str) -> str:
+    """ "auto" -> fp16 on CUDA, bf16 where the CPU computes it in hardware, else no; what `accelerate launch` was told comes first.
+
+    Raises UserError for fp16 without a GPU, which accelerate would silently run in fp32.
+    """
+    gpu = device_type == "cuda"
+    if wanted == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        wanted = launched if launched in ("fp16", "bf16") else "fp16" if gpu else "bf16" if has_bf16 else "no"
+    if wanted == "fp16" and not gpu:
+        raise UserError("--mixed-precision fp16 needs a GPU and there is none: give auto, bf16 or no")
+    return wanted
+
+
+def autocast(precision: str, device_type: str) -> AbstractContextManager:
+    """Within, matrix products and convolutions run in that precision; "no" leaves everything as it is."""
+    return torch.autocast(device_type, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision), enabled=precision != "no")

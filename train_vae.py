@@ -135,8 +135,6 @@ def main(args: VAEArguments) -> None:
                 warmup_steps = args.kl_warmup * plan.steps_per_epoch
                 kl_weight.fill_(kl_warmup(args.kl_weight, max(state.step, 3 * length.share(state) * warmup_steps), warmup_steps))
             early = args.adversarial_start - length.share(state)  # so much of the run before the discriminator's verdict counts
-            if discriminator and early <= 0 and not state.adversarial:  # the best is the best of those that the verdict has shaped
-                state.adversarial, state.best = True, math.inf
             kl = 0.0
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step))
@@ -184,7 +182,9 @@ def main(args: VAEArguments) -> None:
                 shown = pictures_due(args, epoch, validate_every, length, state, history)
                 with ema_weights(ema, model):
                     values = validate(args, accelerator, perceptual, vae, pixels["validation"], latent_shape)
-                    if note_validation(state, values["val_loss"]) and accelerator.is_main_process:
+                    best = note_validation(state, values["val_loss"])
+                    judged = discriminator and early <= 0  # what a discriminator has made better is not in the loss: the last is published
+                    if (best or judged) and accelerator.is_main_process:
                         with published_model(args.run_dir) as folder:
                             vae.save_pretrained(folder)
                     if shown and accelerator.is_main_process:

@@ -98,9 +98,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def best_record(history: list[dict]) -> dict:
-    """The validation whose model was published: the lowest loss, of those that a discriminator had shaped where there are any."""
-    shaped = [record for record in history if "adversarial" in record]
-    return min(shaped or history, key=lambda record: record["val_loss"])
+    """The validation whose model was published: the lowest loss, or the last one where a discriminator's verdict counted."""
+    return history[-1] if "adversarial" in history[-1] else min(history, key=lambda record: record["val_loss"])
 
 
 def write_bytes(path: Path, content: bytes) -> None:

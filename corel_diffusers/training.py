@@ -376,7 +376,6 @@ class RunState:
     totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
     passes: int = 0  # forward passes in those sums
     kl_weight: float = 0.0
-    adversarial: bool = False  # whether the discriminator's verdict counts by now
     stop_reason: str = ""
 
 

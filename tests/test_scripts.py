@@ -129,6 +129,18 @@ def test_stopped_in_mid_epoch_and_resumed_is_the_uninterrupted_run(name, extra, 
     assert_same_run(tmp_path / "whole", tmp_path / "cut", weights)
 
 
+def test_what_a_discriminator_has_shaped_is_published_though_its_loss_is_higher(vae_flags, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module("train_vae")
+    losses = iter((2.0, 1.0, 3.0, 4.0))  # the verdict counts from the third epoch on
+    measured = module.validate
+    monkeypatch.setattr(module, "validate", lambda *values: measured(*values) | {"val_loss": next(losses)})
+    run_here("train_vae", [*vae_flags, "--epochs", 4, "--adversarial-weight", 0.5, "--adversarial-start", 0.5, "--output-dir", tmp_path])
+    average = load_file(sorted((tmp_path / "checkpoints").iterdir())[-1] / "ema.safetensors")
+    vae = AutoencoderKL.from_pretrained(tmp_path)
+    assert all(torch.equal(value, average[str(place)]) for place, value in enumerate(vae.parameters()))
+    assert "the VAE of epoch 4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["train_vae", "train_unet"])
 def test_minutes_end_on_time_with_the_learning_rate_at_its_lowest(name, vae_flags, unet_flags, tmp_path):
     flags = vae_flags if name == "train_vae" else unet_flags

@@ -8,6 +8,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -78,11 +79,12 @@ class CorelPipeline(DiffusionPipeline):
             for step, timestep in enumerate(self.scheduler.timesteps):
                 inputs = self.scheduler.scale_model_input(latents, timestep)
                 if guided and (always or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high):  # in one pass
-                    without, with_class = self.unet(torch.cat([inputs, inputs]), timestep, both).sample.chunk(2)
+                    without, with_class = self.unet(torch.cat([inputs, inputs]), timestep, both).sample.to(latents.dtype).chunk(2)
                     noise_pred = without + guidance_scale * (with_class - without)
                 else:
-                    noise_pred = self.unet(inputs, timestep, labels).sample
-                latents = self.scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
+                    noise_pred = self.unet(inputs, timestep, labels).sample.to(latents.dtype)
+                with torch.autocast(device.type, enabled=False):  # only the networks run in the precision of autocast
+                    latents = self.scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
                 if callback_on_step_end is not None:
                     latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
                 progress.update()
@@ -100,7 +102,8 @@ class CorelPipeline(DiffusionPipeline):
         else:
             mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
             latents = latents * std + mean
-        pictures = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample for part in latents.split(16)])
+        with torch.autocast(latents.device.type, enabled=False) if config.force_upcast else nullcontext():
+            pictures = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in latents.split(16)])
         return self.image_processor.postprocess(pictures, output_type=output_type)
 
     @property

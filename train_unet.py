@@ -26,7 +26,7 @@ from PIL import Image
 from corel_diffusers import advice, hub
 from corel_diffusers.alignment import cache_features, feature_scale, misalignment
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels
+from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
 from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
 from corel_diffusers.files import best_record, published_model
@@ -142,7 +142,7 @@ def main(args: UNetArguments) -> None:
         for split, part in pixels.items()
     }
     labels = {split: np.array(part["label"][:]) for split, part in photos.items()}
-    measured = np.linspace(0, len(labels["validation"]) - 1, min(len(labels["validation"]), MEASURED)).astype(int)
+    measured = evenly(len(labels["validation"]), MEASURED)
     same = {"train": alike(labels["train"], labels["validation"][measured]), "validation": measured}
     seen, held_out = (
         fixed_draws(vae, moments[split][rows, 0], labels[split][rows] if class_names else None, noise_scheduler, device)
@@ -208,7 +208,7 @@ def main(args: UNetArguments) -> None:
                 ema.step(model.parameters())
             state.step += 1
             length.tick(state, accelerator)
-            compilation.tick(length.total_steps(state) - state.step)
+            compilation.tick(state.step, length.total_steps(state) - state.step)
             show_progress(bar, plan, state, length, means, args)
 
             epoch, over = plan.epoch(state.step), length.reached(state)
@@ -268,6 +268,8 @@ def trial_step(
 ) -> Callable[[], None]:
     """A training step of a fresh UNet for the latents of `vae` on zeros, to time it."""
     unet = build_unet(config, size_px, vae, 1).to(accelerator.device)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     optimizer = build_optimizer(args.optimizer, unet, 1e-4, args.weight_decay, args.MUON_SCALE)
     latents = torch.zeros(batch_size, unet.config.in_channels, *(side // downsample_factor(vae) for side in size_px))
     latents, timesteps = latents.to(accelerator.device), torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)

@@ -174,7 +174,7 @@ def main(args: VAEArguments) -> None:
                 ema.step(model.parameters())
             state.step += 1
             length.tick(state, accelerator)
-            compilation.tick(length.total_steps(state) - state.step)
+            compilation.tick(state.step, length.total_steps(state) - state.step)
             show_progress(bar, plan, state, length, means, args)
 
             epoch, over = plan.epoch(state.step), length.reached(state)
@@ -205,9 +205,12 @@ def main(args: VAEArguments) -> None:
                 break
 
     # save
+    accelerator.wait_for_everyone()  # until the model is published
+    if history:
+        vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)
+        moments = cache_moments(vae, pixels["train"], device, batch_size=args.batch_size, share=share)
     if accelerator.is_main_process and history:
-        vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)  # the best by validation
-        mean, std = measure_scale(cache_moments(vae, pixels["train"], device, batch_size=args.batch_size))
+        mean, std = measure_scale(moments)
         write_json(args.run_dir / "config.json", read_json(args.run_dir / "config.json") | {"latents_mean": mean, "latents_std": std})
         best = best_record(history)
         print(
@@ -224,6 +227,8 @@ def main(args: VAEArguments) -> None:
 def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_px: tuple[int, int], batch_size: int) -> Callable[[], None]:
     """A training step of a fresh VAE on grey photos, to time it."""
     model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample)).to(accelerator.device)
+    if args.gradient_checkpointing:
+        model.vae.enable_gradient_checkpointing()
     perceptual = PerceptualLoss(args.perceptual_network).to(accelerator.device) if args.perceptual else None
     optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
     latent_shape = (model.vae.config.latent_channels, *(side // downsample_factor(model.vae) for side in size_px))
@@ -307,7 +312,7 @@ def mean_picture_psnr(pixels: dict[str, Pixels]) -> float:
     """PSNR (dB) on held-out photos, at most a thousand, of the mean training photo: what a VAE reaches that knows nothing of the photo."""
     train, at_once = pixels["train"], 256
     total = sum(train.batch(slice(start, start + at_once)).double().sum(0) for start in range(0, len(train), at_once))
-    mean, held_out = (total / len(train) + 1) / 2, (pixels["validation"].batch(slice(1000)).double() + 1) / 2
+    mean, held_out = (total / len(train) + 1) / 2, (pixels["validation"].evenly(1000).batch(slice(None)).double() + 1) / 2
     return float(peak_signal_noise_ratio(mean.expand_as(held_out), held_out, data_range=1.0, dim=(1, 2, 3)))
 
 

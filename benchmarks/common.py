@@ -73,7 +73,7 @@ def step_seconds(*words: object, warmup: int = 10) -> list[float]:
 
 
 def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats: int, unit: str = "ms a step") -> str:
-    """Each side in turn, so many times: a line of the table with medians, spreads and the ratio of the first side to the last.
+    """Each side in turn, so many times: a line of the table with medians, spreads and how many times as fast the last side is as the first.
 
     sides: name -> a function that measures it once, in seconds.
     """
@@ -87,11 +87,11 @@ def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats:
     return f"| {question} | {'; '.join(cells)} {unit} | {first / last:.2f} |"
 
 
-def machine() -> str:
-    """What the numbers were measured on."""
+def machine(device: str = "auto") -> str:
+    """What the numbers were measured on: "cpu", or the GPU where there is one."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else named[1] if named else platform.processor()
+    name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else named[1] if named else platform.processor()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

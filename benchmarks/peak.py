@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     precision = resolve_precision("auto", "cpu")
-    print(f"{machine()}, mixed precision {precision}")
+    print(f"{machine('cpu')}, mixed precision {precision}")
     for name, (model, step) in steps(args, precision).items():
         with FlopCounterMode(display=False) as counter:
             step()
@@ -106,7 +106,7 @@ def main() -> None:
         flops = counter.get_total_flops()
         print(
             f"| {name} step, {args.config}, {args.image_size} px | {1e3 * whole:.3g} ms, {flops / whole / 1e9:,.0f} GFLOP/s; its layers "
-            f"alone {1e3 * peak:.3g} ms, {flops / peak / 1e9:,.0f} GFLOP/s | {peak / whole:.0%} |"
+            f"alone {1e3 * peak:.3g} ms, {flops / peak / 1e9:,.0f} GFLOP/s | {peak / whole:.0%} of the peak |"
         )
 
 

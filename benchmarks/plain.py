@@ -30,6 +30,7 @@ from corel_diffusers.models import build_unet, build_vae
 from corel_diffusers.perceptual import PerceptualLoss
 
 EMA_DECAY = 0.995
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Photos(Dataset):
@@ -49,7 +50,7 @@ class Photos(Dataset):
 
 def endless(loader: DataLoader) -> Iterator[torch.Tensor]:
     while True:
-        yield from loader
+        yield from (batch.to(DEVICE) for batch in loader)
 
 
 def average(shadow: torch.nn.Module, model: torch.nn.Module) -> None:
@@ -58,8 +59,8 @@ def average(shadow: torch.nn.Module, model: torch.nn.Module) -> None:
 
 
 def vae_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
-    vae = build_vae(args.config, (args.image_size, args.image_size)).to(memory_format=torch.contiguous_format)
-    shadow, perceptual = copy.deepcopy(vae), PerceptualLoss("efficientnet-lite0")
+    vae = build_vae(args.config, (args.image_size, args.image_size)).to(DEVICE, memory_format=torch.contiguous_format)
+    shadow, perceptual = copy.deepcopy(vae), PerceptualLoss("efficientnet-lite0").to(DEVICE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4, foreach=False, fused=False)
 
     def step() -> None:
@@ -78,7 +79,7 @@ def vae_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callab
 
 def latents_of(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> tuple[AutoencoderKL, Iterator[torch.Tensor]]:
     """Encoded anew each time, or, where they are cached, once."""
-    vae = AutoencoderKL.from_pretrained(args.vae).eval()
+    vae = AutoencoderKL.from_pretrained(args.vae).eval().to(DEVICE)
 
     @torch.no_grad()
     def encode(batch: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,7 @@ def latents_of(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> tupl
 
 
 def built_unet(args: argparse.Namespace, vae: AutoencoderKL) -> UNet2DModel:
-    return build_unet(args.config, (args.image_size, args.image_size), vae, 6).to(memory_format=torch.contiguous_format)
+    return build_unet(args.config, (args.image_size, args.image_size), vae, 6).to(DEVICE, memory_format=torch.contiguous_format)
 
 
 def unet_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
@@ -101,8 +102,8 @@ def unet_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Calla
 
     def step() -> None:
         clean = next(latents)
-        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),))
-        labels = torch.randint(7, (len(clean),))
+        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),), device=DEVICE)
+        labels = torch.randint(7, (len(clean),), device=DEVICE)
         made = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, labels).sample
         F.mse_loss(made, scheduler.get_velocity(clean, noise, timesteps)).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -128,7 +129,7 @@ def ddpm_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Calla
         return Unet(dim=dim, dim_mults=mults, channels=vae.config.latent_channels)
 
     nearest = min(range(8, 129, 8), key=lambda dim: abs(sum(p.numel() for p in built(dim).parameters()) - wanted))
-    diffusion = GaussianDiffusion(built(nearest), image_size=ours.config.sample_size, auto_normalize=False)
+    diffusion = GaussianDiffusion(built(nearest), image_size=ours.config.sample_size, auto_normalize=False).to(DEVICE)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))  # as its Trainer has it
     ema = EMA(diffusion, beta=EMA_DECAY, update_every=10)
 
@@ -163,5 +164,7 @@ if __name__ == "__main__":
     times = []
     for _ in range(args.steps):
         step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.monotonic())
     write_json(args.times, times)

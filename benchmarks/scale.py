@@ -20,7 +20,7 @@ from common import machine
 
 
 def measure(count: int, steps: int, batch_size: int, side: int) -> dict[str, float]:
-    """Median seconds a step and the process's memory at its end, in MB, beside what it had before the first step."""
+    """The median step's milliseconds, and the process's memory at the end, in MB."""
     import torch
 
     from corel_diffusers.data.cache import cached_array
@@ -47,9 +47,7 @@ def measure(count: int, steps: int, batch_size: int, side: int) -> dict[str, flo
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.monotonic())
-        if step == 9:
-            before = resident_mb()
-    return {"ms": 1e3 * float(np.median(np.diff(times)[10:])), "before_mb": before, "mb": resident_mb()}
+    return {"ms": 1e3 * float(np.median(np.diff(times)[10:])), "mb": resident_mb()}
 
 
 def resident_mb() -> float:
@@ -87,8 +85,8 @@ def main() -> None:
     of = {count: {name: np.median([run[name] for run in runs]) for name in ("ms", "mb")} for count, runs in found.items()}
     cells = "; ".join(f"{count:,} photos {of[count]['ms']:.3g} ms, {of[count]['mb']:,.0f} MB" for count in args.photos)
     print(json.dumps({"question": "scale", "runs": found}))
-    print(machine())
-    print(f"| UNet step, {few:,} photos against {many:,} | {cells} | {of[many]['ms'] / of[few]['ms']:.2f} |")
+    print(machine("cpu"))
+    print(f"| UNet step, {few:,} photos against {many:,} | {cells} | {of[many]['ms'] / of[few]['ms']:.2f} times as slow |")
 
 
 if __name__ == "__main__":

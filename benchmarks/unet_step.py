@@ -10,6 +10,7 @@ it is not installed.
 
 import argparse
 import importlib.util
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = []
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder  # a cache of its own
         photos = make_photos(Path(folder) / "photos")
         for size_px in args.sizes:
             vae = Path(folder) / f"vae-{size_px}"

@@ -7,6 +7,7 @@ logging. Both compute the perceptual loss. Nothing else should be running.
 """
 
 import argparse
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = []
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder  # a cache of its own
         photos = make_photos(Path(folder) / "photos")
         for size_px in args.sizes:
             shared = ["--config", args.config, "--image-size", size_px, "--batch-size", args.batch_size]

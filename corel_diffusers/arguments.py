@@ -278,6 +278,8 @@ class VAEArguments(TrainingArguments):
         require(self.kl_weight is None or self.kl_weight >= 0, "kl_weight", self.kl_weight, "give 0 or more")
         for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "kl_warmup"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        if self.compile and self.adversarial_weight:
+            raise UserError("--compile: a compiled VAE has no gradient at its last layer alone, which --adversarial-weight needs: give one")
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a share from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")

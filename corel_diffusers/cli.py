@@ -65,7 +65,7 @@ class Sampling:
     steps: int | None = None
     """Denoising steps (default: ddpm 1000, ddim 50, the others 25)."""
     batch_size: int = 16
-    """Pictures at a time; does not change them."""
+    """Pictures at a time; does not change them, but for the rounding of half precision."""
     seed: int | None = None
     """Fixes the pictures (default: drawn, and printed)."""
     device: str = "auto"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 MARKERS = ("model_index.json", "config.json")  # what loading a pipeline, a model starts from
 
@@ -32,7 +33,7 @@ def one_line_errors() -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, then renames it into place: a reader never sees half of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    beside = path.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")  # containers on one disk may share process ids
     try:
         yield beside
         os.replace(beside, path)

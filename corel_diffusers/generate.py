@@ -32,9 +32,11 @@ INDIVIDUAL_UP_TO = 16
 def generate(args: Generate, output: Path) -> None:
     """Writes the grid to `output` and, where asked for, each picture to `<output>_individual/`.
 
-    Each picture has a generator of its own, seed + place: neither the batch size nor the number of pictures changes it.
+    Each picture has a generator of its own, seed + place: neither the batch size nor the number of pictures changes it, but for the
+    rounding of half precision.
     """
     device = pick_device(args.device)
+    args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
     pipe = load_pipeline(args.pipeline, device, args.vae_checkpoint)
     labels = pick_labels(pipe, args.class_, args.num_images)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -61,12 +63,11 @@ def generate(args: Generate, output: Path) -> None:
 
 def sample_pictures(pipe: DiffusionPipeline, args: Sampling, labels: list[int] | None, seed: int, **options: object) -> list[Image.Image]:
     """Pictures in batches, each from a generator of its own, seed + place. options: more for the pipeline."""
-    pictures, device_type = [], pipe.device.type
-    precision = resolve_precision(args.mixed_precision, device_type)
+    pictures = []
     for start in tqdm(range(0, args.num_images, args.batch_size), "generating", leave=False, disable=args.num_images <= args.batch_size):
         places = range(start, min(start + args.batch_size, args.num_images))
         pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
-        with autocast(precision, device_type):
+        with autocast(args.mixed_precision, pipe.device.type):
             pictures += pipe(
                 len(places),
                 [labels[place] for place in places] if labels else None,

@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from corel_diffusers.arguments import TrainingArguments
-from corel_diffusers.data.cache import Shards, Share, digest
-from corel_diffusers.files import UserError, finish_publishing, read_json, read_metrics, remove_folder, write_json, write_text
+from corel_diffusers.data.cache import ALONE, Shards, Share, digest
+from corel_diffusers.files import UserError, finish_publishing, first_line, read_json, read_metrics, remove_folder, write_json, write_text
 from corel_diffusers.models import load_config
 from corel_diffusers.precision import resolve_precision
 
@@ -56,12 +56,14 @@ def start_run(args: TrainingArguments) -> Accelerator:
     if begun and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
         raise UserError(f"--output-dir {args.run_dir} already holds a run: {way_out}")
+    if args.compile:
+        require_compiler()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.grad_accum,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the first rank may decode photos for long
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait while photos are encoded, or pictures drawn
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
     )
@@ -78,6 +80,8 @@ def device_name(accelerator: Accelerator) -> str:
 
 def cache_share(accelerator: Accelerator) -> Share:
     """This process's share of filling the caches: those of one machine divide the photos, each machine has a cache of its own."""
+    if accelerator.num_processes == 1:
+        return ALONE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     return Share(accelerator.local_process_index, processes, accelerator.wait_for_everyone)
 
@@ -95,7 +99,7 @@ def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px:
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values on the device. A GPU copies pinned memory while the CPU goes on; other memory it would make wait."""
     pinned = device.type == "cuda" and not values.is_cuda and not values.is_pinned()
-    return (values.pin_memory() if pinned else values).to(device, non_blocking=True)
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=device.type == "cuda")
 
 
 class StepRandom:
@@ -215,7 +219,12 @@ def resident(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
         return arrays
-    return [torch.from_numpy(np.array(array)).to(device) for array in arrays]
+    kept = []
+    for array in arrays:
+        kept.append(torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device=device))
+        for start in range(0, len(array), 1024):  # in parts: the GPU has the room, the machine need not have it
+            kept[-1][start : start + 1024] = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024]))
+    return kept
 
 
 def batches(
@@ -450,7 +459,7 @@ def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
         if checkpoint not in [path.resolve() for path in known]:
             there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
             raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
-    saved = read_json(checkpoint / "state.json")["settings"]
+    saved = type(args)().settings() | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
     now = json.loads(json.dumps(settings))
     differing = [
         f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
@@ -517,32 +526,40 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
 class Compilation:
     """--compile: a run's first steps go uncompiled, so that there is something to compare with; then it says what was gained.
 
-    A resumed run is compiled from its first step on, as it was when it stopped. The keys of checkpoints stay what they are.
+    A resumed run is compiled where it was when it stopped. The keys of checkpoints stay what they are.
     """
 
     PLAIN, WARMUP, COMPILED = 10, 10, 20  # steps; the first three are not counted
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, model: torch.nn.Module, state: RunState) -> None:
-        self.accelerator, self.model = accelerator, accelerator.unwrap_model(model)
-        self.times: list[float] | None = [] if args.compile and not state.step else None  # when each step ended, while they are told
-        if args.compile and state.step:
+        self.accelerator, self.model, self.wanted = accelerator, accelerator.unwrap_model(model), args.compile
+        self.times: list[float] | None = [] if args.compile and not state.step else None  # when each step ended, until it is told
+        if args.compile and state.step >= 3 + self.PLAIN:
             self.model.compile()
 
-    def tick(self, steps_to_come: int) -> None:
+    def tick(self, step: int, steps_to_come: int) -> None:
         """After each step."""
+        if self.wanted and step == 3 + self.PLAIN:
+            self.model.compile()
         if self.times is None:
             return
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.monotonic())
-        if len(self.times) == 3 + self.PLAIN:
-            self.model.compile()
-        elif len(self.times) == 3 + self.PLAIN + self.WARMUP + self.COMPILED:
+        if len(self.times) == 3 + self.PLAIN + self.WARMUP + self.COMPILED:
             seconds = np.diff(self.times)
             plain, compiled = np.median(seconds[2 : 2 + self.PLAIN]), np.median(seconds[-self.COMPILED :])
             warmup = seconds[2 + self.PLAIN : -self.COMPILED].sum() - self.WARMUP * compiled
             self.accelerator.print(compilation_report(plain, compiled, warmup, steps_to_come))
             self.times = None
+
+
+def require_compiler() -> None:
+    """Raises UserError where torch.compile has nothing to compile with, which it would only say in the midst of the run."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2))
+    except Exception as error:  # torch's compiler raises many kinds
+        raise UserError(f"--compile: nothing can be compiled here ({first_line(error)}): install a C++ compiler, or leave it out") from None
 
 
 def compilation_report(plain: float, compiled: float, warmup: float, steps_to_come: int) -> str:
@@ -691,6 +708,8 @@ def explained_failures(args: TrainingArguments) -> Iterator[None]:
         if divisors:
             accumulated = args.grad_accum * args.batch_size // divisors[-1]
             way_out = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {way_out}"
+        if not args.gradient_checkpointing:
+            way_out = f"--gradient-checkpointing, {way_out}"
         raise UserError(f"out of memory with --batch-size {args.batch_size} at {size}{used}: try {way_out}") from None
 
 

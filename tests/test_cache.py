@@ -49,6 +49,12 @@ def test_shards_are_read_as_the_array_itself(key):
     assert (shards.shape, shards.dtype, len(shards)) == (VALUES.shape, VALUES.dtype, len(VALUES))
 
 
+@pytest.mark.parametrize("key", [-1, 23, slice(None, None, 2), slice(None, None, -1), [3, -1], [23], np.arange(23) % 2 == 0])
+def test_what_is_not_read_is_refused(key):
+    with pytest.raises(IndexError):
+        filled()[key]
+
+
 def test_the_whole_array_and_its_photos_one_by_one():
     shards = filled()
     assert np.array_equal(np.asarray(shards), VALUES)
@@ -79,10 +85,22 @@ def test_what_was_interrupted_goes_on_where_it_was_and_what_is_there_is_not_made
     assert not made
 
 
+def test_few_photos_are_several_shards_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 2**26)
+    monkeypatch.setattr(cache, "FEWEST", 8)
+    filled()
+    assert len(list((tmp_path / "values").glob("*.safetensors"))) == 3
+
+
+def test_what_a_process_did_not_make_that_should_have_is_made_by_those_that_are_there():
+    assert np.array_equal(filled(share=Share(1, 8))[:], VALUES)
+
+
 def test_processes_share_the_photos_out_and_wait_for_each_other():
-    made, waited = ([], []), []
-    filled(made[0], share=Share(0, 2, lambda: waited.append(len(made[0]))))  # the first of two; it would wait for the second here
-    assert waited == [13], "once its own part is made"
-    assert np.array_equal(filled(made[1], share=Share(1, 2, lambda: waited.append(len(made[1]))))[:], VALUES)
-    assert waited == [13, 10]
+    made = ([], [])
+
+    def second() -> None:  # runs while the first process waits
+        filled(made[1], share=Share(1, 2))
+
+    assert np.array_equal(filled(made[0], share=Share(0, 2, second))[:], VALUES)
     assert made == ([*range(0, 5), *range(10, 15), *range(20, 23)], [*range(5, 10), *range(15, 20)])

@@ -21,14 +21,14 @@ from corel_diffusers.files import read_json, whole_file, write_json
 
 CACHE_VERSION = "2"  # to be raised when the code that fills a cache fills it with something else
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
-SHARD_BYTES = 2**26
+SHARD_BYTES, FEWEST = 2**26, 64  # of few photos, shards are smaller, so that there are some to share out: FEWEST photos or more
 
 
 class Share(NamedTuple):
     """Which of the processes that fill a cache this is, of how many, and how it waits for the others. By default it is alone."""
 
     place: int = 0
-    of: int = 1
+    count: int = 1
     wait: Callable[[], None] = lambda: None
 
 
@@ -57,14 +57,19 @@ class Shards:
     def __getitem__(self, key: int | slice | Sequence[int] | tuple) -> np.ndarray:
         photos, *entries = key if isinstance(key, tuple) else (key,)
         if isinstance(photos, slice):
-            start, stop, _ = photos.indices(len(self))
+            start, stop, step = photos.indices(len(self))
+            if step != 1:
+                raise IndexError(f"{photos}: every photo from one to another, or name them")
             cuts = [start, *range((start // self.photos_a_shard + 1) * self.photos_a_shard, stop, self.photos_a_shard), stop]
             parts = [self.read(first, last - first) for first, last in pairwise(cuts) if first < last]
             return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])[(slice(None), *entries)]
         if np.ndim(photos) == 0:
-            if photos >= len(self):
+            if not 0 <= photos < len(self):
                 raise IndexError(f"photo {photos} of {len(self)}")  # which ends a loop over the array
             return self.read(int(photos), 1)[0]
+        photos = np.asarray(photos)
+        if photos.dtype == bool or (len(photos) and not 0 <= photos.min() <= photos.max() < len(self)):
+            raise IndexError(f"{photos}: the numbers of photos, from 0 to {len(self) - 1}")
         (entries,) = entries or [None]
         entries = [None] * len(photos) if entries is None else np.broadcast_to(entries, len(photos))
         return np.concatenate([self.read(int(photo), 1, entry) for photo, entry in zip(photos, entries, strict=True)])
@@ -80,6 +85,11 @@ class Shards:
             self.headers[shard] = 8 + int.from_bytes(path.open("rb").read(8), "little")
         begin = self.headers[shard] + place * size * self.dtype.itemsize
         return np.fromfile(path, self.dtype, count * size, offset=begin).reshape(count, *shape)
+
+
+def cache_folder(key: str) -> Path:
+    """Where the array of that key lies."""
+    return CACHE_DIR / key
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -99,25 +109,23 @@ def cached_array(
 
     make: a range of photos -> their values. doing: what the progress bar says. share: every process of it has to call.
     """
-    folder, dtype = CACHE_DIR / key, np.dtype(dtype)
-    photos_a_shard = max(1, SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    folder, dtype = cache_folder(key), np.dtype(dtype)
+    photos_a_shard = min(SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(FEWEST, math.ceil(shape[0] / 64)))
+    photos_a_shard = max(1, photos_a_shard)
     write_json(folder / "index.json", {"shape": shape, "dtype": dtype.name, "photos_a_shard": photos_a_shard})
-    own = range(share.place, math.ceil(shape[0] / photos_a_shard), share.of)
-    missing = [
-        range(shard * photos_a_shard, min((shard + 1) * photos_a_shard, shape[0]))
-        for shard in own
-        if not shard_path(folder, shard).is_file()
-    ]
-    with tqdm(desc=doing, total=sum(map(len, missing)), unit=" photos", leave=False, disable=None if missing else True) as bar:
-        for photos in missing:
-            values = np.empty((len(photos), *shape[1:]), dtype)
-            for start in range(photos.start, photos.stop, at_once):
-                part = slice(start, min(start + at_once, photos.stop))
-                values[part.start - photos.start : part.stop - photos.start] = make(part)
-                bar.update(part.stop - part.start)
-            with whole_file(shard_path(folder, photos.start // photos_a_shard)) as beside:
-                save_file({"values": values}, beside)
+
+    def fill(shards: range, hidden: bool) -> None:
+        missing = [shard for shard in shards if not shard_path(folder, shard).is_file()]
+        for shard in tqdm(missing, doing, unit=" shards", leave=False, disable=hidden or not missing or None):
+            first, last = shard * photos_a_shard, min((shard + 1) * photos_a_shard, shape[0])
+            parts = [make(slice(start, min(start + at_once, last))) for start in range(first, last, at_once)]
+            with whole_file(shard_path(folder, shard)) as beside:
+                save_file({"values": np.concatenate(parts).astype(dtype, copy=False)}, beside)
+
+    shards = math.ceil(shape[0] / photos_a_shard)
+    fill(range(share.place, shards, share.count), hidden=share.place > 0)
     share.wait()
+    fill(range(shards), hidden=False)  # nothing is left, unless the processes of this machine were not those that were counted
     return Shards(folder)
 
 

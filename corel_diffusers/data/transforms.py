@@ -20,7 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
-from corel_diffusers.data.cache import ALONE, CACHE_DIR, Shards, Share, cached_array, digest
+from corel_diffusers.data.cache import ALONE, Shards, Share, cache_folder, cached_array, digest
 from corel_diffusers.files import UserError, read_json, write_json
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # 100-megapixel cameras exist; twice as much is refused
@@ -93,6 +93,15 @@ class Pixels:
         """float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
         return to_float(torch.from_numpy(self.values[indices]))
 
+    def evenly(self, at_most: int) -> "Pixels":
+        """Some of the photos, evenly over all."""
+        return self if len(self) <= at_most else Pixels(self.values[evenly(len(self), at_most)], f"{self.key}-evenly")
+
+
+def evenly(count: int, at_most: int) -> np.ndarray:
+    """The places of at most so many of `count` things, evenly over all: photos lie in folders by class."""
+    return np.linspace(0, count - 1, min(count, at_most)).astype(int)
+
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
@@ -134,22 +143,25 @@ def cache_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Share = A
         if not good:
             raise UserError(f"no photo of the {split} split can be read: {'; '.join(bad[:3])}")
         kept[split] = part.select(good)
-        pixels[split] = readable(all_pixels, good, share) if reasons else all_pixels
+        pixels[split] = readable(all_pixels, good) if reasons else all_pixels
     if bad:
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     return DatasetDict(kept), pixels
 
 
-def readable(pixels: Pixels, good: list[int], share: Share) -> Pixels:
+def readable(pixels: Pixels, good: list[int]) -> Pixels:
     """The photos of a split that could be read, on disk as well."""
-    key, shape = f"{pixels.key}-readable", (len(good), *pixels.values.shape[1:])
-    return Pixels(cached_array(key, shape, np.uint8, lambda photos: pixels.values[good[photos]], "leaving out photos", share), key)
+    key, shape = f"{pixels.key}-{digest(good)}", (len(good), *pixels.values.shape[1:])
+    return Pixels(cached_array(key, shape, np.uint8, lambda photos: pixels.values[good[photos]], "leaving out photos"), key)
 
 
 def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Share = ALONE) -> dict[str, Pixels]:
     """The photos at more pixels than `size_px`, as far as they have them, for crops of them."""
     factor = min(CROP_SCALE, max(1.0, native_side_px(photos) / min(size_px)))
-    return cache_pixels(photos, tuple(round(factor * side) for side in size_px), share)[1]
+    kept, pixels = cache_pixels(photos, tuple(round(factor * side) for side in size_px), share)
+    if any(len(kept[split]) < len(part) for split, part in photos.items()):
+        raise UserError("--data-dir: some photos could be read a moment ago and cannot be now: see that the disk is there, and start again")
+    return pixels
 
 
 def native_side_px(photos: DatasetDict, looked_at: int = 16) -> float:
@@ -168,7 +180,7 @@ def decode_split(part: Dataset, size_px: tuple[int, int], share: Share) -> tuple
     """The cached pixels of every photo of a split, and index -> reason for those that cannot be read (their pixels are 0)."""
     rows = part.cast_column("image", ImageFeature(decode=False))["image"]
     key = "pixels-" + digest([file_key(row) for row in rows], size_px)
-    folder = CACHE_DIR / key
+    folder = cache_folder(key)
 
     def decode(index: int) -> tuple[np.ndarray | int, str | None]:
         try:
@@ -182,8 +194,11 @@ def decode_split(part: Dataset, size_px: tuple[int, int], share: Share) -> tuple
             found = list(pool.map(decode, range(photos.start, photos.stop)))
         for place, (picture, _) in enumerate(found):
             values[place] = picture
+        beside = folder / f"unreadable-{photos.start}.json"
         if reasons := {photos.start + place: reason for place, (_, reason) in enumerate(found) if reason}:
-            write_json(folder / f"unreadable-{photos.start}.json", reasons)
+            write_json(beside, reasons)
+        else:  # an interrupted run may have met what has passed by
+            beside.unlink(missing_ok=True)
         return values
 
     values = cached_array(key, (len(rows), *size_px, 3), np.uint8, make, "decoding photos", share)

@@ -27,6 +27,7 @@ from corel_diffusers.latents import weights_key
 from corel_diffusers.models import downsample_factor
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
+from corel_diffusers.precision import resolve_precision
 from corel_diffusers.training import TRAINING_PHOTOS
 
 FEWEST = 4  # photos on either side; with fewer, no distance means anything
@@ -38,6 +39,7 @@ PLANTED = 200  # training photos that are reconstructed and searched for, to see
 def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     """Writes evaluation.json and evaluation.html to `output_dir` and prints the table. Raises UserError with the way out."""
     began, device = time.monotonic(), pick_device(args.device)
+    args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
     pipe = None if args.pictures else load_pipeline(args.pipeline, device)
     pictures = read_pictures(Path(args.base_dir) / args.pictures) if args.pictures else []
     size_px = picture_size_px(pipe) if pipe else (pictures[0].height, pictures[0].width)
@@ -110,7 +112,11 @@ def make_pictures(args: Evaluate, pipe: DiffusionPipeline, class_names: list[str
     labels = pick_labels(pipe, (), args.num_images)
     pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
-    settings |= {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
+    settings |= {
+        "mixed_precision": args.mixed_precision,
+        "guidance_scale": args.guidance_scale,
+        "guidance_interval": args.guidance_interval,
+    }
     return pictures, data_labels(pipe, labels, class_names), settings
 
 
@@ -140,7 +146,7 @@ def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
     """One line on what the VAE's held-out reconstruction allows at best, with a warning where that is poor."""
     if len(held_out) < FEWEST:
         return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
-    network, held_out = load_network("efficientnet-lite0", vae.device), Pixels(held_out.values[:LOOKED_AT], held_out.key)
+    network, held_out = load_network("efficientnet-lite0", vae.device), held_out.evenly(LOOKED_AT)
     scores = reconstruction_scores(reconstruct(vae, held_out.values), held_out.values, network, photo_features(network, held_out))
     kid = f"KID x1000 {report.with_interval(scores)}"
     line = (

@@ -156,7 +156,7 @@ class UNetInTraining(nn.Module):
         return output if self.changes is None else output + self.told(self.changes)
 
     def keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.inner = output
+        self.inner = output if self.changes is not None else None
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, changes: torch.Tensor

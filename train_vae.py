@@ -138,10 +138,10 @@ def main(args: VAEArguments) -> None:
             kl = 0.0
             for micro_step in range(args.grad_accum):
                 random = StepRandom(args.seed, state.step, plan.global_batch, plan.rows(micro_step))
-                fitted, whole = next(passes)
-                jitter = args.colour_jitter * (2 * random.uniform(2) - 1)
+                fitted, whole = (to_device(values, device) for values in next(passes))
+                jitter = to_device(args.colour_jitter * (2 * random.uniform(2) - 1), device)
                 batch = random_views(whole, fitted, random.chance(args.crop_chance), random.uniform(3), jitter)  # (B, 3, H, W)
-                batch = to_device(torch.where(random.chance(0.5).view(-1, 1, 1, 1), batch.flip(-1), batch), device)
+                batch = torch.where(to_device(random.chance(0.5), device).view(-1, 1, 1, 1), batch.flip(-1), batch)
                 with accelerator.accumulate(*trained):
                     reconstruction, mean, logvar = model(batch, to_device(random.normal(*latent_shape), device))
                     terms = loss_terms(args, accelerator, perceptual, batch, reconstruction, mean, logvar)

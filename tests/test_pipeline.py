@@ -164,3 +164,30 @@ def test_decoding_in_parts_changes_nothing():
     with torch.no_grad():
         whole = pipe.decode(latents, "pt")
         assert torch.allclose(whole[17], pipe.decode(latents[17:], "pt")[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_under_autocast_only_the_networks_run_in_half_precision(name, prediction_type):
+    pipe, types = build(prediction_type), []
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: types.append((inputs[0].dtype, output.dtype)))
+    options = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 2.0}
+    plain = pipe(2, "snowy mountain", generator=torch.Generator().manual_seed(0), **options).images
+    types.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = pipe(2, "snowy mountain", generator=torch.Generator().manual_seed(0), **options).images
+    assert set(types) == {(torch.float32, torch.bfloat16)}, "latents stay float32 from step to step"
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, plain, atol=0.1)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_a_vae_that_must_not_be_halved_is_not(upcast):
+    pipe, types = build(), []
+    pipe.vae.register_to_config(force_upcast=upcast)
+    pipe.vae.decoder.conv_in.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        pictures = pipe.decode(torch.randn(2, 4, 8, 8), "pt")
+    assert types == [torch.float32 if upcast else torch.bfloat16]
+    assert pictures.dtype == torch.float32

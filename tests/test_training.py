@@ -240,6 +240,19 @@ def test_fp16_without_a_gpu_is_refused(monkeypatch):
     assert resolve_precision("auto", "cpu") == "bf16"
 
 
+def test_a_flag_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
+    args = UNetArguments(output_dir=str(tmp_path), resume="latest")
+    saved = args.settings()
+    saved.pop("compile")
+    checkpoint = tmp_path / "checkpoints" / "step-000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
+    assert training.find_resume(args, args.settings()) == checkpoint
+    compiled = UNetArguments(output_dir=str(tmp_path), resume="latest", compile=True)
+    with pytest.raises(UserError, match="compile was False, is True"):
+        training.find_resume(compiled, compiled.settings())
+
+
 @pytest.mark.parametrize(("precision", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_matrix_product_runs_in_the_precision_asked_for(precision, expected):
     with autocast(precision, "cpu"):

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from corel_diffusers.plots import contact_sheet, save_picture
 DARK = 32  # a line whose 90th percentile of brightness is below this, of 255, is black film
 JUMP = 24  # and the film ends with a jump of at least this, where a dark picture grows lighter by and by
 MAX_BORDER = 0.1  # of the side; more black than this is the picture's own
+AT_ONCE = 64  # photos are given to the threads: so many at most are done in vain when the user interrupts
 NEAR_BITS = 8  # of 64: perceptual hashes of re-saved and slightly cropped copies differ in at most 6, those of other photos in 10
 
 
@@ -111,19 +113,25 @@ def prepare_photos(found: Found, corel: Path, trim_borders: bool) -> dict[str, P
     record = corel / "prepared.jsonl"
     done = {line.source: line for line in read_prepared(record)}
     write_text(record, "".join(json.dumps(asdict(line)) + "\n" for line in done.values()))  # without a line that a kill cut off
-    names = output_names(found.photos)
-    with record.open("a", encoding="utf-8") as log:
-        for photo in tqdm(found.photos, "preparing", leave=False, disable=None):
-            stat = photo.path.stat()
-            line = done.get(photo.file_name)
-            stamp = (stat.st_size, stat.st_mtime_ns, trim_borders)
-            if line and (line.size, line.changed, line.trim) == stamp and (line.reason or (corel / "corel_all" / line.file_name).is_file()):
-                continue
-            line = done[photo.file_name] = prepare_photo(
-                photo, Prepared(photo.file_name, *stamp, names[photo.file_name]), corel / "corel_all"
-            )
-            log.write(json.dumps(asdict(line)) + "\n")
-            log.flush()
+    names, to_do = output_names(found.photos), []
+    for photo in found.photos:
+        stat = photo.path.stat()
+        line = done.get(photo.file_name)
+        stamp = (stat.st_size, stat.st_mtime_ns, trim_borders)
+        if line and (line.size, line.changed, line.trim) == stamp and (line.reason or (corel / "corel_all" / line.file_name).is_file()):
+            continue
+        to_do.append((photo, Prepared(photo.file_name, *stamp, names[photo.file_name])))
+    with (
+        record.open("a", encoding="utf-8") as log,
+        ThreadPoolExecutor() as pool,  # Pillow works outside the interpreter's lock
+        tqdm(desc="preparing", total=len(to_do), unit=" photos", leave=False, disable=None) as bar,
+    ):
+        for start in range(0, len(to_do), AT_ONCE):
+            for line in pool.map(lambda both: prepare_photo(*both, corel / "corel_all"), to_do[start : start + AT_ONCE]):
+                done[line.source] = line
+                log.write(json.dumps(asdict(line)) + "\n")
+                log.flush()
+                bar.update()
     return done
 
 

@@ -115,7 +115,8 @@ def random_views(
 
     large: uint8 (B, H2, W2, 3), the same photos at more pixels; fitted: uint8 (B, H, W, 3). cropped (B,) bool: which come as a crop.
     places (B, 3) in [0, 1): how far the crop's side lies from the smallest, of H by W pixels of `large`, to the whole photo, on
-    a logarithmic scale, and where it begins, down and across. jitter (B, 2): added to the contrast 1, and to the brightness.
+    a logarithmic scale, and where it begins, down and across. jitter (B, 2): added to the contrast 1, and to the brightness. `cropped`
+    and `places` are looked at one by one: on the CPU, or a GPU waits for each.
     """
     photos = to_float(fitted)
     height, width = photos.shape[-2:]

@@ -704,12 +704,12 @@ def explained_failures(args: TrainingArguments) -> Iterator[None]:
         way_out = "a smaller --image-size or --config"
         if not args.batch_size:  # nothing was planned yet
             raise UserError(f"out of memory before training began{used}: something else holds the memory, or give {way_out}") from None
+        if not args.gradient_checkpointing:
+            way_out = f"--gradient-checkpointing, or {way_out}"
         divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
         if divisors:
             accumulated = args.grad_accum * args.batch_size // divisors[-1]
             way_out = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {way_out}"
-        if not args.gradient_checkpointing:
-            way_out = f"--gradient-checkpointing, {way_out}"
         raise UserError(f"out of memory with --batch-size {args.batch_size} at {size}{used}: try {way_out}") from None
 
 

@@ -340,7 +340,10 @@ def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(tmp_path):
 
 def test_out_of_memory_names_the_flags_and_what_was_asked_for():
     args = VAEArguments(batch_size=16, image_size="128")
-    with pytest.raises(UserError, match="--batch-size 16 at 128x128 px.* try --batch-size 8 --grad-accum 2 .* smaller --image-size"):
+    with pytest.raises(
+        UserError,
+        match="--batch-size 16 at 128x128 px.* try --batch-size 8 --grad-accum 2 .* --gradient-checkpointing, or a smaller --image-size",
+    ):
         with training.explained_failures(args):
             raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), training.explained_failures(args):

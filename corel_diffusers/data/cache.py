@@ -110,9 +110,11 @@ def cached_array(
     make: a range of photos -> their values. doing: what the progress bar says. share: every process of it has to call.
     """
     folder, dtype = cache_folder(key), np.dtype(dtype)
-    photos_a_shard = min(SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(FEWEST, math.ceil(shape[0] / 64)))
-    photos_a_shard = max(1, photos_a_shard)
-    write_json(folder / "index.json", {"shape": shape, "dtype": dtype.name, "photos_a_shard": photos_a_shard})
+    if not (folder / "index.json").is_file():
+        photos_a_shard = min(SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(FEWEST, math.ceil(shape[0] / 64)))
+        write_json(folder / "index.json", {"shape": shape, "dtype": dtype.name, "photos_a_shard": max(1, photos_a_shard)})
+    array = Shards(folder)
+    photos_a_shard = array.photos_a_shard
 
     def fill(shards: range, hidden: bool) -> None:
         missing = [shard for shard in shards if not shard_path(folder, shard).is_file()]
@@ -126,7 +128,7 @@ def cached_array(
     fill(range(share.place, shards, share.count), hidden=share.place > 0)
     share.wait()
     fill(range(shards), hidden=False)  # nothing is left, unless the processes of this machine were not those that were counted
-    return Shards(folder)
+    return array
 
 
 def digest(*parts: object) -> str:

@@ -35,7 +35,7 @@ from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
 from corel_diffusers.models import UNetInTraining, build_unet, downsample_factor, inner_grid, parameter_count
 from corel_diffusers.muon import build_optimizer
-from corel_diffusers.planning import UNET_LADDER, settle
+from corel_diffusers.planning import UNET_LADDER, choose, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
 from corel_diffusers.training import (
     BatchPlan,
@@ -113,7 +113,7 @@ def main(args: UNetArguments) -> None:
     with accelerator.main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
-    settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
+    settle(args, accelerator, partial(choose, args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px))
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
@@ -313,7 +313,7 @@ def alike(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     chosen = []
     for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
         own = np.flatnonzero(labels == label)
-        chosen.append(own[np.linspace(0, len(own) - 1, min(count, len(own))).astype(int)])
+        chosen.append(own[evenly(len(own), count)])
     return np.sort(np.concatenate(chosen))
 
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -25,6 +24,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from corel_diffusers import advice
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
+from corel_diffusers.data.views import STATISTICS_OF
 from corel_diffusers.files import best_record, published_model, read_json, write_json
 from corel_diffusers.latents import cache_moments, measure_scale
 from corel_diffusers.losses import (
@@ -38,7 +38,7 @@ from corel_diffusers.losses import (
 from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, downsample_factor, parameter_count
 from corel_diffusers.muon import build_optimizer
 from corel_diffusers.perceptual import PerceptualLoss
-from corel_diffusers.planning import VAE_LADDER, settle
+from corel_diffusers.planning import VAE_LADDER, choose, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
 from corel_diffusers.training import (
     BatchPlan,
@@ -91,7 +91,7 @@ def main(args: VAEArguments) -> None:
     with accelerator.main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
-    settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px)
+    settle(args, accelerator, partial(choose, args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px))
     size_px = args.size_px
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
@@ -205,12 +205,9 @@ def main(args: VAEArguments) -> None:
                 break
 
     # save
-    accelerator.wait_for_everyone()  # until the model is published
-    if history:
-        vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)
-        moments = cache_moments(vae, pixels["train"], device, batch_size=args.batch_size, share=share)
     if accelerator.is_main_process and history:
-        mean, std = measure_scale(moments)
+        vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)
+        mean, std = measure_scale(cache_moments(vae, pixels["train"].evenly(STATISTICS_OF), device, batch_size=args.batch_size))
         write_json(args.run_dir / "config.json", read_json(args.run_dir / "config.json") | {"latents_mean": mean, "latents_std": std})
         best = best_record(history)
         print(
@@ -282,7 +279,7 @@ def validate(
             outputs = VAEWithPosterior(vae)(photos, torch.zeros(len(photos), *latent_shape, device=accelerator.device))
         outputs = [values.float() for values in outputs]
         terms = loss_terms(args, accelerator, perceptual, photos, *outputs)
-        shown = (outputs[0].float().clamp(-1, 1) + 1) / 2, (photos + 1) / 2
+        shown = (outputs[0].clamp(-1, 1) + 1) / 2, (photos + 1) / 2
         terms["psnr"] = peak_signal_noise_ratio(*shown, data_range=1.0, dim=(1, 2, 3))
         terms["ssim"] = structural_similarity_index_measure(*shown, data_range=1.0)
         for name, value in terms.items():
@@ -296,7 +293,7 @@ def validate(
 @torch.no_grad()
 def write_pictures(args: VAEArguments, accelerator: Accelerator, vae: AutoencoderKL, pixels: Pixels, epoch: int) -> None:
     """Held-out photos over their reconstructions, and decoded random latents of the photos' mean and spread a channel."""
-    photos = pixels.batch(np.linspace(0, len(pixels) - 1, min(8, len(pixels))).astype(int)).to(accelerator.device)
+    photos = pixels.evenly(8).batch(slice(None)).to(accelerator.device)
     with accelerator.autocast():
         latents = vae.encode(photos).latent_dist.mean
         drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed)).to(latents)

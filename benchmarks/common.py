@@ -72,8 +72,19 @@ def step_seconds(*words: object, warmup: int = 10) -> list[float]:
         return np.diff(json.loads(times.read_text()))[warmup:].tolist()
 
 
+def step_arguments(description: str, batch_size: int, steps: int) -> argparse.Namespace:
+    """The flags of the benchmarks of a training step."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--config", default="tiny", help="tiny, base or large")
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--steps", type=int, default=steps, help="timed, after as many for the warm-up")
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
 def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats: int, unit: str = "ms a step") -> str:
-    """Each side in turn, so many times: a line of the table with medians, spreads and how many times as fast the last side is as the first.
+    """Each side in turn, so many times: medians, spreads and how many times as fast the last side is, a line of the table for each other.
 
     sides: name -> a function that measures it once, in seconds.
     """
@@ -81,10 +92,11 @@ def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats:
     for _ in range(repeats):
         for name, measure in sides.items():
             found[name].append(1e3 * float(np.median(measure())))
-    cells = [f"{name} {np.median(values):,.3g} ({min(values):,.3g} to {max(values):,.3g})" for name, values in found.items()]
-    first, *_, last = (np.median(values) for values in found.values())
-    print(json.dumps({"question": question, "unit": unit, "ratio": round(first / last, 3)} | found))
-    return f"| {question} | {'; '.join(cells)} {unit} | {first / last:.2f} |"
+    cells = {name: f"{name} {np.median(values):,.3g} ({min(values):,.3g} to {max(values):,.3g})" for name, values in found.items()}
+    *others, last = found
+    ratios = {other: float(np.median(found[other]) / np.median(found[last])) for other in others}
+    print(json.dumps({"question": question, "unit": unit, "ratios": ratios} | found))
+    return "\n".join(f"| {question} | {cells[other]}; {cells[last]} {unit} | {ratios[other]:.2f} |" for other in others)
 
 
 def machine(device: str = "auto") -> str:

@@ -26,6 +26,7 @@ from corel_diffusers.evaluation.metrics import compare
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
 from corel_diffusers.generate import build_sampler, load_pipeline, pick_labels, sample_pictures
+from corel_diffusers.models import downsample_factor
 from corel_diffusers.precision import resolve_precision
 
 SAMPLERS = ("dpm-solver++", "unipc", "ddim", "ddpm")
@@ -37,8 +38,9 @@ def plain_loop(pipe: DiffusionPipeline, labels: list[int] | None, args: argparse
     """DDIM, the class and no class in a pass each, the VAE on the whole batch; what is drawn is what the pipeline draws."""
     scheduler, made = DDIMScheduler.from_config(pipe.scheduler.config), []
     scheduler.set_timesteps(steps)
+    shape = pipe.unet.config.in_channels, *(side // downsample_factor(pipe.vae) for side in picture_size_px(pipe))
     for places in torch.arange(args.num_images).split(args.batch_size):
-        noise = [torch.randn(1, *latent_shape(pipe), generator=torch.Generator().manual_seed(int(place))) for place in places]
+        noise = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(int(place))) for place in places]
         x, own = torch.cat(noise), torch.tensor([labels[place] for place in places]) if labels else None
         for timestep in scheduler.timesteps:
             predicted = pipe.unet(x, timestep, own).sample
@@ -48,11 +50,6 @@ def plain_loop(pipe: DiffusionPipeline, labels: list[int] | None, args: argparse
             x = scheduler.step(predicted, timestep, x).prev_sample
         made += pipe.decode(x, "pil")
     return made
-
-
-def latent_shape(pipe: DiffusionPipeline) -> tuple[int, int, int]:
-    size = pipe.unet.config.sample_size
-    return pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
 
 
 def draw_plot(rows: list[dict], path: Path) -> None:

@@ -8,26 +8,19 @@ install --no-deps denoising-diffusion-pytorch einops ema-pytorch) gets cached la
 it is not installed.
 """
 
-import argparse
 import importlib.util
 import os
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from common import QUIET, ROOT, compare, machine, make_photos, step_seconds
+from common import QUIET, ROOT, compare, machine, make_photos, step_arguments, step_seconds
 
 from corel_diffusers.models import build_vae
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--config", default="tiny", help="tiny, base or large")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20, help="timed, after as many for the warm-up")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = step_arguments(__doc__, batch_size=16, steps=20)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = folder  # a cache of its own
@@ -43,9 +36,7 @@ def main() -> None:
             if importlib.util.find_spec("denoising_diffusion_pytorch"):
                 sides = {"denoising-diffusion-pytorch": [plain[0], "ddpm", *plain[2:]]} | sides
             sides = {name: partial(step_seconds, *words, warmup=args.steps) for name, words in sides.items()}
-            for other in list(sides)[:-1]:
-                ours = {other: sides[other], "train_unet.py": sides["train_unet.py"]}
-                lines.append(compare(f"UNet step, {args.config}, {size_px} px, batch {args.batch_size}", ours, args.repeats))
+            lines.append(compare(f"UNet step, {args.config}, {size_px} px, batch {args.batch_size}", sides, args.repeats))
     print(machine(), *lines, sep="\n")
 
 

@@ -6,23 +6,16 @@ The plain loop is in plain.py. The toolkit's side is train_vae.py itself, with A
 logging. Both compute the perceptual loss. Nothing else should be running.
 """
 
-import argparse
 import os
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from common import QUIET, ROOT, compare, machine, make_photos, step_seconds
+from common import QUIET, ROOT, compare, machine, make_photos, step_arguments, step_seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--config", default="tiny", help="tiny, base or large")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=15, help="timed, after as many for the warm-up")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = step_arguments(__doc__, batch_size=8, steps=15)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = folder  # a cache of its own

@@ -61,7 +61,7 @@ class Sampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels, 0 clean to 1 pure noise, within which guidance acts."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm-solver++", "unipc"] = "auto"
-    """Sampler. auto: the one that was measured to come nearest to photos in its time, DPM-Solver++."""
+    """Sampler. auto: DPM-Solver++, which was measured to come as near to photos in half the steps of DDIM."""
     steps: int | None = None
     """Denoising steps (default: ddpm 1000, ddim 50, the others 25)."""
     batch_size: int = 16

@@ -58,25 +58,17 @@ STEEPNESS = 3  # a rung is at least so many times as slow as the one below: one 
 TrialStep = Callable[[str, tuple[int, int], int], Callable[[], None]]
 
 
-def settle(
-    args: TrainingArguments,
-    accelerator: Accelerator,
-    photos: DatasetDict,
-    ladder: Ladder,
-    trial_step: TrialStep,
-    size_px: tuple[int, int] | None,
-) -> None:
-    """Decides what is open of the flags that a plan can decide.
+def settle(args: TrainingArguments, accelerator: Accelerator, chosen: Callable[[], dict]) -> None:
+    """Decides what is open of the flags that a plan can decide: as the run that is resumed was begun, else as is `chosen`.
 
-    A resumed run keeps what it was begun with. With --plan the plan is printed and the script ends: nothing has been written.
-    size_px: where it is decided, by a flag or by the UNet's VAE.
+    With --plan the plan is printed and the script ends: nothing has been written.
     """
     run = args.run_dir / "run.json"
     plan = read_json(run).get("plan") if args.resume and run.is_file() else None
     if plan:
         accelerator.print("plan: as the run was begun")
     elif args.plan or None in args.planned.values():
-        plan = of_main_process(accelerator, choose(args, accelerator, photos, ladder, trial_step, size_px))
+        plan = of_main_process(accelerator, chosen())
     args.fill(plan or {})
     if args.plan:
         accelerator.end_training()
@@ -91,7 +83,10 @@ def choose(
     trial_step: TrialStep,
     size_px: tuple[int, int] | None,
 ) -> dict:
-    """The open flags, by name, printed with what they come to. Speed is measured only where the choice, or --plan, needs it."""
+    """The open flags, by name, printed with what they come to. Speed is measured only where the choice, or --plan, needs it.
+
+    size_px: where it is decided, by a flag or by the UNet's VAE.
+    """
     count = len(photos["train"])
     minutes = args.max_train_minutes or ladder.minutes
     side_px = math.inf if size_px else native_side_px(photos)

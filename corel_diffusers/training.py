@@ -459,8 +459,8 @@ def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
         if checkpoint not in [path.resolve() for path in known]:
             there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
             raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
-    saved = type(args)().settings() | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
-    now = json.loads(json.dumps(settings))
+    defaults, now = (json.loads(json.dumps(values)) for values in (type(args)().settings(), settings))
+    saved = defaults | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
     differing = [
         f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
         for name in sorted({*saved, *now})
@@ -485,7 +485,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, rate: Lea
             remove_folder(checkpoint.with_name(newer))
     accelerator.load_state(str(checkpoint))
     saved = read_json(checkpoint / "state.json")
-    state = RunState(**saved["state"])
+    state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
     rate.load_state_dict(saved["learning_rate"])
     if ema:
         values = load_file(checkpoint / "ema.safetensors")

@@ -39,7 +39,7 @@ UNET_CONFIG = {
 
 
 def make_photos(folder: Path, classes: int = 3, each: int = 6, size_px: tuple[int, int] = (48, 48)) -> Path:
-    """Raw Corel in small: XXXX_YYYY.png of drawn scenes, and classes.txt."""
+    """Raw Corel in small: 0001_0001.png and so on, of drawn scenes, and classes.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     for label in range(classes):
         for place in range(each):

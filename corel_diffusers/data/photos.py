@@ -47,7 +47,7 @@ class Found:
 def find_photos(folder: Path, layout: str = "auto") -> Found:
     """Reads a folder of photos; opens none of them.
 
-    Layouts: `corel` (XXXX_YYYY.png, class = XXXX, names in classes.txt), `corel-1k` (0.jpg to 999.jpg, class = number // 100),
+    Layouts: `corel` (0002_0017.png is of class 2; names in classes.txt), `corel-1k` (0.jpg to 999.jpg, class = number // 100),
     `folders` (one folder a class), `flat` (no classes). `auto` tells them apart by the names.
     Raises UserError where there is no photo, and on a classes.txt or captions.json that cannot be read.
     """

@@ -1,6 +1,6 @@
 """Raw Corel -> imagefolders: `corel-diffusers prepare`.
 
-Writes `<output>/corel/corel_all/` and `class_XXXX/`, each with its photos, metadata.jsonl, captions.json, split.json and
+Writes `<output>/corel/corel_all/` and `class_0001/` and so on, each with its photos, metadata.jsonl, captions.json, split.json and
 classes.txt, and a contact sheet. Originals are only read. What was done to each photo is one line in `prepared.jsonl`: a second
 run skips what has its line, so an interrupted run goes on and a finished one changes nothing.
 """
@@ -225,7 +225,7 @@ def list_duplicates(corel: Path, photos: list[Photo], groups: list[int]) -> int:
 
 
 def write_folders(corel: Path, found: Found, photos: list[Photo], file_names: list[str], sides: list[str]) -> None:
-    """The lists of corel_all/, and class_XXXX/ with the photos and lists of one class (hard links where the disk has them)."""
+    """The lists of corel_all/, and class_0001/ and so on with the photos and lists of one class (hard links where the disk has them)."""
     rows = []
     for photo, name, side in zip(photos, file_names, sides, strict=True):
         label = found.classes.get(photo.number, "photo")

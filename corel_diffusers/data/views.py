@@ -4,7 +4,6 @@ What a frozen network makes of them is computed once and cached, in one order: (
 each view and its mirror image.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from corel_diffusers.data.cache import ALONE, Shards, Share, cached_array
-from corel_diffusers.data.transforms import Pixels, random_views
+from corel_diffusers.data.transforms import Pixels, evenly, random_views
 
 CHANGES = 5  # numbers that say how a view differs from its photo
 STATISTICS_OF = 10_000  # photos, evenly over all: more do not change a mean
@@ -103,7 +102,7 @@ def channel_statistics(
 
     In parts, so that a large cache stays on the disk.
     """
-    photos, parts = np.arange(0, len(versions), math.ceil(len(versions) / STATISTICS_OF)), []
+    photos, parts = evenly(len(versions), STATISTICS_OF), []
     for start in range(0, len(photos), at_once):
         part = of(versions[photos[start : start + at_once]][:, :, channels].astype(np.float64))
         parts.append((part.sum((0, 1, 3, 4)), (part**2).sum((0, 1, 3, 4)), part.size / part.shape[2]))

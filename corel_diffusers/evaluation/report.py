@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from corel_diffusers.data.transforms import evenly
 from corel_diffusers.evaluation.memorization import Nearest
 from corel_diffusers.files import write_text
 from corel_diffusers.plots import picture_grid
@@ -153,7 +154,7 @@ def pair_sheet(pictures: np.ndarray, photos: np.ndarray, nearest: Nearest) -> Im
 
 def reconstruction_sheet(photos: np.ndarray, made: np.ndarray, shown: int = 12) -> Image.Image:
     """Photos over what the VAE makes of them."""
-    places = np.linspace(0, len(photos) - 1, min(shown, len(photos))).astype(int)
+    places = evenly(len(photos), shown)
     return picture_grid(
         [Image.fromarray(p) for row in (photos[places], made[places]) for p in row], len(places), ["photo", "reconstruction"]
     )

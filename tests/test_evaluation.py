@@ -15,7 +15,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.scenes import CLASS_NAMES
-from corel_diffusers.data.transforms import cache_pixels, to_float
+from corel_diffusers.data.transforms import Pixels, cache_pixels, to_float
 from corel_diffusers.evaluation import evaluate as evaluation
 from corel_diffusers.evaluation import features as feature_networks
 from corel_diffusers.evaluation import memorization, metrics
@@ -146,6 +146,23 @@ def test_planted_copies_are_found(pixels, network, plant):
     if plant in ("as it is", "mirrored"):
         assert in_features.photo.tolist() == list(range(8))
         assert in_features.share_below(finder.feature_ratio) == 1
+
+
+def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, network):
+    photos = np.array(pixels["train"].values)
+    saved_again = np.clip(photos[:1] + np.random.default_rng(0).normal(0, 2, photos[:1].shape), 0, 255).astype(np.uint8)
+    twice = Pixels(np.concatenate([photos, saved_again]), "twice")
+    finder = memorization.CopyFinder.of(twice, network)
+    in_pixels, in_features = finder.search(photos[:1], feature_networks.extract(network, photos[:1]))
+    assert in_pixels.photo.tolist() == in_features.photo.tolist() == [0]
+    assert in_pixels.second.item() not in (0, len(photos))
+    assert in_pixels.share_below(memorization.PIXEL_RATIO) == 1
+    assert in_features.share_below(finder.feature_ratio) == 1
+
+
+def test_nothing_stands_out_of_photos_that_are_all_the_same():
+    found = memorization.nearest_photos(torch.zeros(1, 2), [torch.zeros(3, 2)], torch.zeros(3, dtype=torch.long))
+    assert found.ratio.tolist() == [1.0]
 
 
 def test_held_out_photos_are_no_copies(pixels, network):

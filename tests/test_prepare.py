@@ -11,8 +11,9 @@ from conftest import ROOT, make_photos, tool
 from datasets import load_dataset
 from PIL import Image
 
+from corel_diffusers.data.duplicates import duplicate_groups
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.prepare import black_borders, duplicate_groups, prepare
+from corel_diffusers.data.prepare import black_borders, prepare
 from corel_diffusers.data.scenes import draw_scene
 from corel_diffusers.files import UserError
 

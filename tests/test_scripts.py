@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, UNET_CONFIG, launch, run_here, script
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -141,6 +143,39 @@ def test_what_a_discriminator_has_shaped_is_published_though_its_loss_is_higher(
     assert "the VAE of epoch 4" in capsys.readouterr().out
 
 
+def test_each_backward_pass_of_the_adversarial_loop_reaches_its_own_side_only(vae_flags, tmp_path, monkeypatch):
+    module, sides, passes = importlib.import_module("train_vae"), {}, []
+
+    def kept(side, build):
+        def wrapped(*values):
+            sides[side] = build(*values)
+            return sides[side]
+
+        return wrapped
+
+    def gradients(side):
+        return [None if p.grad is None else p.grad.clone() for p in sides[side].parameters()]
+
+    def changed(before, after):
+        pairs = zip(before, after, strict=True)
+        return any((a is None) != (b is None) or (a is not None and not torch.equal(a, b)) for a, b in pairs)
+
+    original = Accelerator.backward
+
+    def backward(self, loss, **more):
+        before = {side: gradients(side) for side in sides}
+        original(self, loss, **more)
+        passes.append({side for side in sides if changed(before[side], gradients(side))})
+
+    monkeypatch.setattr(module, "VAEWithPosterior", kept("vae", module.VAEWithPosterior))
+    monkeypatch.setattr(module, "build_discriminator", kept("discriminator", module.build_discriminator))
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    flags = ["--adversarial-weight", 0.5, "--adversarial-start", 0, "--max-train-steps", 3, "--output-dir", tmp_path]
+    monkeypatch.setattr(module, "validate", lambda *values: {"val_loss": 1.0, "val_psnr": 1.0, "val_ssim": 1.0, "val_kl": 1.0})
+    run_here("train_vae", [*vae_flags, *flags])
+    assert passes == 3 * [{"vae"}, {"discriminator"}]
+
+
 @pytest.mark.parametrize("name", ["train_vae", "train_unet"])
 def test_minutes_end_on_time_with_the_learning_rate_at_its_lowest(name, vae_flags, unet_flags, tmp_path):
     flags = vae_flags if name == "train_vae" else unet_flags
@@ -186,6 +221,33 @@ def test_samples_are_judged_while_the_unet_trains(unet_flags, tmp_path, capsys):
     for name in ("gauge", "gauge_1", "gauge_4", "seen_loss", "val_loss_2"):
         assert first[name] > 0
     assert first["gauge"] == pytest.approx(first["val_loss"] / first["seen_loss"], rel=1e-4)
+
+
+def test_the_gauge_is_the_held_out_loss_over_the_seen_one_at_the_same_noise():
+    """Of a model that always says 0, the loss is the target's own mean square, by the equation of the velocity."""
+    module = importlib.import_module("train_unet")
+    vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
+    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    moments = [np.random.default_rng(seed).normal(0, 1 + seed, (8, 8, 4, 4)).astype(np.float32) for seed in range(2)]
+    seen, held_out = (module.fixed_draws(vae, values, None, scheduler, torch.device("cpu")) for values in moments)
+    assert torch.equal(seen.noise, held_out.noise)
+    assert torch.equal(seen.timesteps, held_out.timesteps)
+    assert seen.timesteps.sort().values.diff().max() <= 1000 / len(seen.timesteps) + 1, "evenly over all noise levels"
+
+    found = module.gauge(lambda noisy, *_: SimpleNamespace(sample=torch.zeros_like(noisy)), scheduler, seen, held_out)
+    kept = scheduler.alphas_cumprod[seen.timesteps].view(-1, 1, 1, 1)
+    squares = [(kept.sqrt() * seen.noise - (1 - kept).sqrt() * draws.latents).square().mean((1, 2, 3)) for draws in (seen, held_out)]
+    assert found["gauge"] == pytest.approx(float(squares[1].mean() / squares[0].mean()), rel=1e-4)
+    for band in range(4):
+        rows = (seen.timesteps >= 250 * band) & (seen.timesteps < 250 * (band + 1))
+        assert found[f"gauge_{band + 1}"] == pytest.approx(float(squares[1][rows].mean() / squares[0][rows].mean()), rel=1e-4)
+
+
+def test_the_gauge_rises_when_a_few_photos_are_learned_by_heart(unet_flags, tmp_path):
+    flags = ["--max-train-samples", 3, "--epochs", 400, "--validate-every", 40, "--lr", 2e-3, "--early-stopping-patience", 0]
+    run_here("train_unet", [*unet_flags, *flags, "--oscillation-window", 0, "--views", 0, "--output-dir", tmp_path])
+    gauges = [line["gauge"] for line in metrics(tmp_path)]
+    assert gauges[-1] > 1.3 * min(gauges[:3])
 
 
 def test_accumulated_passes_are_the_larger_batch_within_rounding(vae_flags, tmp_path):

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from corel_diffusers.data.duplicates import duplicate_groups
 from corel_diffusers.data.photos import SPLITS, Found, Photo, default_caption, find_photos, split_photos
 from corel_diffusers.data.transforms import PhotoError, open_photo, orientation
 from corel_diffusers.files import UserError, read_json, whole_file, write_json, write_text
@@ -29,7 +30,6 @@ DARK = 32  # a line whose 90th percentile of brightness is below this, of 255, i
 JUMP = 24  # and the film ends with a jump of at least this, where a dark picture grows lighter by and by
 MAX_BORDER = 0.1  # of the side; more black than this is the picture's own
 AT_ONCE = 64  # photos are given to the threads: so many at most are done in vain when the user interrupts
-NEAR_BITS = 8  # of 64: perceptual hashes of re-saved and slightly cropped copies differ in at most 6, those of other photos in 10
 
 
 @dataclass
@@ -197,17 +197,6 @@ def black_borders(picture: np.ndarray) -> tuple[int, int, int, int]:
 
     rows, columns = brightness, brightness.T
     return border(columns), border(rows), border(columns[::-1]), border(rows[::-1])
-
-
-def duplicate_groups(hashes: list[str]) -> list[int]:
-    """A group number for each photo: exact and near duplicates (NEAR_BITS) share one, along chains too."""
-    bits = np.array([int(value, 16) for value in hashes], dtype=np.uint64)
-    groups = list(range(len(bits)))
-    for index in range(1, len(bits)):
-        for other in np.flatnonzero(np.bitwise_count(bits[:index] ^ bits[index]) <= NEAR_BITS):
-            old, new = groups[index], groups[other]
-            groups = [new if group == old else group for group in groups] if old != new else groups
-    return groups
 
 
 def list_duplicates(corel: Path, photos: list[Photo], groups: list[int]) -> int:

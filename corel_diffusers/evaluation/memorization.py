@@ -4,15 +4,18 @@ A copy is much nearer to one photo than to any other: the distance to the neares
 al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In a network's features, where a shifted copy still
 stands out, the ratio below which it counts is calibrated on the photos. The photos are taken as the VAE renders them: its
 blur moves features further than the way from one photo to the next, and a model that copies cannot copy what its VAE loses.
+Near duplicates among the photos count as one photo: a copy of one is as near to the other.
 """
 
 from dataclasses import dataclass
 from itertools import product
 
+import imagehash
 import numpy as np
 import torch
 from PIL import Image
 
+from corel_diffusers.data.duplicates import duplicate_groups
 from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.evaluation.features import Network, photo_features
 
@@ -52,19 +55,21 @@ def resize(pictures: np.ndarray, size_px: tuple[int, int], box: tuple[int, int, 
     return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BILINEAR, box=box)) for p in pictures])
 
 
-def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], leave_out_self: bool = False) -> Nearest:
+def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], groups: torch.Tensor, leave_out_self: bool = False) -> Nearest:
     """pictures (N, D), each view of the photos (M, D) -> the two nearest photos, a photo being as near as its nearest view.
 
-    leave_out_self: the pictures are the photos themselves, and a photo is not its own neighbour.
+    groups: (M,), the same number for near duplicates; the second photo is of another group. Where there is none, the ratio is 1: nothing
+    stands out. leave_out_self: the pictures are the photos themselves, and a photo's group are not its neighbours.
     """
     pictures = pictures.double()
     distance = torch.full((len(pictures), len(photo_views[0])), float("inf"), dtype=torch.float64)
     for view in photo_views:
         distance = torch.minimum(distance, torch.cdist(pictures, view.double()))
     if leave_out_self:
-        distance.fill_diagonal_(float("inf"))
-    two, photo = distance.topk(2, dim=1, largest=False)
-    return Nearest(photo[:, 0], photo[:, 1], two[:, 0] / two[:, 1].clamp_min(1e-12))
+        distance.masked_fill_(groups[:, None] == groups, float("inf"))
+    first, photo = distance.min(1)
+    second, other = distance.masked_fill(groups[photo][:, None] == groups, float("inf")).min(1)
+    return Nearest(photo, other, torch.where(second.isinf(), 1.0, first / second.clamp_min(1e-12)))
 
 
 def pixel_vectors(pictures: np.ndarray) -> torch.Tensor:
@@ -78,6 +83,7 @@ class CopyFinder:
 
     pixels: list[torch.Tensor]
     features: list[torch.Tensor]
+    groups: torch.Tensor  # (M,), near duplicates share a number
     feature_ratio: float
 
     @classmethod
@@ -88,13 +94,16 @@ class CopyFinder:
         one that 1 % of the photos themselves are below when each is compared with the others: photos of a series that look
         alike set what is not yet a copy.
         """
+        photos = np.asarray(rendered.values)
+        groups = torch.tensor(duplicate_groups([str(imagehash.phash(Image.fromarray(photo))) for photo in photos]))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
-        own = nearest_photos(features[0], features, leave_out_self=True)
-        return cls(pixel_versions(np.asarray(rendered.values)), features, float(torch.quantile(own.ratio, 0.01)))
+        own = nearest_photos(features[0], features, groups, leave_out_self=True)
+        return cls(pixel_versions(photos), features, groups, float(torch.quantile(own.ratio, 0.01)))
 
     def search(self, pictures: np.ndarray, features: torch.Tensor) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""
-        return nearest_photos(pixel_vectors(pictures), self.pixels), nearest_photos(features, self.features)
+        in_pixels = nearest_photos(pixel_vectors(pictures), self.pixels, self.groups)
+        return in_pixels, nearest_photos(features, self.features, self.groups)
 
     def shares(self, in_pixels: Nearest, in_features: Nearest) -> dict[str, float]:
         """The share of the pictures searched for that count as copies, by either measure."""

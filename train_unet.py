@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from corel_diffusers.alignment import cache_features, feature_scale, misalignmen
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
-from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
+from corel_diffusers.evaluation.evaluate import SampleJudge, as_often, reconstruction_limit
 from corel_diffusers.files import best_record, published_model
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
@@ -69,6 +68,8 @@ from corel_diffusers.training import (
     show_progress,
     start_run,
     to_device,
+    trained_on,
+    training_photos,
 )
 from pipeline import CorelPipeline
 
@@ -126,7 +127,7 @@ def main(args: UNetArguments) -> None:
 
     # model
     torch.manual_seed(args.seed)
-    unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None)
+    unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None, args.dropout)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     noise_scheduler = DDPMScheduler(
@@ -150,6 +151,8 @@ def main(args: UNetArguments) -> None:
     )
     if accelerator.is_main_process:
         print(reconstruction_limit(vae, pixels["validation"]))
+        if known := trained_on(args.vae_location, photos["validation"]["file_name"][:]):
+            print(f"notice: the VAE was trained on {known} of the held-out photos and looks better than it is: train it on this split")
     judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
@@ -171,7 +174,8 @@ def main(args: UNetArguments) -> None:
     # loop
     state = load_checkpoint(accelerator, checkpoint, rate, ema)
     state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
-    history = open_history(accelerator, args, state, "train_unet.py", photos, vae=hub.describe_vae(args.vae_location))
+    known = training_photos(args.vae_location)
+    history = open_history(accelerator, args, state, "train_unet.py", photos, known, vae=hub.describe_vae(args.vae_location))
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
     compilation = Compilation(args, accelerator, model, state)
@@ -226,7 +230,8 @@ def main(args: UNetArguments) -> None:
                             save_picture(sample_grid(pipe, args.seed, pictures=12), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
                     if judge and epoch % args.evaluate_every < validate_every:
                         with accelerator.autocast():
-                            pictures = samples(pipe, args.seed, list(islice(cycle(class_names or [None]), JUDGED)))
+                            wanted = as_often(torch.from_numpy(labels["train"]), JUDGED).tolist()
+                            pictures = samples(pipe, args.seed, [class_names[label] if class_names else None for label in wanted])
                         values |= judge.scores(pictures)
                 rate.validated(values["val_loss"])
                 state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
@@ -239,7 +244,7 @@ def main(args: UNetArguments) -> None:
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
                     lowest = min((record["gauge"] for record in history), default=1.0)
-                    mark = {GAUGE: (COPIES_BEGAN * lowest, "copies began above, on 60 photos")}
+                    mark = {GAUGE: (COPIES_BEGAN * lowest, "copies in pixels began above, on 60 photos")}
                     plot_history(history, PANELS, args.run_dir / "loss_history.png", mark)
                     hub.write_card(args.run_dir)
             if stopping:

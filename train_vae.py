@@ -113,11 +113,14 @@ def main(args: VAEArguments) -> None:
     )
     trained, discriminator = [model], build_discriminator() if args.adversarial_weight else None
     if discriminator:
-        judge = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
-        discriminator, judge = accelerator.prepare(discriminator, judge)
+        its_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
+        discriminator, its_optimizer = accelerator.prepare(discriminator, its_optimizer)
         trained.append(discriminator)
     ema = build_ema(args, model)
-    rate = LearningRate([optimizer, judge] if discriminator else [optimizer], args)
+    rate = LearningRate([optimizer, its_optimizer] if discriminator else [optimizer], args)
+    multiple = 4 * downsample_factor(vae)  # the presets' UNets halve the latents twice
+    if any(side % multiple for side in size_px):
+        accelerator.print(f"notice: the presets' UNets take multiples of {multiple} px: --image-size {args.image_size} needs another")
     print_data_and_model(accelerator, photos, size_px, f"VAE of {parameter_count(vae)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop
@@ -156,7 +159,7 @@ def main(args: VAEArguments) -> None:
                     loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        accelerator.unscale_gradients(optimizer)  # not the judge's, whose gradients may be half summed up
+                        accelerator.unscale_gradients(optimizer)  # not the discriminator's, whose gradients may be half summed up
                         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -164,8 +167,8 @@ def main(args: VAEArguments) -> None:
                         verdicts = discriminator(torch.cat([batch, reconstruction.detach()])).float()
                         terms["discriminator"] = discriminator_loss(*verdicts.chunk(2))
                         accelerator.backward(terms["discriminator"])
-                        judge.step()
-                        judge.zero_grad()
+                        its_optimizer.step()
+                        its_optimizer.zero_grad()
                 means.add(loss=loss, **terms)
                 kl += terms["kl"].detach() / args.grad_accum
             if args.kl_target:
@@ -213,7 +216,7 @@ def main(args: VAEArguments) -> None:
         print(
             f"{args.run_dir} holds the VAE of epoch {best['epoch']}: held-out PSNR {best['val_psnr']:.2f} dB, SSIM {best['val_ssim']:.3f}"
         )
-        for line in advice.on_loss(history, "loss", args) + advice.on_kl(history, args, latent_shape, mean_picture_psnr(pixels)):
+        for line in advice.on_loss(history, "reconstruction", args) + advice.on_kl(history, args, latent_shape, mean_picture_psnr(pixels)):
             print(f"notice: {line}")
         if not stop.number:
             mark_finished(args)

@@ -62,7 +62,8 @@ def judge(pipe: DiffusionPipeline, args: argparse.Namespace) -> Callable[[Path],
     """A pipeline's folder -> its cells of the table, for pipelines with the VAE, the noise and the classes of `pipe`."""
     photos, pixels = cache_pixels(load_photos(args.data_dir), trained_size_px(pipe.vae))
     moments = cache_moments(pipe.vae, pixels["validation"], pipe.device)
-    draws = fixed_draws(pipe.vae, moments[:, 0], np.array(photos["validation"]["label"][:]), pipe.scheduler, pipe.device)
+    labels = np.array(photos["validation"]["label"][:]) if pipe.config.class_names else None
+    draws = fixed_draws(pipe.vae, moments[:, 0], labels, pipe.scheduler, pipe.device)
 
     def cells(folder: Path) -> str:
         loss = measure(UNet2DModel.from_pretrained(folder / "unet"), pipe.scheduler, draws)["loss"]

@@ -9,11 +9,10 @@ photos trained on; the table has the gauge at those moments, and how far it stoo
 import argparse
 from pathlib import Path
 
-from common import ROOT, launch, machine
+from common import QUIET, ROOT, launch, machine
 
 from corel_diffusers.files import read_metrics, write_text
 
-NEVER = 10**6
 COLUMNS = {
     "images_seen": "pictures",
     "seen_loss": "loss, seen",
@@ -41,7 +40,7 @@ def main() -> None:
         flags = ["--data-dir", args.data_dir.resolve(), "--vae-checkpoint", args.vae_checkpoint.resolve(), "--output-dir", run]
         flags += ["--max-train-samples", args.photos, "--max-train-minutes", args.minutes, "--views", views, "--config", "tiny"]
         flags += ["--evaluate-every", 100, "--validate-every", 25, "--early-stopping-patience", 0, "--oscillation-window", 0]
-        launch(ROOT / "train_unet.py", *flags, "--sample-every", NEVER, "--checkpoint-every", NEVER)
+        launch(ROOT / "train_unet.py", *flags, "--dropout", 0, "--view-chance", 0.5, *QUIET)
         rows, lowest = [], float("inf")
         for record in read_metrics(run / "metrics.jsonl"):
             lowest = min(lowest, record["gauge"])

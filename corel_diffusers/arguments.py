@@ -91,8 +91,9 @@ class TrainingArguments:
     """Gradients are scaled down to this norm."""
     ema: bool = True
     """Validate, sample and save with an exponential moving average of the weights."""
-    ema_decay: float = 0.995
-    """Ceiling of the average's decay, reached after a warm-up."""
+    ema_decay: float = 0.9999
+    """Ceiling of the average's decay. Before, it rises with the steps, and the average is over a share of them: 8 % of the last 2,000, 3 %
+    of 30,000."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto is fp16 on CUDA, bf16 where the CPU has it in hardware, else no."""
     no_mixed_precision: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -102,7 +103,7 @@ class TrainingArguments:
 
     # what is measured and written when, in epochs
     validate_every: int | None = None
-    """Epochs between validations (default: as few as keep them at 3 % of the time)."""
+    """Epochs between validations (default: as few as keep them at 3 % of the time; ten at least in a run that counts epochs or steps)."""
     sample_every: int | None = None
     """Epochs between pictures (default: 10; a run of minutes has them ten times)."""
     checkpoint_every: int | None = None
@@ -233,8 +234,10 @@ class TrainingArguments:
 
 @dataclass(kw_only=True)
 class VAEArguments(TrainingArguments):
-    """Train an AutoencoderKL from scratch. What is left open of --config, --image-size, --batch-size and the length is planned."""
+    """Train an AutoencoderKL from scratch. What is left open of --config, --image-size, --batch-size, the length and the weights of the
+    loss is planned."""
 
+    PLANNED: ClassVar[tuple[str, ...]] = (*TrainingArguments.PLANNED, "perceptual_weight", "adversarial_weight", "kl_weight")
     CHECKPOINT_EVERY: ClassVar[int] = 20
 
     output_dir: str = "vae_models"
@@ -258,26 +261,28 @@ class VAEArguments(TrainingArguments):
     """Distance between photo and reconstruction, averaged over values."""
     perceptual: bool = True
     """Add the distance in a frozen network's features."""
-    perceptual_weight: float = 0.3
-    """Weight of that term."""
+    perceptual_weight: float | None = None
+    """Weight of that term (default: 0.3; 1 in a long run of a tiny model)."""
     perceptual_network: Literal["efficientnet-lite0", "vgg16"] = "efficientnet-lite0"
     """vgg16 needs torchvision and its weights."""
-    adversarial_weight: float = 0.0
-    """Weight of a patch discriminator's verdict, in units of the reconstruction's gradient at the last layer (0: no discriminator)."""
+    adversarial_weight: float | None = None
+    """Weight of a patch discriminator's verdict, in units of the reconstruction's gradient at the last layer (0: no discriminator; default:
+    0.3 in a long run of a tiny model, else 0)."""
     adversarial_start: float = 0.4
     """Share of the run after which the verdict counts; the discriminator learns from a tenth of the run earlier."""
     kl_weight: float | None = None
-    """Final weight of the KL divergence in nats per photo (default: 0.4 / pixels, which is 1e-4 at 64 px)."""
+    """Final weight of the KL divergence in nats per photo (default: 0.4 / pixels, which is 1e-4 at 64 px; half of it in a long run of a
+    tiny model)."""
     kl_warmup: int = 10
-    """Epochs over which the KL weight rises to its value."""
+    """Epochs over which the KL weight rises to its value; a third of the run at most."""
     kl_target: float | None = None
     """Steer the KL weight so that the KL reaches this many nats per photo (from the first step: --kl-warmup is not used)."""
 
     def check(self) -> None:
         super().check()
-        require(self.kl_weight is None or self.kl_weight >= 0, "kl_weight", self.kl_weight, "give 0 or more")
-        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "kl_warmup"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start", "kl_warmup"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "give 0 or more")
         if self.compile and self.adversarial_weight:
             raise UserError("--compile: a compiled VAE has no gradient at its last layer alone, which --adversarial-weight needs: give one")
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")
@@ -287,16 +292,17 @@ class VAEArguments(TrainingArguments):
 
     def fill(self, plan: dict) -> None:
         super().fill(plan)
-        if self.kl_weight is None:
-            self.kl_weight = 0.4 / math.prod(self.size_px)
+        for name, value in {"perceptual_weight": 0.3, "adversarial_weight": 0.0, "kl_weight": 0.4 / math.prod(self.size_px)}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 @dataclass(kw_only=True)
 class UNetArguments(TrainingArguments):
-    """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline. What is left open of --config, --batch-size
-    and the length is planned."""
+    """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline. What is left open of --config, --batch-size,
+    --views, --view-chance, --dropout and the length is planned."""
 
-    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the size is the VAE's
+    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views", "view_chance", "dropout")  # the size is the VAE's
     LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3}
     MUON_SCALE: ClassVar[float] = 2.0
 
@@ -307,6 +313,9 @@ class UNetArguments(TrainingArguments):
     """Folder that train_vae.py wrote, or the Hub id of an AutoencoderKL."""
     unconditional: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave the class labels out."""
+    dropout: float | None = None
+    """Share of inner values dropped in each pass of training (default: the config's; 0.1 for a tiny model that sees each photo very
+    often)."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label, for guidance."""
 
@@ -314,8 +323,8 @@ class UNetArguments(TrainingArguments):
     views: int | None = None
     """Crops of each photo, brightness and contrast varied, to train on as well; the UNet is told of the change and draws none
     (default: planned, 16 where the run sees each photo so often that it would learn it by heart, else 0)."""
-    view_chance: float = 0.5
-    """Share of training pictures that are such views."""
+    view_chance: float | None = None
+    """Share of training pictures that are such views (default: 0.5; 0.8 for a tiny model that sees each photo very often)."""
 
     # loss
     align_weight: float = 0.25
@@ -371,7 +380,8 @@ class UNetArguments(TrainingArguments):
         ):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "give 0 or more")
-        require(0 <= self.view_chance <= 1, "view_chance", self.view_chance, "give a share from 0 to 1")
+        require(self.view_chance is None or 0 <= self.view_chance <= 1, "view_chance", self.view_chance, "give a share from 0 to 1")
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "give a share from 0 to below 1")
         require(self.log_normal[1] > 0, "log_normal", self.log_normal, "give a spread above 0")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise UserError("--zero-terminal-snr: no picture can be told from the noise in pure noise: give --prediction-type v_prediction")
@@ -383,6 +393,7 @@ class UNetArguments(TrainingArguments):
 
     def fill(self, plan: dict) -> None:
         super().fill(plan)
+        self.view_chance = 0.5 if self.view_chance is None else self.view_chance
         for name, validations in {"early_stopping_patience": 30, "oscillation_window": 10}.items():
             if getattr(self, name) is None:
                 setattr(self, name, 0 if self.max_train_minutes else validations)

@@ -1,6 +1,6 @@
 """What both training loops need around the science: state, checkpoints, resume, EMA, learning rate, metrics, stopping.
 
-Free functions and two small classes; the loops themselves are in train_vae.py and train_unet.py, in plain sight.
+Free functions and small classes; the loops themselves are in train_vae.py and train_unet.py, in plain sight.
 
 Whatever is random in a step derives from (seed, step, place in the global batch), and the order of the photos from (seed,
 epoch): a resumed run needs no generator's state, and how the global batch is divided into devices and accumulated passes
@@ -459,7 +459,9 @@ def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
         if checkpoint not in [path.resolve() for path in known]:
             there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
             raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
-    defaults, now = (json.loads(json.dumps(values)) for values in (type(args)().settings(), settings))
+    fresh = type(args)(config=args.config, image_size=args.image_size)
+    fresh.fill({})
+    defaults, now = (json.loads(json.dumps(values)) for values in (fresh.settings(), settings))
     saved = defaults | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
     differing = [
         f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
@@ -610,9 +612,17 @@ def append_metrics(path: Path, record: dict) -> None:
 
 
 def open_history(
-    accelerator: Accelerator, args: TrainingArguments, state: RunState, script: str, photos: DatasetDict, **more: object
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    state: RunState,
+    script: str,
+    photos: DatasetDict,
+    seen_before: Sequence[str] = (),
+    **more: object,
 ) -> list[dict]:
     """Opens the run's folder: what the run is (run.json, with `more`), its photos, its metrics up to the state's step, its trackers.
+
+    seen_before: files that a part of the model was trained on already; they count as this run's own.
 
     Lines after that step, which a resumed run writes again, are dropped. Returns those that stay.
     """
@@ -623,7 +633,8 @@ def open_history(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_text(path, "".join(json.dumps(record) + "\n" for record in history))
-        write_text(args.run_dir / TRAINING_PHOTOS, "".join(f"{name}\n" for name in photos["train"]["file_name"][:]))
+        names = dict.fromkeys([*photos["train"]["file_name"][:], *seen_before])
+        write_text(args.run_dir / TRAINING_PHOTOS, "".join(f"{name}\n" for name in names))
         data = {
             "source": str(args.photo_source) if isinstance(args.photo_source, str) else args.photo_source.name,
             "classes": photos["train"].features["label"].names,
@@ -636,6 +647,24 @@ def open_history(
         )
     accelerator.init_trackers(script.removesuffix(".py"))
     return history
+
+
+def training_photos(model: Path | str) -> list[str]:
+    """The files that the model in a run's folder was trained on; none where nothing is known, as of a Hub id."""
+    listed = Path(model) / TRAINING_PHOTOS
+    return listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+
+
+def trained_on(model: Path | str, names: Sequence[str]) -> int:
+    """How many of these files the model was trained on: of photos that were split anew, some held-out ones were training photos before.
+
+    A photo is the same before `prepare` and after, which turns folders into a part of the name and may change the ending.
+    """
+
+    def stems(files: Sequence[str]) -> set[str]:
+        return {str(Path(name.replace("/", "_")).with_suffix("")) for name in files}
+
+    return len(stems(names) & stems(training_photos(model)))
 
 
 # --- stopping -----------------------------------------------------------------------------------------------------------
@@ -672,12 +701,12 @@ class StopSignal:
         self.number = number
 
     def received(self, accelerator: Accelerator, state: RunState) -> bool:
-        """Whether any rank was told to stop; the same answer on each, at a step at which all ask."""
-        if accelerator.num_processes == 1:
-            return bool(self.number)
-        if state.step % SYNC_EVERY:
-            return False
-        return bool(accelerator.reduce(torch.tensor(float(self.number > 0), device=accelerator.device), "sum") > 0)
+        """Whether any rank was told to stop; the same answer on each, at a step at which all ask. All then count as told."""
+        if accelerator.num_processes > 1:
+            if state.step % SYNC_EVERY:
+                return False
+            self.number = int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+        return bool(self.number)
 
     def exit(self, state: RunState) -> None:
         """Where a signal came: says where to go on, and ends with the signal's exit code."""

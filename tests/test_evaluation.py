@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def network():
 
 @pytest.mark.parametrize("plant", ["as it is", "mirrored", "cropped", "mirrored, cropped and noisy"])
 def test_planted_copies_are_found(pixels, network, plant):
-    finder = memorization.CopyFinder.of(pixels["train"], network)
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
     copies = np.array(pixels["train"].values[:8])
     if "mirrored" in plant:
         copies = copies[:, :, ::-1]
@@ -152,7 +153,7 @@ def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, network):
     photos = np.array(pixels["train"].values)
     saved_again = np.clip(photos[:1] + np.random.default_rng(0).normal(0, 2, photos[:1].shape), 0, 255).astype(np.uint8)
     twice = Pixels(np.concatenate([photos, saved_again]), "twice")
-    finder = memorization.CopyFinder.of(twice, network)
+    finder = memorization.CopyFinder.of(twice, twice, network)
     in_pixels, in_features = finder.search(photos[:1], feature_networks.extract(network, photos[:1]))
     assert in_pixels.photo.tolist() == in_features.photo.tolist() == [0]
     assert in_pixels.second.item() not in (0, len(photos))
@@ -162,11 +163,11 @@ def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, network):
 
 def test_nothing_stands_out_of_photos_that_are_all_the_same():
     found = memorization.nearest_photos(torch.zeros(1, 2), [torch.zeros(3, 2)], torch.zeros(3, dtype=torch.long))
-    assert found.ratio.tolist() == [1.0]
+    assert found.ratio.tolist() == [float("inf")]
 
 
 def test_held_out_photos_are_no_copies(pixels, network):
-    finder = memorization.CopyFinder.of(pixels["train"], network)
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
     assert (
         finder.shares(*finder.search(pixels["validation"].values, feature_networks.photo_features(network, pixels["validation"])))["pixels"]
         == 0
@@ -213,6 +214,25 @@ def test_evaluate_a_pipeline(trained_unet, raw_photos, tmp_path):
     assert 'src="http' not in page
     assert "KID x1000" in done.stdout
     assert f"{found['generation']['kid_e3']:.1f} [" in done.stdout
+
+
+def test_each_class_is_drawn_as_often_as_it_is_photographed():
+    pipe = SimpleNamespace(config=SimpleNamespace(class_names={"0": "dog", "1": "beach"}))
+    labels, as_photos = evaluation.labels_to_draw(pipe, ["beach", "dog"], torch.tensor([0] * 9 + [1] * 3), 8)
+    assert labels == [1] * 6 + [0] * 2
+    assert as_photos.tolist() == [0] * 6 + [1] * 2
+    assert evaluation.labels_to_draw(pipe, ["dog"], torch.tensor([0] * 5), 2)[0] == [0, 0], "of --classes dog, dogs only"
+    assert evaluation.labels_to_draw(pipe, ["cat"], torch.tensor([0] * 5), 3) == ([0, 1, 0], None)
+
+
+def test_evaluate_one_class(trained_unet, raw_photos, tmp_path):
+    done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", raw_photos, "--against", "all", "--num-images", 6, "--steps", 2,
+                "--classes", CLASS_NAMES[1], "--output-dir", tmp_path)  # fmt: skip
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(found["classes"]) == [CLASS_NAMES[1]]
+    assert found["generation"]["n"] == [6, 6]
+    assert found["classes"][CLASS_NAMES[1]]["match_photos"] is None, "no photo is held out"
+    assert f"of {CLASS_NAMES[1]}, 32x32 px, against all photos" in done.stdout
 
 
 def test_reconstruction_in_parts_is_that_of_all_at_once(network):

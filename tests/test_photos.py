@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_photos
-from datasets import ClassLabel, load_dataset
+from datasets import ClassLabel, DatasetDict, load_dataset
 from PIL import Image
 
 from corel_diffusers.data.photos import find_photos, load_photos, split_photos
@@ -161,6 +161,14 @@ def test_hub_dataset_by_its_columns(raw_photos, tmp_path, monkeypatch):
     for part in photos.values():
         for row in part:
             assert row["caption"] == f"a photo of a {part.features['label'].int2str(row['label'])}"
+
+
+def test_a_hub_split_without_labels_is_not_held_out(raw_photos, tmp_path, monkeypatch):
+    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(5)])
+    loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    unlabelled = loaded["train"].map(lambda row: {"label": -1})
+    monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: DatasetDict(train=loaded["train"], test=unlabelled))
+    assert {split: len(part) for split, part in load_photos("somebody/photos").items()} == {"train": 8, "validation": 2}
 
 
 def test_make_photos_is_what_the_other_tests_think_it_is(tmp_path):

@@ -12,6 +12,8 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.models import build_vae
 from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, VIEWS, choose, native_side_px, photos_per_second
 
+LONG = {"perceptual_weight": 1.0, "adversarial_weight": 0.3, "kl_weight": 0.2 / 64**2}
+SHORT = {"batch_size": 2, "max_train_minutes": 20}
 LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base": 600.0, "large": 60.0}
 
 
@@ -20,12 +22,26 @@ LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base
     [
         (LAPTOP, 350, 400, {}, {"config": "tiny", "image_size": "64", "batch_size": 2, "max_train_minutes": 20}),
         (LAPTOP, 350, 400, {"max_train_minutes": 600}, {"config": "base", "image_size": "128", "batch_size": 16}),
-        (LAPTOP, 350, 100, {"max_train_minutes": 600}, {"config": "tiny", "image_size": "64", "batch_size": 2}),
+        (LAPTOP, 350, 100, {"max_train_minutes": 600}, {"config": "tiny", "image_size": "64", "batch_size": 2, **LONG}),
         (LAPTOP, 350, 400, {"epochs": 2}, {"config": "tiny", "image_size": "64", "batch_size": 2}),
         (LAPTOP, 350, 400, {"config": "base", "epochs": 2}, {"image_size": "128", "batch_size": 16}),
         (GPU, 350, 400, {}, {"config": "base", "image_size": "128", "batch_size": 16, "max_train_minutes": 20}),
         (GPU, 350, 400, {"image_size": "96", "batch_size": 4}, {"config": "base", "max_train_minutes": 20}),
         (GPU, 350, 400, {"max_train_steps": 100}, {"config": "tiny", "image_size": "64", "batch_size": 2}),
+        (
+            GPU,
+            350,
+            400,
+            {"config": "tiny", "image_size": "64", "kl_weight": 1e-6},
+            {**SHORT, "perceptual_weight": 1.0, "adversarial_weight": 0.3},
+        ),
+        (
+            GPU,
+            350,
+            400,
+            {"config": "tiny", "image_size": "64", "compile": True},
+            {**SHORT, "perceptual_weight": 1.0, "kl_weight": 0.2 / 64**2},
+        ),
         (GPU, 350, 400, {"max_train_minutes": 600}, {"config": "base", "image_size": "128", "batch_size": 16}),
         (GPU, 10_000, 400, {"max_train_minutes": 600}, {"config": "large", "image_size": "256", "batch_size": 16}),
     ],
@@ -75,13 +91,14 @@ def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):
     asked = []
     args = UNetArguments(vae_checkpoint=str(trained_vae), plan=True)
     plan = choose(args, Accelerator(cpu=True), {"train": range(9)}, UNET_LADDER, lambda *what: asked.append(what), (32, 48))
-    assert plan == {"config": "tiny", "batch_size": 16, "views": VIEWS, "max_train_minutes": 40}
+    assert plan == {"config": "tiny", "batch_size": 16, "views": VIEWS, "view_chance": 0.8, "dropout": 0.1, "max_train_minutes": 40}
     assert asked == [("tiny", (32, 48), 16)]
 
 
 @pytest.mark.parametrize(
     ("count", "flags", "expected"),
     [
+        (20, {}, VIEWS),
         (79, {}, VIEWS),
         (81, {}, 0),
         (79, {"epochs": 300}, 0),
@@ -97,6 +114,7 @@ def test_photos_that_are_seen_very_often_come_in_changed_views(count, flags, exp
     assert plan.get("views") == expected
     args.fill(plan)
     assert args.views == (flags.get("views") if expected is None else expected)
+    assert (args.dropout, args.view_chance) == ((0.1, 0.8) if count < 24 else (None, 0.5))
 
 
 def test_speed_is_that_of_the_steps_and_photos_have_a_size(raw_photos):

@@ -108,6 +108,22 @@ def test_trimmed_photos_are_counted_and_can_be_left(tmp_path, capsys):
     assert (corel / "corel_all" / "0003_0001.png").read_bytes() == (raw / "0003_0001.png").read_bytes()
 
 
+def test_a_photo_that_comes_later_does_not_take_the_place_of_another(tmp_path):
+    """a.jpg is sorted before a.png, has a border, and so becomes a PNG file itself."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for place, name in enumerate(("a.png", "b.png", "c.png")):
+        draw_scene(place, np.random.default_rng(place)).resize((96, 96)).save(raw / name)
+    corel = run(raw, tmp_path)
+    framed = Image.new("RGB", (96 + 14, 96), "black")
+    framed.paste(draw_scene(3, np.random.default_rng(3)).resize((96, 96)), (7, 0))
+    framed.save(raw / "a.jpg", quality=95)
+    run(raw, tmp_path)
+    assert (corel / "corel_all" / "a.png").read_bytes() == (raw / "a.png").read_bytes()
+    assert Image.open(corel / "corel_all" / "a_jpg.png").width <= 96
+    assert len(load_photos(corel / "corel_all")["train"]) + len(load_photos(corel / "corel_all")["validation"]) == 4
+
+
 def test_duplicates_are_listed_and_kept_on_one_side(tmp_path):
     raw = make_photos(tmp_path / "raw", each=10, size_px=(96, 96))
     shutil.copy(raw / "0001_0001.png", raw / "0001_0011.png")

@@ -1,7 +1,6 @@
 """The pieces around the loops: order, randomness, learning rate, metrics, stopping, checkpoints."""
 
 import json
-import math
 import os
 
 import numpy as np
@@ -241,15 +240,17 @@ def test_fp16_without_a_gpu_is_refused(monkeypatch):
 
 
 def test_a_flag_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
-    args = UNetArguments(output_dir=str(tmp_path), resume="latest")
+    args = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny")
+    args.fill({})
     saved = json.loads(json.dumps(args.settings()))
-    for name in ("compile", "log_normal"):
+    for name in ("compile", "log_normal", "view_chance"):
         saved.pop(name)
     checkpoint = tmp_path / "checkpoints" / "step-000005"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
     assert training.find_resume(args, args.settings()) == checkpoint
-    compiled = UNetArguments(output_dir=str(tmp_path), resume="latest", compile=True)
+    compiled = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny", compile=True)
+    compiled.fill({})
     with pytest.raises(UserError, match="compile was False, is True"):
         training.find_resume(compiled, compiled.settings())
 
@@ -275,17 +276,19 @@ def test_a_half_written_checkpoint_is_never_found(tmp_path):
 
 
 def test_other_settings_are_refused_with_what_differs(tmp_path):
-    saved = UNetArguments(output_dir=str(tmp_path), learning_rate=1e-4).settings()
+    saved = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=1e-4).settings()
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
-    same = UNetArguments(output_dir=str(tmp_path), learning_rate=1e-4, epochs=900, early_stopping_patience=99, resume="latest")
+    same = UNetArguments(
+        output_dir=str(tmp_path), config="tiny", learning_rate=1e-4, epochs=900, early_stopping_patience=99, resume="latest"
+    )
     assert training.find_resume(same, same.settings()) == checkpoint
-    other = UNetArguments(output_dir=str(tmp_path), learning_rate=2e-4, schedule="cosine", resume="latest")
+    other = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=2e-4, schedule="cosine", resume="latest")
     with pytest.raises(UserError, match=r"learning-rate was 0.0001, is 0.0002; schedule was linear, is cosine"):
         training.find_resume(other, other.settings())
     with pytest.raises(UserError, match=r"--resume elsewhere is no checkpoint .* there are step-000001"):
-        training.find_resume(UNetArguments(output_dir=str(tmp_path), resume="elsewhere"), saved)
+        training.find_resume(UNetArguments(output_dir=str(tmp_path), config="tiny", resume="elsewhere"), saved)
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
@@ -352,7 +355,3 @@ def test_out_of_memory_names_the_flags_and_what_was_asked_for():
             raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), training.explained_failures(args):
         raise RuntimeError("something else")
-
-
-def test_infinite_best_survives_json():
-    assert json.loads(json.dumps({"best": math.inf}))["best"] == math.inf

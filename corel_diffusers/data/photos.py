@@ -305,7 +305,10 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
         values = part[label][:]
         return features[label].int2str(values) if isinstance(features[label], ClassLabel) else [str(v) for v in values]
 
-    ordered = getattr(features.get(label), "names", None) or sorted({n for part in loaded.values() for n in names_of(part)})
+    train = "train" if "train" in loaded else next(iter(loaded))
+    held_out = [split for split in ("validation", "test") if split in loaded and split != train and has_labels(loaded[split], label)]
+    splits = {"train": train} | ({"validation": held_out[0]} if held_out else {}) | ({"test": held_out[1]} if held_out[1:] else {})
+    ordered = getattr(features.get(label), "names", None) or sorted({n for split in splits.values() for n in names_of(loaded[split])})
 
     def uniform(split: str) -> Dataset:
         part = loaded[split]
@@ -316,15 +319,8 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
         part = (part if image == "image" else part.rename_column(image, "image")).add_column("caption", captions)
         return labelled(part.add_column("file_name", file_names), names, ordered)
 
-    train = "train" if "train" in loaded else next(iter(loaded))
-    held_out = next((split for split in ("validation", "test") if split in loaded and split != train), None)
-    numbers = dict(enumerate(ordered, 1))
-    if held_out:
-        splits = {"train": train, "validation": held_out}
-        if held_out == "validation" and "test" in loaded and has_labels(loaded["test"], label):
-            splits["test"] = "test"
-        return DatasetDict({split: uniform(name) for split, name in splits.items()}), numbers
-    return with_split(uniform(train)), numbers
+    photos = DatasetDict({split: uniform(name) for split, name in splits.items()})
+    return photos if held_out else with_split(photos["train"]), dict(enumerate(ordered, 1))
 
 
 def has_labels(part: Dataset, label: str | None) -> bool:

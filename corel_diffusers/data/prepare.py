@@ -113,7 +113,7 @@ def prepare_photos(found: Found, corel: Path, trim_borders: bool) -> dict[str, P
     record = corel / "prepared.jsonl"
     done = {line.source: line for line in read_prepared(record)}
     write_text(record, "".join(json.dumps(asdict(line)) + "\n" for line in done.values()))  # without a line that a kill cut off
-    names, to_do = output_names(found.photos), []
+    names, to_do = output_names(found.photos, {line.source: line.file_name for line in done.values()}), []
     for photo in found.photos:
         stat = photo.path.stat()
         line = done.get(photo.file_name)
@@ -168,10 +168,12 @@ def read_prepared(record: Path) -> Iterable[Prepared]:
         yield Prepared(**values | {"borders": tuple(values["borders"])})
 
 
-def output_names(photos: list[Photo]) -> dict[str, str]:
-    """File name -> name in corel_all/: flat, and no two alike, not even with another ending."""
-    names, taken = {}, set()
+def output_names(photos: list[Photo], known: dict[str, str]) -> dict[str, str]:
+    """File name -> name in corel_all/: flat, and no two alike, not even with another ending. What has a name by now keeps it."""
+    names, taken = dict(known), {Path(name).stem for name in known.values()}
     for photo in photos:
+        if photo.file_name in names:
+            continue
         flat = Path(photo.file_name.replace("/", "_"))
         name = flat.name if flat.stem not in taken else f"{flat.stem}_{flat.suffix[1:]}{flat.suffix}"
         taken.add(Path(name).stem)

@@ -28,7 +28,7 @@ from corel_diffusers.models import downsample_factor
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
 from corel_diffusers.precision import resolve_precision
-from corel_diffusers.training import TRAINING_PHOTOS
+from corel_diffusers.training import trained_on
 
 FEWEST = 4  # photos on either side; with fewer, no distance means anything
 POOR_PSNR_DB, POOR_KID_E3 = 20.0, 60.0  # at 64 px: faces and small things are gone below the one or above the other
@@ -48,20 +48,22 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
     held_out = pick_held_out(args.against, pixels)
     known = pixels["train"] if pipe else joined([pixels[split] for split in ("train", "validation") if split != held_out])
-    pixels["all"], photo_labels["all"] = joined(list(pixels.values())), torch.cat(list(photo_labels.values()))
     network = load_network(args.features, device)
+    real = {split: photo_features(network, part) for split, part in pixels.items()}
+    for parts, whole in ((real, torch.cat), (photo_labels, torch.cat), (pixels, joined)):
+        parts["all"] = whole(list(parts.values()))
 
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:
-        pictures, labels, settings = make_pictures(args, pipe, class_names)
+        pictures, labels, settings = make_pictures(args, pipe, class_names, photo_labels["all"])
     values = as_array(pictures)
     features = extract(network, values)
-    real = {split: photo_features(network, part) for split, part in pixels.items()}
     as_rendered = partial(render, pipe.vae) if pipe else lambda part: part
-    finder = CopyFinder.of(as_rendered(known), network)
+    finder = CopyFinder.of(known, as_rendered(known), network)
     in_pixels, in_features = finder.search(values, features)
 
     results = settings | {
+        "only_classes": class_names if args.classes else None,
         "photos": {split: len(part) for split, part in photos.items()},
         "held_out": held_out,
         "size_px": list(size_px),
@@ -71,7 +73,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
         "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(in_pixels, in_features)},
     }
-    planted = planted_copies(known.values[:PLANTED])
+    planted = planted_copies(known.evenly(PLANTED).values[:])
     planted = reconstruct(pipe.vae, planted) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted, extract(network, planted)))
     if held_out != "all":
@@ -81,7 +83,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     if labels is not None:
         made, real_of = (features, labels), {split: (real[split], photo_labels[split]) for split in pixels}
         results["diversity"] = {"pictures": within_class_distance(*made), "photos": within_class_distance(*real_of["all"])}
-        results["classes"] = class_scores(class_names, made, real_of["train"], real_of["all"], real_of[held_out])
+        others = real_of[held_out] if held_out != "all" else None
+        results["classes"] = class_scores(class_names, made, real_of["train"], real_of["all"], others)
     sheets = {
         "Pictures": report.sample_sheet(values, labels, class_names),
         "Nearest in features": report.pair_sheet(values, known.values, in_features),
@@ -90,7 +93,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     if pipe:
         originals, rendered = pixels[held_out].values, as_rendered(pixels[held_out]).values
         results["reconstruction"] = reconstruction_scores(rendered, originals, network, real[held_out])
-        sheets["Held-out photos over their reconstructions"] = report.reconstruction_sheet(originals, rendered)
+        whose = "Photos" if held_out == "all" else "Held-out photos"
+        sheets[f"{whose} over their reconstructions"] = report.reconstruction_sheet(originals, rendered)
     if isinstance(args.pipeline, Path) and pipe:
         results["unet_sha256"] = unet_digest(args.pipeline)
         if held_out != "all":
@@ -105,11 +109,13 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     print(f"numbers: {output_dir / 'evaluation.json'}\npictures: {output_dir / 'evaluation.html'} (it shows your photos)")
 
 
-def make_pictures(args: Evaluate, pipe: DiffusionPipeline, class_names: list[str]) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
+def make_pictures(
+    args: Evaluate, pipe: DiffusionPipeline, class_names: list[str], photo_labels: torch.Tensor
+) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
     """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
     sampler, steps = pick_sampler(args)
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
-    labels = pick_labels(pipe, (), args.num_images)
+    labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
     settings |= {
@@ -117,7 +123,24 @@ def make_pictures(args: Evaluate, pipe: DiffusionPipeline, class_names: list[str
         "guidance_scale": args.guidance_scale,
         "guidance_interval": args.guidance_interval,
     }
-    return pictures, data_labels(pipe, labels, class_names), settings
+    return pictures, like_photos, settings
+
+
+def labels_to_draw(
+    pipe: DiffusionPipeline, class_names: list[str], photo_labels: torch.Tensor, count: int
+) -> tuple[list[int] | None, torch.Tensor | None]:
+    """A class for each picture, as the model numbers it and as the photos do: each as often among the pictures as among the photos, or
+    its share would count as a distance. Where the model lacks one of the photos' classes: all of its own alike, and none of theirs."""
+    numbers = {name: int(number) for number, name in (pipe.config.class_names or {}).items()}
+    if not set(class_names) <= set(numbers):
+        return pick_labels(pipe, (), count), None
+    like_photos = as_often(photo_labels, count)
+    return [numbers[class_names[label]] for label in like_photos.tolist()], like_photos
+
+
+def as_often(labels: torch.Tensor, count: int) -> torch.Tensor:
+    """So many labels, each as often as it is among `labels`, sorted."""
+    return labels.sort().values[torch.arange(count) * len(labels) // count]
 
 
 @dataclass
@@ -131,7 +154,7 @@ class SampleJudge:
     @classmethod
     def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels]) -> "SampleJudge":
         network = load_network("efficientnet-lite0", vae.device)
-        finder = CopyFinder.of(render(vae, pixels["train"]), network)
+        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"]), network)
         return cls(network, photo_features(network, pixels["validation"]), finder)
 
     def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
@@ -188,18 +211,6 @@ def photos_to_compare(args: Evaluate, source: Path | str, pipe: DiffusionPipelin
     if not trained and run.is_file():  # a model of one class has no labels
         trained = set(read_json(run)["data"]["classes"])
     return load_photos(source, classes=sorted(trained)) if trained and trained < set(photos["train"].features["label"].names) else photos
-
-
-def data_labels(pipe: DiffusionPipeline, labels: list[int] | None, class_names: list[str]) -> torch.Tensor | None:
-    """The pictures' classes as the photos' labels; None where the model has none, or others than the photos."""
-    names = [pipe.config.class_names[str(label)] for label in labels] if labels else []
-    return torch.tensor([class_names.index(name) for name in names]) if names and set(names) <= set(class_names) else None
-
-
-def trained_on(pipeline: Path, names: list[str]) -> int:
-    """How many of these files the model was trained on: of photos that were split anew, some held-out ones were training photos before."""
-    listed = pipeline / TRAINING_PHOTOS
-    return len(set(names) & set(listed.read_text(encoding="utf-8").splitlines())) if listed.is_file() else 0
 
 
 def pick_held_out(wanted: str, pixels: dict[str, Pixels]) -> str:
@@ -261,16 +272,19 @@ def reconstruction_scores(made: np.ndarray, photos: np.ndarray, network: Network
 Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)
 
 
-def class_scores(class_names: list[str], pictures: Labelled, train: Labelled, photos: Labelled, held_out: Labelled) -> dict[str, dict]:
+def class_scores(
+    class_names: list[str], pictures: Labelled, train: Labelled, photos: Labelled, held_out: Labelled | None
+) -> dict[str, dict]:
     """For each class: its pictures beside its photos (all of them: the held-out ones of a class are few), and how many are
-    nearest to their own class's mean training photo, beside the same share of held-out photos."""
-    matches, real_matches = class_match(*pictures, *train), class_match(*held_out, *train)
+    nearest to their own class's mean training photo, beside the same share of held-out photos, where there are any."""
+    matches = class_match(*pictures, *train)
+    real_matches = class_match(*held_out, *train) if held_out else None
     found = {}
     for label, name in enumerate(class_names):
         own, own_photos = pictures[1] == label, photos[1] == label
         if own.sum() < 2 or own_photos.sum() < 2:
             continue
-        held = real_matches[held_out[1] == label]
+        held = real_matches[held_out[1] == label] if held_out else ()
         found[name] = compare(pictures[0][own], photos[0][own_photos]) | {
             "match": float(matches[own].double().mean()),
             "match_photos": float(held.double().mean()) if len(held) else None,

@@ -58,8 +58,8 @@ def resize(pictures: np.ndarray, size_px: tuple[int, int], box: tuple[int, int, 
 def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], groups: torch.Tensor, leave_out_self: bool = False) -> Nearest:
     """pictures (N, D), each view of the photos (M, D) -> the two nearest photos, a photo being as near as its nearest view.
 
-    groups: (M,), the same number for near duplicates; the second photo is of another group. Where there is none, the ratio is 1: nothing
-    stands out. leave_out_self: the pictures are the photos themselves, and a photo's group are not its neighbours.
+    groups: (M,), the same number for near duplicates; the second photo is of another group. Where there is none, the ratio is infinite:
+    nothing stands out. leave_out_self: the pictures are the photos themselves, and a photo's group are not its neighbours.
     """
     pictures = pictures.double()
     distance = torch.full((len(pictures), len(photo_views[0])), float("inf"), dtype=torch.float64)
@@ -69,7 +69,7 @@ def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], grou
         distance.masked_fill_(groups[:, None] == groups, float("inf"))
     first, photo = distance.min(1)
     second, other = distance.masked_fill(groups[photo][:, None] == groups, float("inf")).min(1)
-    return Nearest(photo, other, torch.where(second.isinf(), 1.0, first / second.clamp_min(1e-12)))
+    return Nearest(photo, other, torch.where(second.isinf(), float("inf"), first / second.clamp_min(1e-12)))
 
 
 def pixel_vectors(pictures: np.ndarray) -> torch.Tensor:
@@ -87,18 +87,20 @@ class CopyFinder:
     feature_ratio: float
 
     @classmethod
-    def of(cls, rendered: Pixels, network: Network) -> "CopyFinder":
+    def of(cls, photos: Pixels, rendered: Pixels, network: Network) -> "CopyFinder":
         """rendered: the training photos as the VAE renders them; the photos themselves where the pictures were made without one.
 
         In features a photo counts by itself and its mirror image: the networks see past small crops. The feature ratio is the
         one that 1 % of the photos themselves are below when each is compared with the others: photos of a series that look
         alike set what is not yet a copy.
         """
-        photos = np.asarray(rendered.values)
-        groups = torch.tensor(duplicate_groups([str(imagehash.phash(Image.fromarray(photo))) for photo in photos]))
+        hashes = [str(imagehash.phash(Image.fromarray(photo))) for photo in np.asarray(photos.values)]
+        groups = torch.tensor(duplicate_groups(hashes))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
         own = nearest_photos(features[0], features, groups, leave_out_self=True)
-        return cls(pixel_versions(photos), features, groups, float(torch.quantile(own.ratio, 0.01)))
+        compared = own.ratio[groups[own.second] != groups]  # of two photos, neither has a second one to be compared with
+        ratio = float(torch.quantile(compared, 0.01)) if len(compared) else 0.0
+        return cls(pixel_versions(np.asarray(rendered.values)), features, groups, ratio)
 
     def search(self, pictures: np.ndarray, features: torch.Tensor) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""
@@ -110,7 +112,7 @@ class CopyFinder:
         return {"pixels": in_pixels.share_below(PIXEL_RATIO), "features": in_features.share_below(self.feature_ratio)}
 
 
-def planted_copies(photos: np.ndarray, kept: float = 0.92) -> np.ndarray:
+def planted_copies(photos: np.ndarray, kept: float = 0.88) -> np.ndarray:
     """Photos mirrored and cropped to a share of the side, off the middle: what a search for copies has to find."""
     height, width = photos.shape[1:3]
     left, top = round((1 - kept) * width / 4), round((1 - kept) * height / 2)

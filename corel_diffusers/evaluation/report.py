@@ -99,7 +99,8 @@ def heading(results: dict) -> str:
     held = {"test": "the test photos", "validation": "the validation photos, which also chose the best epoch", "all": "all photos"}
     trained_on = results.get("held_out_trained_on")
     warning = f"; {trained_on} of them were not held back when the model was trained: these numbers are too good" if trained_on else ""
-    return f"{made}, {width}x{height} px, against {held[results['held_out']]}; features: {results['features']}{warning}"
+    made += f" of {', '.join(results['only_classes'])}" if results.get("only_classes") else ""
+    return f"{made}, {height}x{width} px, against {held[results['held_out']]}; features: {results['features']}{warning}"
 
 
 def reconstruction_line(results: dict) -> str:
@@ -108,7 +109,8 @@ def reconstruction_line(results: dict) -> str:
     if not values:
         return ""
     psnr, ssim, perceptual = (values[name] for name in ("psnr_db", "ssim", "perceptual"))
-    return f"reconstruction of held-out photos: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, perceptual {perceptual:.3f}"
+    photos = "all photos, those trained on as well" if results["held_out"] == "all" else "held-out photos"
+    return f"reconstruction of {photos}: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, perceptual {perceptual:.3f}"
 
 
 def table_text(results: dict) -> str:

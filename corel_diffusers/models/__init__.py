@@ -70,8 +70,10 @@ def start_posterior(vae: AutoencoderKL) -> None:
         vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOGVAR
 
 
-def build_unet(config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_classes: int | None) -> UNet2DModel:
-    """A UNet2DModel with fresh weights for the latents of `vae`; label `num_classes` is the null label."""
+def build_unet(
+    config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_classes: int | None, dropout: float | None = None
+) -> UNet2DModel:
+    """A UNet2DModel with fresh weights for the latents of `vae`; label `num_classes` is the null label. dropout: None for the config's."""
     values = load_config("unet", config)
     factor = downsample_factor(vae)
     halvings = len(values.get("block_out_channels", (224, 448, 672, 896))) - 1
@@ -83,6 +85,8 @@ def build_unet(config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_cl
         "out_channels": vae.config.latent_channels,
         "num_class_embeds": num_classes + 1 if num_classes else None,
     }
+    if dropout is not None:
+        values["dropout"] = dropout
     # with time as a scale and shift, UNet2DModel leaves this norm out: activations grow there until gradients overflow
     values.setdefault("attn_norm_num_groups", values.get("norm_num_groups", 32))
     return from_config(UNet2DModel, values, config)

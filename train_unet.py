@@ -24,6 +24,8 @@ from PIL import Image
 
 from corel_diffusers import advice, hub
 from corel_diffusers.alignment import cache_features, feature_scale, misalignment
+from corel_diffusers.batches import BatchPlan, StepRandom, batches, resident, to_device
+from corel_diffusers.checkpoints import find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
@@ -31,20 +33,17 @@ from corel_diffusers.evaluation.evaluate import SampleJudge, as_often, reconstru
 from corel_diffusers.files import best_record, published_model
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
+from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
 from corel_diffusers.models import UNetInTraining, build_unet, downsample_factor, inner_grid, parameter_count
 from corel_diffusers.muon import build_optimizer
 from corel_diffusers.planning import UNET_LADDER, choose, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
 from corel_diffusers.training import (
-    BatchPlan,
     Compilation,
-    LearningRate,
     RunLength,
     RunningMean,
-    StepRandom,
     StopSignal,
-    batches,
     build_ema,
     cache_share,
     checkpoint_due,
@@ -52,9 +51,6 @@ from corel_diffusers.training import (
     ema_weights,
     epochs_between_validations,
     explained_failures,
-    find_resume,
-    load_checkpoint,
-    mark_finished,
     note_validation,
     of_main_process,
     open_history,
@@ -62,12 +58,8 @@ from corel_diffusers.training import (
     print_data_and_model,
     progress_bar,
     record_epoch,
-    resident,
-    run_settings,
-    save_checkpoint,
     show_progress,
     start_run,
-    to_device,
     trained_on,
     training_photos,
 )
@@ -181,7 +173,7 @@ def main(args: UNetArguments) -> None:
     compilation = Compilation(args, accelerator, model, state)
     pick = partial(pick_versions, seed=args.seed, global_batch=plan.global_batch, views=args.views, view_chance=args.view_chance)
     arrays = moments["train"], np.broadcast_to(labels["train"][:, None], versions), changes, features
-    passes = batches(plan, state.step, length, args.num_workers, *resident(arrays, device), versions=pick)
+    passes = batches(plan, state.step, length.steps, args.num_workers, *resident(arrays, device), versions=pick)
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state) and not state.stop_reason:
             rate.set(state.step, length.total_steps(state))

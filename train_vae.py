@@ -22,11 +22,14 @@ from diffusers import AutoencoderKL
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from corel_diffusers import advice
+from corel_diffusers.batches import BatchPlan, StepRandom, batches, to_device
+from corel_diffusers.checkpoints import find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
 from corel_diffusers.data.views import STATISTICS_OF
 from corel_diffusers.files import best_record, published_model, read_json, write_json
 from corel_diffusers.latents import cache_moments, measure_scale
+from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.losses import (
     adaptive_weight,
     controlled_kl_weight,
@@ -41,23 +44,16 @@ from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.planning import VAE_LADDER, choose, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
 from corel_diffusers.training import (
-    BatchPlan,
     Compilation,
-    LearningRate,
     RunLength,
     RunningMean,
-    StepRandom,
     StopSignal,
-    batches,
     build_ema,
     cache_share,
     checkpoint_due,
     ema_weights,
     epochs_between_validations,
     explained_failures,
-    find_resume,
-    load_checkpoint,
-    mark_finished,
     note_validation,
     of_main_process,
     open_history,
@@ -65,11 +61,8 @@ from corel_diffusers.training import (
     print_data_and_model,
     progress_bar,
     record_epoch,
-    run_settings,
-    save_checkpoint,
     show_progress,
     start_run,
-    to_device,
 )
 
 PANELS = {
@@ -130,7 +123,7 @@ def main(args: VAEArguments) -> None:
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, len(pixels["validation"]))
     compilation = Compilation(args, accelerator, model, state)
-    passes = batches(plan, state.step, length, args.num_workers, pixels["train"].values, large["train"].values)
+    passes = batches(plan, state.step, length.steps, args.num_workers, pixels["train"].values, large["train"].values)
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state):
             rate.set(state.step, length.total_steps(state))

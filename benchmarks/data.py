@@ -25,15 +25,15 @@ def main() -> None:
         from plain import Photos, endless
         from torch.utils.data import DataLoader
 
+        from corel_diffusers.batches import BatchPlan, batches
         from corel_diffusers.data.photos import load_photos
         from corel_diffusers.data.transforms import cache_pixels, to_float
-        from corel_diffusers.training import BatchPlan, RunLength, batches
 
         photos = make_photos(Path(folder) / "photos")
         decoded = endless(DataLoader(Photos(photos, args.image_size), args.batch_size, shuffle=True, drop_last=True))
         pixels = cache_pixels(load_photos(photos), (args.image_size, args.image_size))[1]["train"]
-        plan, length = BatchPlan(len(pixels), args.batch_size, 1, 1, 0, seed=0), RunLength(None, 1e9, 0.0)
-        cached = (to_float(values) for (values,) in batches(plan, 0, length, 0, pixels.values))
+        plan = BatchPlan(len(pixels), args.batch_size, 1, 1, 0, seed=0)
+        cached = (to_float(values) for (values,) in batches(plan, 0, None, 0, pixels.values))
 
         def seconds(passes: object) -> list[float]:
             found = []

@@ -19,12 +19,12 @@ from common import QUIET, ROOT, launch, machine, tool
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 
+from corel_diffusers.checkpoints import find_checkpoints
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_text
 from corel_diffusers.latents import cache_moments
-from corel_diffusers.training import find_checkpoints
 
 sys.path.insert(0, str(ROOT))
 from train_unet import fixed_draws, measure, trained_size_px

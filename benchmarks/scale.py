@@ -23,12 +23,12 @@ def measure(count: int, steps: int, batch_size: int, side: int) -> dict[str, flo
     """The median step's milliseconds, and the process's memory at the end, in MB."""
     import torch
 
+    from corel_diffusers.batches import BatchPlan, StepRandom, batches
     from corel_diffusers.data.cache import cached_array
     from corel_diffusers.data.views import pick_versions
     from corel_diffusers.latents import draw
     from corel_diffusers.losses import denoising_loss
     from corel_diffusers.models import build_unet, build_vae
-    from corel_diffusers.training import BatchPlan, RunLength, StepRandom, batches
 
     random = np.random.default_rng(0)
     pattern = random.normal(size=(257, 2, 8, side, side)).astype(np.float32)
@@ -37,10 +37,10 @@ def measure(count: int, steps: int, batch_size: int, side: int) -> dict[str, flo
     torch.manual_seed(0)
     unet = build_unet("tiny", (4 * side, 4 * side), build_vae("tiny", (4 * side, 4 * side)), None)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
-    plan, length = BatchPlan(count, batch_size, 1, 1, 0, seed=0), RunLength(steps, None, 0.0)
+    plan = BatchPlan(count, batch_size, 1, 1, 0, seed=0)
     versions = lambda step: pick_versions(step, 0, batch_size, 0, 0.0)  # noqa: E731
     times = [time.monotonic()]
-    for step, (values,) in enumerate(batches(plan, 0, length, 0, moments, versions=versions)):
+    for step, (values,) in enumerate(batches(plan, 0, steps, 0, moments, versions=versions)):
         draws = StepRandom(0, step, batch_size, slice(0, batch_size))
         latents = draw(values, draws.normal(4, side, side))
         denoising_loss(unet(latents, draws.integers(1000)).sample, latents).mean().backward()

@@ -1,26 +1,19 @@
-"""What both training loops need around the science: state, checkpoints, resume, EMA, learning rate, metrics, stopping.
+"""What both training loops need around the science: device, length, EMA, compiling, metrics, stopping.
 
 Free functions and small classes; the loops themselves are in train_vae.py and train_unet.py, in plain sight.
-
-Whatever is random in a step derives from (seed, step, place in the global batch), and the order of the photos from (seed,
-epoch): a resumed run needs no generator's state, and how the global batch is divided into devices and accumulated passes
-changes nothing.
 """
 
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +21,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from datasets import DatasetDict
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from corel_diffusers.arguments import TrainingArguments
-from corel_diffusers.data.cache import ALONE, Shards, Share, digest
-from corel_diffusers.files import UserError, finish_publishing, first_line, read_json, read_metrics, remove_folder, write_json, write_text
-from corel_diffusers.models import load_config
+from corel_diffusers.batches import BatchPlan
+from corel_diffusers.checkpoints import RunState, find_checkpoints
+from corel_diffusers.data.cache import ALONE, Share
+from corel_diffusers.files import UserError, finish_publishing, first_line, read_metrics, write_json, write_text
 from corel_diffusers.precision import resolve_precision
 
-Array = Shards | np.ndarray | torch.Tensor
 TRAINING_PHOTOS = "training_photos.txt"  # in a run's folder: the files that it trains on
-CPU = torch.device("cpu")
 SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
 
 
@@ -91,157 +80,6 @@ def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px:
     classes = photos["train"].features["label"].names
     counts = f"{len(photos['train'])} photos to train on, {len(photos['validation'])} held out, {len(classes)} classes"
     accelerator.print(f"{counts}, {size_px[0]}x{size_px[1]} px; {model}")
-
-
-# --- randomness and the order of the photos ----------------------------------------------------------------------------
-
-
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The values on the device. A GPU copies pinned memory while the CPU goes on; other memory it would make wait."""
-    pinned = device.type == "cuda" and not values.is_cuda and not values.is_pinned()
-    return (values.pin_memory() if pinned else values).to(device, non_blocking=device.type == "cuda")
-
-
-class StepRandom:
-    """Draws for the rows of one forward pass, as slices of draws for the whole global batch of a step.
-
-    Also seeds torch's global generator, which dropout uses.
-    """
-
-    def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device = CPU) -> None:
-        first, second = (int(word) for word in np.random.SeedSequence([seed, step]).generate_state(2))
-        torch.manual_seed(second + rows.start)
-        self.generator = torch.Generator().manual_seed(first)
-        self.global_batch, self.rows, self.device = global_batch, rows, device
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal values, (rows, *shape)."""
-        return to_device(torch.randn(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
-
-    def integers(self, high: int) -> torch.Tensor:
-        """Whole numbers from 0 to high - 1, (rows,)."""
-        return to_device(torch.randint(high, (self.global_batch,), generator=self.generator)[self.rows], self.device)
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """Uniform values from 0 to below 1, (rows, *shape)."""
-        return to_device(torch.rand(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
-
-    def chance(self, probability: float) -> torch.Tensor:
-        """True with the probability, (rows,)."""
-        return self.uniform() < probability
-
-
-@dataclass
-class BatchPlan:
-    """How the stream of photos, one seeded permutation after another, is cut into steps, passes and ranks.
-
-    A step takes the next `global_batch` photos of the stream, so every photo is seen equally often and no batch is short.
-    """
-
-    photos: int
-    batch_size: int
-    grad_accum: int
-    num_processes: int
-    rank: int
-    seed: int
-
-    @classmethod
-    def of(cls, args: TrainingArguments, accelerator: Accelerator, photos: int) -> "BatchPlan":
-        return cls(photos, args.batch_size, args.grad_accum, accelerator.num_processes, accelerator.process_index, args.seed)
-
-    @property
-    def global_batch(self) -> int:
-        return self.batch_size * self.grad_accum * self.num_processes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.photos / self.global_batch)
-
-    def epoch(self, step: int) -> int:
-        """The epoch, from 1, that the `step`-th step belonged to."""
-        return math.ceil(step / self.steps_per_epoch)
-
-    def ends_epoch(self, step: int, every: int = 1) -> bool:
-        """Whether the `step`-th step is the last of an epoch, and of every so many epochs."""
-        return step % (every * self.steps_per_epoch) == 0
-
-    def rows(self, micro_step: int) -> slice:
-        """The rows of the global batch that this rank handles in its `micro_step`-th forward pass."""
-        start = (micro_step * self.num_processes + self.rank) * self.batch_size
-        return slice(start, start + self.batch_size)
-
-    def indices(self, step: int, micro_step: int) -> np.ndarray:
-        """The photos of one forward pass, (batch_size,)."""
-        rows = self.rows(micro_step)
-        places = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
-        return np.array([epoch_order(self.seed, place // self.photos, self.photos)[place % self.photos] for place in places])
-
-
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, photos: int) -> np.ndarray:
-    """The order of the photos in one epoch, (photos,)."""
-    return np.random.default_rng([seed, epoch]).permutation(photos)
-
-
-class BatchOrder(Sampler):
-    """What every forward pass from `first_step` to `last_step` reads, in order: photos, and where wanted a version of each."""
-
-    def __init__(self, plan: BatchPlan, first_step: int, last_step: int, versions: Callable[[int], np.ndarray] | None) -> None:
-        self.plan, self.steps, self.versions = plan, range(first_step, last_step), versions
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
-        for step in self.steps:
-            picked = (self.versions(step),) if self.versions else ()
-            for micro in range(self.plan.grad_accum):
-                yield self.plan.indices(step, micro), *(values[self.plan.rows(micro)] for values in picked)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.plan.grad_accum
-
-
-class ArrayBatches(Dataset):
-    """Whole batches of cached arrays: indices into their first axes -> a tensor for each array. Nothing else is read."""
-
-    def __init__(self, *arrays: Array) -> None:
-        self.arrays = arrays
-
-    def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
-        return [self.read(array, indices) for array in self.arrays]
-
-    def read(self, array: Array, indices: tuple[np.ndarray, ...]) -> torch.Tensor:
-        if isinstance(array, torch.Tensor):
-            return array[tuple(to_device(torch.from_numpy(places), array.device) for places in indices)]
-        return torch.from_numpy(np.ascontiguousarray(array[indices]))
-
-
-def resident(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
-    """The arrays as tensors on the GPU, where they fill less than a quarter of what is free there; else as they are."""
-    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
-        return arrays
-    kept = []
-    for array in arrays:
-        kept.append(torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device=device))
-        for start in range(0, len(array), 1024):  # in parts: the GPU has the room, the machine need not have it
-            kept[-1][start : start + 1024] = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024]))
-    return kept
-
-
-def batches(
-    plan: BatchPlan,
-    first_step: int,
-    length: "RunLength",
-    num_workers: int,
-    *arrays: Array,
-    versions: Callable[[int], np.ndarray] | None = None,
-) -> Iterator[list[torch.Tensor]]:
-    """The batches of every forward pass from `first_step` on.
-
-    arrays: (photos, …); with `versions`, a step -> which one its global batch takes, (photos, versions, …). Those on a GPU are read there.
-    """
-    order = BatchOrder(plan, first_step, length.steps or sys.maxsize // plan.grad_accum, versions)
-    workers = 0 if any(isinstance(array, torch.Tensor) for array in arrays) else num_workers
-    return iter(DataLoader(ArrayBatches(*arrays), sampler=order, batch_size=None, num_workers=workers))
 
 
 # --- how long, and how often to look --------------------------------------------------------------------------------------
@@ -308,193 +146,6 @@ def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward
     every = math.ceil(forward_passes * plan.num_processes / (0.03 * 3 * plan.steps_per_epoch * plan.global_batch))
     epochs = math.ceil(args.max_train_steps / plan.steps_per_epoch) if args.max_train_steps else args.epochs
     return args.validate_every or (every if args.max_train_minutes else min(every, max(1, epochs // 10)))
-
-
-# --- learning rate ------------------------------------------------------------------------------------------------------
-
-
-def lr_factor(args: TrainingArguments, step: int, total_steps: int) -> float:
-    """The share of --learning-rate at a step, a pure function. See --lr-scheduler.
-
-    cosine: half a cosine down to --lr-min (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5). cosine_warm_restarts: three of
-    them, each twice as long as the last, the third ending with the run (same paper, T_mult = 2).
-    """
-    name, warmup, floor = args.lr_scheduler, args.lr_warmup_steps, args.lr_min / args.learning_rate
-    if name not in ("cosine", "cosine_warm_restarts", "none", "plateau"):
-        bare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-        return get_scheduler(name, bare, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0](step)
-    if step < warmup:
-        return (step + 1) / warmup
-    if name in ("none", "plateau"):
-        return 1.0
-    share = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    if name == "cosine_warm_restarts" and share < 1:
-        start, length = next((s, n) for s, n in ((3 / 7, 4 / 7), (1 / 7, 2 / 7), (0, 1 / 7)) if share >= s)
-        share = (share - start) / length
-    return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
-
-
-class LearningRate:
-    """Sets the optimizers' learning rate: by the step, and for "plateau" also by the validation loss."""
-
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], args: TrainingArguments) -> None:
-        self.optimizers, self.args = optimizers, args
-        self.now, self.plateau = 0.0, None
-        if args.lr_scheduler == "plateau":  # its scale multiplies the peak; torch's class keeps the count
-            holder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                holder, factor=0.5, patience=10, min_lr=args.lr_min / args.learning_rate
-            )
-
-    def set(self, step: int, total_steps: int) -> None:
-        """Sets the rate of `step` in a run of so many."""
-        scale = self.plateau.optimizer.param_groups[0]["lr"] if self.plateau else 1.0
-        self.now = self.args.learning_rate * lr_factor(self.args, step, total_steps) * scale
-        for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
-            group["lr"] = self.now * group.get("lr_scale", 1.0)
-
-    def validated(self, loss: float) -> None:
-        """Tells "plateau" the validation loss: ten validations without a better one halve the rate."""
-        if self.plateau:
-            self.plateau.step(loss)
-
-    def state_dict(self) -> dict:
-        if not self.plateau:
-            return {}
-        return {"scale": self.plateau.optimizer.param_groups[0]["lr"], "best": self.plateau.best, "bad": self.plateau.num_bad_epochs}
-
-    def load_state_dict(self, values: dict) -> None:
-        if self.plateau:
-            self.plateau.optimizer.param_groups[0]["lr"] = values["scale"]
-            self.plateau.best, self.plateau.num_bad_epochs = values["best"], values["bad"]
-
-
-# --- state, checkpoints, resume -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class RunState:
-    """What a run knows beside the weights; saved as JSON in each checkpoint, so every value is a plain number or a list."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best: float = math.inf  # lowest validation loss
-    to_beat: float = math.inf  # by early_stopping_delta, or the validation counts as one without a new best
-    validations_since_best: int = 0
-    recent: list[float] = field(default_factory=list)  # validation losses of the oscillation window
-    totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
-    passes: int = 0  # forward passes in those sums
-    kl_weight: float = 0.0
-    stop_reason: str = ""
-
-
-def find_checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; what was cut off while being written bears another name."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def save_checkpoint(
-    accelerator: Accelerator, args: TrainingArguments, state: RunState, settings: dict, rate: LearningRate, ema: EMAModel | None
-) -> None:
-    """Writes all that resume needs beside its place, renames it into place, removes the oldest beyond --keep-checkpoints.
-
-    Called on every rank. EMA and state go through safetensors and JSON: accelerate would pickle them and, on loading,
-    unpickle whatever a user points at.
-    """
-    path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
-    partial = path.with_name(f".{path.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # every rank writes a file of its own
-    if accelerator.is_main_process:
-        if ema:
-            save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, partial / "ema.safetensors")
-        write_json(partial / "state.json", {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()})
-        remove_folder(path)
-        os.replace(partial, path)
-        for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
-            remove_folder(old)
-    accelerator.wait_for_everyone()
-
-
-def run_settings(args: TrainingArguments, photos: DatasetDict, model: str, **more: object) -> dict:
-    """What an interrupted run and its continuation must share: the flags that bear on the weights, and the photos.
-
-    Photos count by name, label and split, not by folder: a run may go on where its data have moved. A config counts by content.
-    """
-    rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
-    return args.settings() | {"photos": digest(rows), "config": digest(load_config(model, args.config))} | more
-
-
-def mark_finished(args: TrainingArguments) -> None:
-    """Notes in run.json that the run came to its end: without checkpoints, it is not begun anew over its own model."""
-    write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
-
-
-def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
-    """The checkpoint that --resume names: the newest whole one for "latest" (None where there is none yet), or a path.
-
-    Raises UserError where the path is no checkpoint of this run, and where the settings are others than the run's, with the
-    list of what differs.
-    """
-    if args.resume is None:
-        return None
-    known = find_checkpoints(args.run_dir)
-    if args.resume == "latest":
-        if not known:
-            run = args.run_dir / "run.json"
-            if run.is_file() and read_json(run)["finished"]:
-                raise UserError(
-                    f"--resume latest: {args.run_dir} holds a finished run whose checkpoints are gone: give another --output-dir"
-                )
-            print(f"no checkpoint in {args.run_dir} yet: starting from the beginning")
-            return None
-        checkpoint = known[-1]
-    else:
-        checkpoint = args.path(args.resume).resolve()
-        if checkpoint not in [path.resolve() for path in known]:
-            there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
-            raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
-    fresh = type(args)(config=args.config, image_size=args.image_size)
-    fresh.fill({})
-    defaults, now = (json.loads(json.dumps(values)) for values in (fresh.settings(), settings))
-    saved = defaults | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
-    differing = [
-        f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
-        for name in sorted({*saved, *now})
-        if saved.get(name) != now.get(name)
-    ]
-    if differing:
-        raise UserError(f"--resume {args.resume}: {'; '.join(differing)}: give the run's own settings, or another --output-dir")
-    print(f"resuming from {checkpoint}")
-    return checkpoint
-
-
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, rate: LearningRate, ema: EMAModel | None) -> RunState:
-    """Loads model, optimizer, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state.
-
-    Checkpoints newer than this one go: the run writes them again, and "latest" must not mean them before it has.
-    """
-    if checkpoint is None:
-        return RunState()
-    if accelerator.is_main_process:
-        known = [path.name for path in find_checkpoints(checkpoint.parent.parent)]
-        for newer in known[known.index(checkpoint.name) + 1 :]:
-            remove_folder(checkpoint.with_name(newer))
-    accelerator.load_state(str(checkpoint))
-    saved = read_json(checkpoint / "state.json")
-    state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
-    rate.load_state_dict(saved["learning_rate"])
-    if ema:
-        values = load_file(checkpoint / "ema.safetensors")
-        for place, parameter in enumerate(ema.shadow_params):
-            parameter.copy_(values[str(place)])
-        ema.optimization_step = state.step
-    return state
 
 
 # --- EMA ----------------------------------------------------------------------------------------------------------------

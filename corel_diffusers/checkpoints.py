@@ -1,0 +1,145 @@
+"""A run's state and its checkpoints: written, found, checked against the flags, and loaded."""
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from datasets import DatasetDict
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from corel_diffusers.arguments import TrainingArguments
+from corel_diffusers.data.cache import digest
+from corel_diffusers.files import UserError, read_json, remove_folder, write_json
+from corel_diffusers.learning_rate import LearningRate
+from corel_diffusers.models import load_config
+
+
+@dataclass
+class RunState:
+    """What a run knows beside the weights; saved as JSON in each checkpoint, so every value is a plain number or a list."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf  # lowest validation loss
+    to_beat: float = math.inf  # by early_stopping_delta, or the validation counts as one without a new best
+    validations_since_best: int = 0
+    recent: list[float] = field(default_factory=list)  # validation losses of the oscillation window
+    totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
+    passes: int = 0  # forward passes in those sums
+    kl_weight: float = 0.0
+    stop_reason: str = ""
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first; what was cut off while being written bears another name."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save_checkpoint(
+    accelerator: Accelerator, args: TrainingArguments, state: RunState, settings: dict, rate: LearningRate, ema: EMAModel | None
+) -> None:
+    """Writes all that resume needs beside its place, renames it into place, removes the oldest beyond --keep-checkpoints.
+
+    Called on every rank. EMA and state go through safetensors and JSON: accelerate would pickle them and, on loading,
+    unpickle whatever a user points at.
+    """
+    path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
+    partial = path.with_name(f".{path.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # every rank writes a file of its own
+    if accelerator.is_main_process:
+        if ema:
+            save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, partial / "ema.safetensors")
+        write_json(partial / "state.json", {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()})
+        remove_folder(path)
+        os.replace(partial, path)
+        for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
+            remove_folder(old)
+    accelerator.wait_for_everyone()
+
+
+def run_settings(args: TrainingArguments, photos: DatasetDict, model: str, **more: object) -> dict:
+    """What an interrupted run and its continuation must share: the flags that bear on the weights, and the photos.
+
+    Photos count by name, label and split, not by folder: a run may go on where its data have moved. A config counts by content.
+    """
+    rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
+    return args.settings() | {"photos": digest(rows), "config": digest(load_config(model, args.config))} | more
+
+
+def mark_finished(args: TrainingArguments) -> None:
+    """Notes in run.json that the run came to its end: without checkpoints, it is not begun anew over its own model."""
+    write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
+
+
+def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
+    """The checkpoint that --resume names: the newest whole one for "latest" (None where there is none yet), or a path.
+
+    Raises UserError where the path is no checkpoint of this run, and where the settings are others than the run's, with the
+    list of what differs.
+    """
+    if args.resume is None:
+        return None
+    known = find_checkpoints(args.run_dir)
+    if args.resume == "latest":
+        if not known:
+            run = args.run_dir / "run.json"
+            if run.is_file() and read_json(run)["finished"]:
+                raise UserError(
+                    f"--resume latest: {args.run_dir} holds a finished run whose checkpoints are gone: give another --output-dir"
+                )
+            print(f"no checkpoint in {args.run_dir} yet: starting from the beginning")
+            return None
+        checkpoint = known[-1]
+    else:
+        checkpoint = args.path(args.resume).resolve()
+        if checkpoint not in [path.resolve() for path in known]:
+            there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
+            raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
+    fresh = type(args)(config=args.config, image_size=args.image_size)
+    fresh.fill({})
+    defaults, now = (json.loads(json.dumps(values)) for values in (fresh.settings(), settings))
+    saved = defaults | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
+    differing = [
+        f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]
+    if differing:
+        raise UserError(f"--resume {args.resume}: {'; '.join(differing)}: give the run's own settings, or another --output-dir")
+    print(f"resuming from {checkpoint}")
+    return checkpoint
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, rate: LearningRate, ema: EMAModel | None) -> RunState:
+    """Loads model, optimizer, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state.
+
+    Checkpoints newer than this one go: the run writes them again, and "latest" must not mean them before it has.
+    """
+    if checkpoint is None:
+        return RunState()
+    if accelerator.is_main_process:
+        known = [path.name for path in find_checkpoints(checkpoint.parent.parent)]
+        for newer in known[known.index(checkpoint.name) + 1 :]:
+            remove_folder(checkpoint.with_name(newer))
+    accelerator.load_state(str(checkpoint))
+    saved = read_json(checkpoint / "state.json")
+    state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
+    rate.load_state_dict(saved["learning_rate"])
+    if ema:
+        values = load_file(checkpoint / "ema.safetensors")
+        for place, parameter in enumerate(ema.shadow_params):
+            parameter.copy_(values[str(place)])
+        ema.optimization_step = state.step
+    return state

@@ -179,14 +179,17 @@ def main(args: VAEArguments) -> None:
                 with ema_weights(ema, model):
                     values = validate(args, accelerator, perceptual, vae, pixels["validation"], latent_shape)
                     best = note_validation(state, values["val_loss"])
-                    judged = discriminator and early <= 0  # what a discriminator has made better is not in the loss: the last is published
-                    if (best or judged) and accelerator.is_main_process:
+                    # what a discriminator has made better is not in the loss: the last is published
+                    published = best or bool(discriminator and early <= 0)
+                    if published and accelerator.is_main_process:
                         with published_model(args.run_dir) as folder:
                             vae.save_pretrained(folder)
                     if shown and accelerator.is_main_process:
                         write_pictures(args, accelerator, vae, pixels["validation"], epoch)
                 rate.validated(values["val_loss"])
-                values = means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now}
+                values = (
+                    means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now, "published": published}
+                )
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)
 
             stopping = stop.received(accelerator, state)

@@ -40,7 +40,7 @@ def main() -> None:
         flags = ["--data-dir", args.data_dir.resolve(), "--vae-checkpoint", args.vae_checkpoint.resolve(), "--output-dir", run]
         flags += ["--max-train-samples", args.photos, "--max-train-minutes", args.minutes, "--views", views, "--config", "tiny"]
         flags += ["--evaluate-every", 100, "--validate-every", 25, "--early-stopping-patience", 0, "--oscillation-window", 0]
-        launch(ROOT / "train_unet.py", *flags, "--dropout", 0, "--view-chance", 0.5, *QUIET)
+        launch(ROOT / "train_unet.py", *flags, *QUIET)
         rows, lowest = [], float("inf")
         for record in read_metrics(run / "metrics.jsonl"):
             lowest = min(lowest, record["gauge"])

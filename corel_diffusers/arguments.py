@@ -300,9 +300,9 @@ class VAEArguments(TrainingArguments):
 @dataclass(kw_only=True)
 class UNetArguments(TrainingArguments):
     """Train a UNet2DModel from scratch in a VAE's latent space, and write the pipeline. What is left open of --config, --batch-size,
-    --views, --view-chance, --dropout and the length is planned."""
+    --views and the length is planned."""
 
-    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views", "view_chance", "dropout")  # the size is the VAE's
+    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the size is the VAE's
     LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3}
     MUON_SCALE: ClassVar[float] = 2.0
 
@@ -314,8 +314,7 @@ class UNetArguments(TrainingArguments):
     unconditional: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave the class labels out."""
     dropout: float | None = None
-    """Share of inner values dropped in each pass of training (default: the config's; 0.1 for a tiny model that sees each photo very
-    often)."""
+    """Share of inner values dropped in each pass of training (default: the config's)."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label, for guidance."""
 
@@ -323,8 +322,8 @@ class UNetArguments(TrainingArguments):
     views: int | None = None
     """Crops of each photo, brightness and contrast varied, to train on as well; the UNet is told of the change and draws none
     (default: planned, 16 where the run sees each photo so often that it would learn it by heart, else 0)."""
-    view_chance: float | None = None
-    """Share of training pictures that are such views (default: 0.5; 0.8 for a tiny model that sees each photo very often)."""
+    view_chance: float = 0.5
+    """Share of training pictures that are such views."""
 
     # loss
     align_weight: float = 0.25
@@ -380,7 +379,7 @@ class UNetArguments(TrainingArguments):
         ):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "give 0 or more")
-        require(self.view_chance is None or 0 <= self.view_chance <= 1, "view_chance", self.view_chance, "give a share from 0 to 1")
+        require(0 <= self.view_chance <= 1, "view_chance", self.view_chance, "give a share from 0 to 1")
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "give a share from 0 to below 1")
         require(self.log_normal[1] > 0, "log_normal", self.log_normal, "give a spread above 0")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
@@ -393,7 +392,6 @@ class UNetArguments(TrainingArguments):
 
     def fill(self, plan: dict) -> None:
         super().fill(plan)
-        self.view_chance = 0.5 if self.view_chance is None else self.view_chance
         for name, validations in {"early_stopping_patience": 30, "oscillation_window": 10}.items():
             if getattr(self, name) is None:
                 setattr(self, name, 0 if self.max_train_minutes else validations)

@@ -99,8 +99,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def best_record(history: list[dict]) -> dict:
-    """The validation whose model was published: the lowest loss, or the last one where a discriminator's verdict counted."""
-    return history[-1] if "adversarial" in history[-1] else min(history, key=lambda record: record["val_loss"])
+    """The validation whose model is in the run's folder; of runs that did not note it, the lowest loss."""
+    published = [record for record in history if record.get("published")]
+    return published[-1] if published else min(history, key=lambda record: record["val_loss"])
 
 
 def write_bytes(path: Path, content: bytes) -> None:

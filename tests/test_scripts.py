@@ -227,7 +227,7 @@ def test_samples_are_judged_while_the_unet_trains(unet_flags, tmp_path, capsys):
 def test_the_gauge_is_the_held_out_loss_over_the_seen_one_at_the_same_noise():
     """Of a model that always says 0, the loss is the target's own mean square, by the equation of the velocity."""
     module = importlib.import_module("train_unet")
-    vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
+    vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0))
     scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
     moments = [np.random.default_rng(seed).normal(0, 1 + seed, (8, 8, 4, 4)).astype(np.float32) for seed in range(2)]
     seen, held_out = (module.fixed_draws(vae, values, None, scheduler, torch.device("cpu")) for values in moments)

@@ -72,11 +72,12 @@ def test_what_compiling_gains_is_told(compiled, to_come, expected):
     assert expected in training.compilation_report(0.1, compiled, 60.0, to_come)
 
 
-def test_the_published_model_is_the_best_or_the_last_that_the_verdict_has_shaped():
+def test_the_published_model_is_the_last_that_was_noted_as_such_or_the_best():
     history = [{"val_loss": loss, "epoch": epoch} for epoch, loss in enumerate((3.0, 1.0, 2.0))]
     assert best_record(history)["epoch"] == 1
-    shaped = [{"val_loss": loss, "adversarial": 0.1, "epoch": epoch} for epoch, loss in ((3, 1.2), (4, 1.5))]
-    assert best_record([*history, *shaped])["epoch"] == 4
+    noted = [record | {"published": mark} for record, mark in zip(history, (1.0, 1.0, 0.0), strict=True)]
+    assert best_record(noted)["epoch"] == 1
+    assert best_record([*noted, {"val_loss": 1.2, "published": 1.0, "epoch": 3}])["epoch"] == 3
 
 
 def test_early_stopping_by_patience_and_delta():

@@ -146,8 +146,8 @@ def main(args: UNetArguments) -> None:
     )
     if accelerator.is_main_process:
         print(reconstruction_limit(vae, pixels["validation"]))
-        if known := trained_on(args.vae_location, photos["validation"]["file_name"][:]):
-            print(f"notice: the VAE was trained on {known} of the held-out photos and looks better than it is: train it on this split")
+        if leaked := trained_on(args.vae_location, photos["validation"]["file_name"][:]):
+            print(f"notice: the VAE was trained on {leaked} of the held-out photos and looks better than it is: train it on this split")
     judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
@@ -169,8 +169,8 @@ def main(args: UNetArguments) -> None:
     # loop
     state = load_checkpoint(accelerator, checkpoint, rate, ema)
     state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
-    known = training_photos(args.vae_location)
-    history = open_history(accelerator, args, state, "train_unet.py", photos, known, vae=hub.describe_vae(args.vae_location))
+    seen_by_vae = training_photos(args.vae_location)
+    history = open_history(accelerator, args, state, "train_unet.py", photos, seen_by_vae, vae=hub.describe_vae(args.vae_location))
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
     compilation = Compilation(args, accelerator, model, state)

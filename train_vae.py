@@ -27,7 +27,7 @@ from corel_diffusers.checkpoints import find_resume, load_checkpoint, mark_finis
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
 from corel_diffusers.data.views import STATISTICS_OF
-from corel_diffusers.files import best_record, published_model, read_json, write_json
+from corel_diffusers.files import UserError, best_record, published_model, read_json, write_json
 from corel_diffusers.latents import cache_moments, measure_scale
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.losses import (
@@ -38,7 +38,7 @@ from corel_diffusers.losses import (
     kl_warmup,
     reconstruction_loss,
 )
-from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, downsample_factor, parameter_count
+from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, check_size, downsample_factor, parameter_count
 from corel_diffusers.muon import build_optimizer
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.planning import VAE_LADDER, choose, settle
@@ -111,9 +111,10 @@ def main(args: VAEArguments) -> None:
         trained.append(discriminator)
     ema = build_ema(args, model)
     rate = LearningRate([optimizer, its_optimizer] if discriminator else [optimizer], args)
-    multiple = 4 * downsample_factor(vae)  # the presets' UNets halve the latents twice
-    if any(side % multiple for side in size_px):
-        accelerator.print(f"notice: the presets' UNets take multiples of {multiple} px: --image-size {args.image_size} needs another")
+    try:
+        check_size(size_px, 4 * downsample_factor(vae), "the presets' UNets, which halve the latents twice,")
+    except UserError as error:
+        accelerator.print(f"notice: {error}, or a UNet of your own")
     print_data_and_model(accelerator, photos, size_px, f"VAE of {parameter_count(vae)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop

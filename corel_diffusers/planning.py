@@ -107,7 +107,8 @@ def choose(
 
     chosen, rate = rungs[0], None
     timed = not (args.epochs or args.max_train_steps)
-    matters = len(rungs) > 1 or timed
+    recipe_open = None in (value for name, value in args.planned.items() if name not in (*TrainingArguments.PLANNED, *args.length))
+    matters = len(rungs) > 1 or (timed and recipe_open)
     for rung in rungs if args.plan or matters else ():
         higher = rung is not rungs[0]
         if higher and (asked_for(args, rung, accelerator, count) < rung.pictures or 60 * minutes * rate < STEEPNESS * rung.pictures):

@@ -138,6 +138,8 @@ def test_an_own_config_is_taken_and_its_faults_are_named(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(UNET_CONFIG | {"_class_name": "UNet2DModel"}))
     unet = build_unet(str(path), (32, 32), build_vae("tiny", (32, 32)), None)
+    assert unet.config.dropout == UNET_CONFIG["dropout"]
+    assert build_unet(str(path), (32, 32), build_vae("tiny", (32, 32)), None, dropout=0.3).config.dropout == 0.3
     assert unet.config.block_out_channels == [16, 32]
     assert unet.config.num_class_embeds is None
     path.write_text(json.dumps(UNET_CONFIG | {"norm_num_groups": 7}))

@@ -285,6 +285,12 @@ def test_two_processes_are_one_with_the_same_global_batch(name, vae_flags, unet_
                 assert a[value] == pytest.approx(b[value], rel=2e-3), value
 
 
+def test_a_size_that_no_presets_unet_takes_is_told_before_the_vae_is_trained(vae_flags, tmp_path, capsys):
+    run_here("train_vae", [*vae_flags, "--image-size", 40, "--max-train-steps", 1, "--output-dir", tmp_path])
+    expected = "notice: --image-size 40: the presets' UNets, which halve the latents twice, can take multiples of 16 px: give 32 or 48, or"
+    assert expected in capsys.readouterr().out
+
+
 def test_accelerate_launch_and_the_guides_flags(unet_flags, tmp_path):
     flags = [
         "--output-dir", tmp_path, "--epochs", 1, "--grad-accum", 2, "--lr", "1e-4", "--image_size", 32, "--ema_decay", 0.995, "--schedule",

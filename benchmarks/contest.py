@@ -58,14 +58,15 @@ def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *what: object)
 def table(results: list[dict]) -> str:
     """A row for each run, the best first."""
     lines = [
-        "| run | seconds | KID x1000 [95 %] | FD | precision | recall | copies in pixels, in features |",
-        "|---|---|---|---|---|---|---|",
+        "| run | seconds | KID x1000 [95 %] | FD | precision | recall | copies in pixels, in features | VAE: PSNR, KID x1000 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in sorted(results, key=lambda r: r["generation"]["kid_e3"]):
-        g, c = result["generation"], result["copies"]["pictures"]
+        g, c, v = result["generation"], result["copies"]["pictures"], result.get("reconstruction")
         lines.append(
             f"| {result['run']} | {result['train_seconds']:.0f} | {with_interval(g)} | {g['fd']:.0f} "
-            f"| {g['precision']:.2f} | {g['recall']:.2f} | {c['pixels']:.1%}, {c['features']:.1%} |"
+            f"| {g['precision']:.2f} | {g['recall']:.2f} | {c['pixels']:.1%}, {c['features']:.1%} "
+            + (f"| {v['psnr_db']:.1f} dB, {v['kid_e3']:.1f} |" if v else "| |")
         )
     return "\n".join(lines)
 
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--num-images", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--peer-seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
     parser.add_argument("--reserve-minutes", type=float, default=0.4, help="of the toolkit's time: imports, last validation, last grid")
     parser.add_argument("--vae-share", type=float, default=0.3, help="of the toolkit's minutes")
@@ -105,7 +107,7 @@ def main() -> None:
     tool("prepare", "--data-dir", args.data_dir.resolve(), *flags)
     results, rows = [], []
     for name in args.only:
-        for seed in args.seeds:
+        for seed in args.seeds if name == OURS else args.peer_seeds:
             run = args.output_dir / f"{name}-seed{seed}"
             if name == OURS:
                 seconds = train_ours(prepared, args, seed, run)

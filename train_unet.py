@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
 from corel_diffusers.evaluation.evaluate import SampleJudge, as_often, reconstruction_limit
-from corel_diffusers.files import best_record, published_model
+from corel_diffusers.files import best_record, published_model, read_json
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.learning_rate import LearningRate
@@ -132,7 +133,7 @@ def main(args: UNetArguments) -> None:
         clip_sample=False,  # latents are not bounded by 1
         timestep_spacing="trailing",  # few-step samplers then begin at pure noise (Lin et al. 2023, arXiv:2305.08891)
     )
-    views = Views.of(cache_large_pixels(photos, size_px, share)["train"], args.views) if args.views else None
+    views = Views.of(cache_large_pixels(photos, size_px, share)["train"], args.views, size_px[0]) if args.views else None
     moments = {
         split: cache_moments(vae, part, device, views if split == "train" else None, args.batch_size, share)
         for split, part in pixels.items()
@@ -146,6 +147,9 @@ def main(args: UNetArguments) -> None:
     )
     if accelerator.is_main_process:
         print(reconstruction_limit(vae, pixels["validation"]))
+        vae_run = Path(args.vae_location) / "run.json"
+        if vae_run.is_file() and not read_json(vae_run)["finished"]:
+            print("notice: the VAE's training was stopped before its end: go on with train_vae.py --resume latest for a better one")
         if leaked := trained_on(args.vae_location, photos["validation"]["file_name"][:]):
             print(f"notice: the VAE was trained on {leaked} of the held-out photos and looks better than it is: train it on this split")
     judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
@@ -217,8 +221,7 @@ def main(args: UNetArguments) -> None:
                     with accelerator.autocast():
                         values = of_main_process(accelerator, gauge(unet, noise_scheduler, seen, held_out))
                     best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
-                    lowest = min(record["gauge"] for record in (*history, values))
-                    published = best or values["gauge"] < PUBLISHED_UP_TO * lowest
+                    published = best or values["gauge"] < PUBLISHED_UP_TO * healthy_gauge([*history, values])
                     if published and accelerator.is_main_process:
                         with published_model(args.run_dir) as folder:
                             pipe.save_pretrained(folder)
@@ -240,9 +243,8 @@ def main(args: UNetArguments) -> None:
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, rate, ema)
                 if accelerator.is_main_process:
-                    lowest = min((record["gauge"] for record in history), default=1.0)
-                    mark = {GAUGE: (COPIES_BEGAN * lowest, "copies in pixels began above, on 60 photos")}
-                    plot_history(history, PANELS, args.run_dir / "loss_history.png", mark)
+                    mark = (COPIES_BEGAN * healthy_gauge(history), "copies in pixels began above, on 60 photos") if history else None
+                    plot_history(history, PANELS, args.run_dir / "loss_history.png", mark and {GAUGE: mark})
                     hub.write_card(args.run_dir)
             if stopping:
                 break
@@ -311,11 +313,12 @@ def fixed_draws(
 
 
 def alike(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Places of as many photos as `wanted` has labels, of the same classes where there are enough, evenly over `labels`."""
+    """Places of as many photos as `wanted` has labels, of the same classes, evenly over each; again where a class has too few, and of any
+    class where it has none."""
     chosen = []
     for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
-        own = np.flatnonzero(labels == label)
-        chosen.append(own[evenly(len(own), count)])
+        own = np.flatnonzero(labels == label) if label in labels else np.arange(len(labels))
+        chosen.append(np.resize(own[evenly(len(own), count)], count))
     return np.sort(np.concatenate(chosen))
 
 
@@ -340,6 +343,13 @@ def gauge(unet: UNet2DModel, noise_scheduler: DDPMScheduler, seen: FixedDraws, h
     on_seen, on_held_out = measure(unet, noise_scheduler, seen), measure(unet, noise_scheduler, held_out)
     values = {f"val_{name}": value for name, value in on_held_out.items()} | {f"seen_{name}": value for name, value in on_seen.items()}
     return values | {name.replace("loss", "gauge"): on_held_out[name] / on_seen[name] for name in on_seen}
+
+
+def healthy_gauge(history: list[dict]) -> float:
+    """The gauge's lowest value, of validations whose held-out loss came within 5 % of the lowest. At a run's first ones it says nothing:
+    what a model that has learned nothing yet gets wrong depends on how bright photos are."""
+    lowest = min(record["val_loss"] for record in history)
+    return min(record["gauge"] for record in history if record["val_loss"] <= 1.05 * lowest)
 
 
 def samples(pipe: CorelPipeline, seed: int, labels: list[str | None], steps: int = 20) -> list[Image.Image]:

@@ -7,11 +7,15 @@ photos trained on; the table has the gauge at those moments, and how far it stoo
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from common import QUIET, ROOT, launch, machine
 
 from corel_diffusers.files import read_metrics, write_text
+
+sys.path.insert(0, str(ROOT))
+from train_unet import healthy_gauge
 
 COLUMNS = {
     "images_seen": "pictures",
@@ -41,11 +45,12 @@ def main() -> None:
         flags += ["--max-train-samples", args.photos, "--max-train-minutes", args.minutes, "--views", views, "--config", "tiny"]
         flags += ["--evaluate-every", 100, "--validate-every", 25, "--early-stopping-patience", 0, "--oscillation-window", 0]
         launch(ROOT / "train_unet.py", *flags, *QUIET)
-        rows, lowest = [], float("inf")
-        for record in read_metrics(run / "metrics.jsonl"):
-            lowest = min(lowest, record["gauge"])
-            if "copies_pixels" in record:
-                rows.append(record | {"above_lowest": record["gauge"] / lowest})
+        history = read_metrics(run / "metrics.jsonl")
+        rows = [
+            record | {"above_lowest": record["gauge"] / healthy_gauge(history[: place + 1])}
+            for place, record in enumerate(history)
+            if "copies_pixels" in record
+        ]
         text += f"\n{views} changed views of each photo\n\n| {' | '.join(COLUMNS.values())} |\n{'|---' * len(COLUMNS)}|\n"
         text += "".join(f"| {' | '.join(f'{row[name]:,.4g}' for name in COLUMNS)} |\n" for row in rows)
         write_text(args.output_dir / "overfitting.md", text)

@@ -3,8 +3,9 @@
 python benchmarks/peers.py denoising-diffusion-pytorch PHOTOS PICTURES --seconds 900 --num-images 300
 python benchmarks/peers.py diffusers-pixels PHOTOS PICTURES --seconds 900 --num-images 300
 
-PHOTOS holds square PNG files of the size to train at. The first one needs `pip install --no-deps denoising-diffusion-pytorch
-einops ema-pytorch`. The clock starts with this script, so that imports and loading count, as they do for the toolkit.
+PHOTOS holds square PNG files of the size to train at; PICTURES.json says how long was trained. The first one needs
+`pip install --no-deps denoising-diffusion-pytorch einops ema-pytorch`. The clock starts with this script, so that imports and loading
+count, as they do for the toolkit.
 """
 
 import time
@@ -24,6 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+
+from corel_diffusers.files import write_json
+from corel_diffusers.models import parameter_count
 
 
 class TimeIsUp(Exception):
@@ -69,7 +73,7 @@ def denoising_diffusion_pytorch(photos: Path, seconds: float, num_images: int, s
         trainer.dl = until(BEGAN + seconds, trainer.dl)
         with contextlib.suppress(TimeIsUp):
             trainer.train()
-    trained = {"steps": trainer.step, "batch": 16, "parameters": sum(p.numel() for p in unet.parameters())}
+    trained = {"seconds": time.monotonic() - BEGAN, "steps": trainer.step, "batch": 16, "parameters": parameter_count(unet)}
     sampler = trainer.ema.ema_model.eval()
     with torch.inference_mode():
         return torch.cat([sampler.sample(batch_size=len(part)) for part in torch.arange(num_images).split(25)]), trained
@@ -106,6 +110,7 @@ def diffusers_pixels(photos: Path, seconds: float, num_images: int, steps: int) 
         optimizer.zero_grad()
         ema.step(unet.parameters())
         step += 1
+    trained = {"seconds": time.monotonic() - BEGAN, "steps": step, "batch": 16, "parameters": parameter_count(unet)}
     ema.copy_to(unet.parameters())
     sampler, made = DDIMScheduler.from_config(scheduler.config), []
     sampler.set_timesteps(steps)
@@ -115,7 +120,7 @@ def diffusers_pixels(photos: Path, seconds: float, num_images: int, steps: int) 
             for timestep in sampler.timesteps:
                 x = sampler.step(unet(x, timestep).sample, timestep, x).prev_sample
             made.append((x.clamp(-1, 1) + 1) / 2)
-    return torch.cat(made), {"steps": step, "batch": 16, "parameters": sum(p.numel() for p in unet.parameters())}
+    return torch.cat(made), trained
 
 
 PEERS = {"denoising-diffusion-pytorch": denoising_diffusion_pytorch, "diffusers-pixels": diffusers_pixels}
@@ -127,7 +132,7 @@ if __name__ == "__main__":
     parser.add_argument("pictures", type=Path)
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--num-images", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=100, help="of DDIM; sampling is outside the seconds")
+    parser.add_argument("--steps", type=int, default=50, help="of DDIM; sampling is outside the seconds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -136,4 +141,5 @@ if __name__ == "__main__":
     digits = math.ceil(math.log10(len(made) + 1))
     for place, picture in enumerate(made):
         Image.fromarray((picture.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()).save(args.pictures / f"{place:0{digits}d}.png")
-    print(f"{args.peer}: {trained['steps']} steps of {trained['batch']}, {trained['parameters'] / 1e6:.1f} M parameters")
+    write_json(args.pictures.with_suffix(".json"), trained)
+    print(f"{args.peer}: {trained['steps']} steps of {trained['batch']}, {trained['parameters']}")

@@ -147,6 +147,7 @@ class TrainingArguments:
             "num_workers",
             "no_mixed_precision",
             "gradient_checkpointing",
+            "compile",
             "config",
         }  # the global batch is compared, the config's content
         stopping = {"early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"}
@@ -252,7 +253,7 @@ class VAEArguments(TrainingArguments):
 
     # photos, as they vary
     crop_chance: float = 0.3
-    """Share of photos seen as a random crop at a random scale, down to the photo's own pixels."""
+    """Share of photos seen as a random crop at a random scale, of the photo at up to two and a half times the training size."""
     colour_jitter: float = 0.05
     """Brightness and contrast vary by up to this share."""
 

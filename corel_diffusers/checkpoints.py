@@ -30,8 +30,7 @@ class RunState:
     to_beat: float = math.inf  # by early_stopping_delta, or the validation counts as one without a new best
     validations_since_best: int = 0
     recent: list[float] = field(default_factory=list)  # validation losses of the oscillation window
-    totals: dict[str, float] = field(default_factory=dict)  # sums of the current epoch's training values
-    passes: int = 0  # forward passes in those sums
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)  # the current epoch's training values, of so many forward passes
     kl_weight: float = 0.0
     stop_reason: str = ""
 

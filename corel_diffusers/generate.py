@@ -89,10 +89,11 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """The sampler for a model trained with `scheduler`.
 
     DPM-Solver++ leaves out the last timesteps of the cosine schedule, where a predicted noise has to be divided by almost 0
-    (log-SNR / 2 below -5.1, as diffusers advises).
+    (log-SNR / 2 below -5.1, as diffusers advises); not of one that ends in pure noise, which the model was trained to begin with.
     """
     if name == "dpm-solver++":
-        return DPMSolverMultistepScheduler.from_config(scheduler.config, lambda_min_clipped=-5.1)
+        clip = {} if scheduler.config.get("rescale_betas_zero_snr") else {"lambda_min_clipped": -5.1}
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, **clip)
     return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler}[name].from_config(scheduler.config)
 
 

@@ -228,30 +228,28 @@ def compilation_report(plain: float, compiled: float, warmup: float, steps_to_co
 
 
 class RunningMean:
-    """Means of named values over the steps of an epoch, summed on the device: nothing waits for it until it is read."""
+    """Means of named values over an epoch's forward passes that had them, summed on the device: nothing waits for it until it is read."""
 
     def __init__(self, state: RunState, device: torch.device) -> None:
-        self.device, self.passes = device, state.passes
-        self.sums = {name: torch.tensor(value, device=device) for name, value in state.totals.items()}
+        self.sums = {name: (torch.tensor(total, device=device), passes) for name, (total, passes) in state.sums.items()}
 
     def add(self, **values: torch.Tensor) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
-        self.passes += 1
+            total, passes = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + value.detach().float(), passes + 1
 
     def store(self, state: RunState, accelerator: Accelerator) -> None:
         """Puts the sums so far, averaged over ranks, into the state, for a checkpoint in mid-epoch."""
-        state.totals = {name: float(accelerator.reduce(value, "mean")) for name, value in self.sums.items()}
-        state.passes = self.passes
+        state.sums = {name: (float(accelerator.reduce(total, "mean")), passes) for name, (total, passes) in self.sums.items()}
 
     def means(self) -> dict[str, float]:
         """This rank's means so far."""
-        return {name: float(value) / self.passes for name, value in self.sums.items()}
+        return {name: float(total) / passes for name, (total, passes) in self.sums.items()}
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all ranks; begins anew."""
-        means = {name: float(accelerator.reduce(value / self.passes, "mean")) for name, value in self.sums.items()}
-        self.sums, self.passes = {}, 0
+        means = {name: float(accelerator.reduce(total / passes, "mean")) for name, (total, passes) in self.sums.items()}
+        self.sums = {}
         return means
 
 

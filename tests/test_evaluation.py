@@ -106,6 +106,15 @@ def test_the_interval_covers_the_true_distance():
     assert inside >= 90, f"a 95 % interval covered {inside} of 100 times"
 
 
+def test_colours_by_hand():
+    left = np.zeros((2, 4, 3), np.uint8)
+    left[:, :2] = (200, 100, 0)  # red - green 100, (red + green) / 2 - blue 150 on one half, 0 on the other
+    found = metrics.colour_statistics(np.stack([left, left[:, ::-1]]))
+    assert [found[name] for name in ("red", "green", "blue")] == [100, 50, 0]
+    assert found["contrast"] == pytest.approx(np.std([200, 100, 0, 0, 0, 0]))
+    assert found["colourfulness"] == pytest.approx(np.hypot(50, 75) + 0.3 * np.hypot(50, 75))
+
+
 def test_class_match_and_diversity():
     photos = torch.cat([gaussian(20, shift=-2), gaussian(20, shift=2, seed=1)])
     labels = torch.arange(2).repeat_interleave(20)
@@ -138,7 +147,7 @@ def test_planted_copies_are_found(pixels, network, plant):
     if "mirrored" in plant:
         copies = copies[:, :, ::-1]
     if "cropped" in plant:
-        copies = memorization.resize(copies, (48, 48), (2, 2, 46, 46))
+        copies = np.stack([memorization.cropped(copy, (0.9, 0.03, 0.06)) for copy in copies])
     if "noisy" in plant:
         copies = np.clip(copies + np.random.default_rng(0).normal(0, 4, copies.shape), 0, 255).astype(np.uint8)
     in_pixels, in_features = finder.search(copies, feature_networks.extract(network, np.ascontiguousarray(copies)))
@@ -162,8 +171,34 @@ def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, network):
 
 
 def test_nothing_stands_out_of_photos_that_are_all_the_same():
-    found = memorization.nearest_photos(torch.zeros(1, 2), [torch.zeros(3, 2)], torch.zeros(3, dtype=torch.long))
+    found = memorization.two_nearest(torch.zeros(1, 3), torch.zeros(3, dtype=torch.long))
     assert found.ratio.tolist() == [float("inf")]
+
+
+def test_of_burst_photos_two_are_looked_at():
+    distance, groups = torch.tensor([5.0, 1.0, 2.0, 3.0, 4.0, 9.0]), torch.tensor([1, 0, 0, 0, 0, 2])
+    assert memorization.likeliest(distance, groups) == [1, 2, 0, 5]
+
+
+def test_the_nearest_crops_of_the_likeliest_photos_are_those_of_all(pixels, network):
+    photos = np.array(pixels["train"].values)
+    copies = memorization.planted_copies(photos[:6])
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
+    found = finder.search(copies, feature_networks.extract(network, copies))[0]
+    places, scales = np.linspace(0, 1, 9), (0.66, 0.68, 0.7, 0.79, 0.81, 0.83, 0.91, 0.93, 0.95)
+    crops = [(scale, (1 - scale) * left, (1 - scale) * top) for scale in scales for left in places for top in places]
+    views = [torch.from_numpy(memorization.resize(photos, 32, crop).reshape(len(photos), -1)) for crop in crops]
+    distance = memorization.distances(torch.from_numpy(memorization.resize(copies[:, :, ::-1], 32).reshape(6, -1)), views)
+    of_all = memorization.two_nearest(distance, finder.groups)
+    assert found.photo.tolist() == of_all.photo.tolist() == list(range(6))
+    a_copy = of_all.ratio < memorization.PIXEL_RATIO
+    assert a_copy.sum() >= 5
+    assert (found.ratio[a_copy] < memorization.PIXEL_RATIO).all()
+
+
+def test_two_photos_tell_no_ratio_that_is_a_number_of_nothing(pixels, network):
+    two = Pixels(np.array(pixels["train"].values[:2]), "two")
+    assert memorization.CopyFinder.of(two, two, network).feature_ratio == 0
 
 
 def test_held_out_photos_are_no_copies(pixels, network):
@@ -194,6 +229,7 @@ def test_dinov2_is_transformers_own(tmp_path):
     assert torch.allclose(feature_networks.extract(network, pictures.numpy()), expected.double(), atol=1e-5)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is here, its weights may be")
 def test_a_network_that_cannot_be_had_is_named_with_the_way_out():
     with pytest.raises(UserError, match="--features inception cannot be loaded .* use --features efficientnet-lite0"):
         feature_networks.load_network("inception", torch.device("cpu"))

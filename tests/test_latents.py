@@ -49,7 +49,7 @@ def test_a_draw_is_the_posteriors_own_sample(vae, pixels):
 def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_photos):
     large = cache_large_pixels(load_photos(raw_photos), (32, 32))["train"]
     assert large.values.shape[1:3] == (48, 48), "photos of 48 px have no more"
-    views = Views.of(large, 3)
+    views = Views.of(large, 3, 32)
     moments, changes = cache_moments(vae, pixels, torch.device("cpu"), views=views), views.changes()
     assert np.array_equal(moments[:, :2], cache_moments(vae, pixels, torch.device("cpu"))), "photo and mirror image first"
     assert moments.shape[1] == changes.shape[1] == 2 + 2 * 3
@@ -66,6 +66,11 @@ def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_pho
     assert not changes[:, :2].any(), "a photo as it is has no changes"
     assert (changes[:, 2:, 0] > 0).all()
     assert (changes[:, 2:, 0] <= 0.5).all()
+
+
+def test_photos_without_more_pixels_are_not_said_to_be_cropped(raw_photos):
+    large = cache_large_pixels(load_photos(raw_photos), (48, 48))["train"]
+    assert not Views.of(large, 3, 48).changes()[..., :3].any()
 
 
 @pytest.mark.parametrize("views", [0, 3])

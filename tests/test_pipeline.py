@@ -9,6 +9,7 @@ import torch
 from conftest import UNET_CONFIG, VAE_CONFIG, launch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
+from corel_diffusers.generate import build_sampler
 from pipeline import CorelPipeline
 
 NAMES = {"0": "sunset at sea", "1": "snowy mountain"}
@@ -85,6 +86,39 @@ def test_guidance_in_one_pass_is_that_of_two():
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     result = pipe(2, [0, "snowy mountain"], guidance_scale=3.0, num_inference_steps=1, latents=latents, output_type="latent").images
     assert torch.allclose(result, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
+def test_a_model_of_zero_terminal_snr_begins_at_pure_noise(name):
+    pipe = build("v_prediction")
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
+    clean, asked = torch.randn(2, 4, 8, 8), []
+    pipe.unet = ExactPredictor(clean, pipe)
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: asked.append(int(inputs[1])))
+    pipe.scheduler = build_sampler(name, pipe.scheduler)
+    result = pipe(2, num_inference_steps=20, guidance_scale=1.0, output_type="latent").images
+    assert asked[0] == 999
+    assert torch.allclose(result, clean, atol=1e-2)
+
+
+def test_within_an_interval_only_its_noise_levels_are_guided():
+    pipe, asked = build("v_prediction"), []
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    handle = pipe.unet.register_forward_pre_hook(lambda _, inputs: asked.append((int(inputs[1]), len(inputs[0]))))
+    seeds = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    inside = pipe(3, 1, num_inference_steps=10, guidance_scale=3.0, guidance_interval=(0.25, 0.65), **seeds).images
+    handle.remove()
+    assert asked == [(t, 6 if 250 <= t <= 650 else 3) for t in range(999, 0, -100)]
+
+    scheduler, x = DDIMScheduler.from_config(pipe.scheduler.config), torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(10)
+    label, none = torch.full((3,), 1), torch.full((3,), 2)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            with_class, without = pipe.unet(x, t, label).sample, pipe.unet(x, t, none).sample
+        guided = without + 3.0 * (with_class - without) if 250 <= t <= 650 else with_class
+        x = scheduler.step(guided, t, x).prev_sample
+    assert torch.allclose(inside, x, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SWAPPED)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, UNET_CONFIG, launch, run_here, script
+from conftest import ROOT, UNET_CONFIG, launch, make_photos, run_here, script
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -213,8 +213,10 @@ def test_a_plan_is_printed_and_nothing_written(vae_flags, tmp_path, capsys):
     assert metrics(tmp_path)[-1]["step"] == 2
 
 
-def test_samples_are_judged_while_the_unet_trains(unet_flags, tmp_path, capsys):
-    run_here("train_unet", [*unet_flags, "--epochs", 2, "--validate-every", 1, "--evaluate-every", 2, "--output-dir", tmp_path])
+def test_samples_are_judged_while_the_unet_trains(unet_flags, raw_photos, tmp_path, capsys):
+    four_held_out = make_photos(tmp_path / "photos", classes=4, each=4)
+    flags = [four_held_out if flag == raw_photos else flag for flag in unet_flags]
+    run_here("train_unet", [*flags, "--epochs", 2, "--validate-every", 1, "--evaluate-every", 2, "--output-dir", tmp_path])
     first, second = metrics(tmp_path)
     assert "kid_e3" not in first
     assert second["kid_e3"] > 0
@@ -242,6 +244,20 @@ def test_the_gauge_is_the_held_out_loss_over_the_seen_one_at_the_same_noise():
     for band in range(4):
         rows = (seen.timesteps >= 250 * band) & (seen.timesteps < 250 * (band + 1))
         assert found[f"gauge_{band + 1}"] == pytest.approx(float(squares[1][rows].mean() / squares[0][rows].mean()), rel=1e-4)
+
+
+def test_the_gauge_compares_as_many_photos_of_the_same_classes():
+    module = importlib.import_module("train_unet")
+    train, wanted = np.array([0] * 6 + [1] * 2 + [2]), np.array([0, 0, 0, 1, 1, 1])
+    assert module.alike(train, wanted).tolist() == [0, 2, 5, 6, 6, 7], "again where a class has too few"
+    assert len(module.alike(np.array([2]), wanted)) == len(wanted), "of another class where there is none"
+
+
+def test_the_gauge_is_judged_from_its_lowest_value_once_the_model_has_learned():
+    module = importlib.import_module("train_unet")
+    history = [{"val_loss": loss, "gauge": gauge} for loss, gauge in ((0.9, 0.8), (0.72, 1.0), (0.7, 1.1), (0.75, 1.2))]
+    assert module.healthy_gauge(history) == 1.0
+    assert module.healthy_gauge(history[:1]) == 0.8
 
 
 def test_the_gauge_rises_when_a_few_photos_are_learned_by_heart(unet_flags, tmp_path):

@@ -1,9 +1,12 @@
 """The pieces around the loops: length, compiling, metrics, stopping."""
 
+import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from corel_diffusers import training
 from corel_diffusers.arguments import UNetArguments, VAEArguments
@@ -13,6 +16,7 @@ from corel_diffusers.files import UserError, best_record, finish_publishing, pub
 from corel_diffusers.precision import autocast, resolve_precision
 from corel_diffusers.training import (
     RunLength,
+    RunningMean,
     append_metrics,
     checkpoint_due,
     early_stop,
@@ -38,6 +42,29 @@ def test_a_run_of_minutes_has_ten_checkpoints_and_ten_pictures():
     args.checkpoint_every, args.sample_every = 3, 8
     assert [step for step in range(1, 31) if checkpoint_due(args, plan, RunState(step=step), length)] == [15, 30]
     assert [epoch for epoch in range(4, 33, 4) if pictures_due(args, epoch, 4, length, state, history)] == [8, 16, 24, 32]
+
+
+def test_a_term_that_begins_in_mid_epoch_is_averaged_over_its_own_passes():
+    accelerator, state = Accelerator(cpu=True), RunState()
+    means = RunningMean(state, accelerator.device)
+    means.add(loss=torch.tensor(1.0))
+    means.add(loss=torch.tensor(2.0), adversarial=torch.tensor(8.0))
+    means.store(state, accelerator)
+    resumed = RunningMean(RunState(**json.loads(json.dumps(asdict(state)))), accelerator.device)
+    resumed.add(loss=torch.tensor(6.0), adversarial=torch.tensor(10.0))
+    assert resumed.means() == resumed.close(accelerator) == {"loss": 3.0, "adversarial": 9.0}
+    assert resumed.means() == {}, "the next epoch begins anew"
+
+
+def test_the_average_of_the_weights_is_the_formulas():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = training.build_ema(UNetArguments(ema_decay=0.9), model), float(model.weight)
+    for step in range(1, 60):
+        model.weight.data.fill_(step**0.5)
+        ema.step(model.parameters())
+        decay = min(0.9, 1 - step ** (-2 / 3))
+        expected = decay * expected + (1 - decay) * step**0.5
+        assert float(ema.shadow_params[0]) == pytest.approx(expected, rel=1e-5), step
 
 
 def test_epochs_without_flags_have_the_guides_rhythm():

@@ -52,16 +52,14 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     Raises UserError where there is no photo, and on a classes.txt or captions.json that cannot be read.
     """
     files = visible_files(folder)
-    pictures = [f for f in files if f.suffix.lower() in PHOTO_ENDINGS]
+    pictures = [f for f in files if is_named_photo(f)]
     subfolders = {
-        d: [f for f in visible_files(d) if f.suffix.lower() in PHOTO_ENDINGS]
-        for d in sorted(folder.iterdir())
-        if d.is_dir() and not d.name.startswith(".")
+        d: [f for f in visible_files(d) if is_named_photo(f)] for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")
     }
     subfolders = {d: inside for d, inside in subfolders.items() if inside}
     if layout == "auto":
         layout = "folders" if subfolders and not pictures else layout_by_names([f.stem for f in pictures], folder)
-    found = Found(layout, [], {}, {f.name: not_a_picture(f) for f in files if f not in pictures})
+    found = Found(layout, [], {}, {f.name: not_a_picture(f) for f in files if not is_named_photo(f)})
     if not (subfolders if layout == "folders" else pictures):
         raise UserError(f"No images found in {folder}: looked for {' '.join(PHOTO_ENDINGS)}; check --data-dir")
     captions = read_captions(folder / "captions.json")
@@ -71,7 +69,7 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
         numbers = folder_numbers([d.name for d in subfolders])
         found.classes = {numbers[d.name]: names.get(numbers[d.name], d.name) for d in subfolders}
         for directory, inside in subfolders.items():
-            others = [f for f in visible_files(directory) if f not in inside]
+            others = [f for f in visible_files(directory) if not is_named_photo(f)]
             found.not_photos |= {f"{directory.name}/{f.name}": not_a_picture(f) for f in others}
             inside_captions = read_captions(directory / "captions.json")
             for file in inside:
@@ -100,6 +98,11 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     if subfolders:
         found.notices.append(f"{len(subfolders)} folders of photos inside {folder.name} are left out")
     return found
+
+
+def is_named_photo(file: Path) -> bool:
+    """Whether a file's name says that it is a photo."""
+    return file.suffix.lower() in PHOTO_ENDINGS
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -178,13 +181,15 @@ def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None
         photos = sum(map(len, label_groups))
         free = label_groups[:-1]  # the last one always trains
         for side, wanted in (("validation", max(1, round(VALIDATION_FRACTION * photos))), ("test", round(test_fraction * photos))):
-            taken = 0
-            for indices in list(free):
+            taken, left = 0, []
+            for indices in free:
                 if taken < wanted and (not taken or taken + len(indices) <= wanted):
                     for index in indices:
                         sides[index] = side
                     taken += len(indices)
-                    free.remove(indices)
+                else:
+                    left.append(indices)
+            free = left
     return sides
 
 

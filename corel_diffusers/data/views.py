@@ -26,11 +26,12 @@ class Views:
     jitter: torch.Tensor  # (N, V, 2)
 
     @classmethod
-    def of(cls, large: Pixels, count: int) -> "Views":
-        """So many views of each photo."""
+    def of(cls, large: Pixels, count: int, height_px: int) -> "Views":
+        """So many views of each photo, for training at that height."""
         generator = torch.Generator().manual_seed(0)
         places = torch.rand(len(large), count, 3, generator=generator)
-        places[..., 0] = 0.5 + 0.5 * places[..., 0]  # no closer than half way to the closest crop
+        # no closer than half way to the closest crop; photos that have no more pixels come whole
+        places[..., 0] = 0.5 + 0.5 * places[..., 0] if large.values.shape[1] > height_px else 1.0
         return cls(large, places, 0.2 * torch.rand(len(large), count, 2, generator=generator) - 0.1)
 
     def __len__(self) -> int:

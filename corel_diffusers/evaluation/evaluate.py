@@ -14,7 +14,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from corel_diffusers.cli import Evaluate
 from corel_diffusers.data.cache import cached_array, digest
-from corel_diffusers.data.photos import PHOTO_ENDINGS, load_photos
+from corel_diffusers.data.photos import is_named_photo, load_photos
 from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, fit_photo, open_photo, to_float
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
@@ -158,11 +158,12 @@ class SampleJudge:
         return cls(network, photo_features(network, pixels["validation"]), finder)
 
     def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
-        """KID x1000 against the held-out photos and the shares of copies; few pictures make it noisy, the trend counts."""
+        """KID x1000 against the held-out photos, where there are enough, and the shares of copies; few pictures make it noisy, the trend
+        counts."""
         values = as_array(pictures)
         features = extract(self.network, values)
         copies = {f"copies_{name}": share for name, share in self.finder.shares(*self.finder.search(values, features)).items()}
-        return {"kid_e3": 1e3 * kernel_distance(features, self.held_out)} | copies
+        return ({"kid_e3": 1e3 * kernel_distance(features, self.held_out)} if len(self.held_out) >= FEWEST else {}) | copies
 
 
 def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
@@ -182,7 +183,7 @@ def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
 def read_pictures(folder: Path) -> list[Image.Image]:
     """Every picture below a folder, sorted by name, at the first one's size."""
     pictures = []
-    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS):
+    for file in sorted(file for file in folder.rglob("*") if is_named_photo(file)):
         try:
             pictures.append(open_photo(file))
         except PhotoError as error:

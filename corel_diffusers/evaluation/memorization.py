@@ -7,21 +7,29 @@ blur moves features further than the way from one photo to the next, and a model
 Near duplicates among the photos count as one photo: a copy of one is as near to the other.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, islice, product
 
 import imagehash
 import numpy as np
 import torch
 from PIL import Image
 
+from corel_diffusers.data.cache import Shards
 from corel_diffusers.data.duplicates import duplicate_groups
 from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.evaluation.features import Network, photo_features
 
 PIXEL_RATIO = 1 / 3
-COMPARED_PX = 32  # pixels are compared at this size: a copy stays one, and what ten thousand photos are searched as takes 1.2 GB
-CROPS = (0.92, 0.84)  # of the side: a photo's centre, corners and the middles of its edges count as the photo
+Crop = tuple[float, float, float]  # scale, left and top, as shares of the side
+# Every photo is looked at in these crops, so small that ten thousand photos take 0.3 GB
+COARSE_PX = 16
+CROPS: list[Crop] = [(1.0, 0.0, 0.0)]
+CROPS += [(scale, left * (1 - scale), top * (1 - scale)) for scale in (0.85, 0.7) for left, top in product((0, 0.5, 1), repeat=2)]
+# then a picture's likeliest photos larger, each in crops around its three best ones, in ever smaller steps
+FINE_PX, LIKELY, STEPS, SMALLEST = 32, 4, (0.06, 0.06, 0.03, 0.015), 0.6
 
 
 @dataclass
@@ -36,51 +44,78 @@ class Nearest:
         return float((self.ratio < ratio).double().mean())
 
 
-def pixel_versions(photos: np.ndarray) -> list[torch.Tensor]:
-    """uint8 (N, H, W, 3) -> pixel vectors of each photo, nine crops of it at each of CROPS, and the mirror image of each: 38 of (N, D)."""
-    height, width = photos.shape[1:3]
-    boxes = [(0, 0, width, height)]
-    for crop in CROPS:
-        kept_h, kept_w = round(crop * height), round(crop * width)
-        below, beside = height - kept_h, width - kept_w
-        for top, left in product((0, below // 2, below), (0, beside // 2, beside)):
-            boxes.append((left, top, left + kept_w, top + kept_h))
-    seen = [resize(photos, (COMPARED_PX, COMPARED_PX), box) for box in boxes]
+def pixel_views(photos: np.ndarray) -> list[torch.Tensor]:
+    """uint8 (N, H, W, 3) -> uint8 (N, D) at COARSE_PX for each of CROPS and its mirror image."""
+    seen = [resize(photos, COARSE_PX, crop) for crop in CROPS]
     return [torch.from_numpy(np.ascontiguousarray(side).reshape(len(photos), -1)) for part in seen for side in (part, part[:, :, ::-1])]
 
 
-def resize(pictures: np.ndarray, size_px: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """A box of each picture at another size, uint8 (N, *size_px, 3)."""
-    size = (size_px[1], size_px[0])
-    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BILINEAR, box=box)) for p in pictures])
+def resize(pictures: np.ndarray, side_px: int, crop: Crop = CROPS[0]) -> np.ndarray:
+    """A crop of each picture, squeezed into a square: uint8 (N, side, side, 3)."""
+    return np.stack([cropped(picture, crop, (side_px, side_px)) for picture in pictures])
 
 
-def nearest_photos(pictures: torch.Tensor, photo_views: list[torch.Tensor], groups: torch.Tensor, leave_out_self: bool = False) -> Nearest:
-    """pictures (N, D), each view of the photos (M, D) -> the two nearest photos, a photo being as near as its nearest view.
+def cropped(picture: np.ndarray, crop: Crop, size_px: tuple[int, int] | None = None) -> np.ndarray:
+    """A crop of a picture, uint8 (H, W, 3), at a size (height, width); at the picture's own where none is given."""
+    (height, width), (scale, left, top) = picture.shape[:2], crop
+    size_px = size_px or (height, width)
+    box = (left * width, top * height, (left + scale) * width, (top + scale) * height)
+    return np.asarray(Image.fromarray(picture).resize(size_px[::-1], Image.Resampling.BILINEAR, box=box))
 
-    groups: (M,), the same number for near duplicates; the second photo is of another group. Where there is none, the ratio is infinite:
-    nothing stands out. leave_out_self: the pictures are the photos themselves, and a photo's group are not its neighbours.
-    """
-    pictures = pictures.double()
-    distance = torch.full((len(pictures), len(photo_views[0])), float("inf"), dtype=torch.float64)
+
+def distances(pictures: torch.Tensor, photo_views: list[torch.Tensor]) -> torch.Tensor:
+    """pictures (N, D), each view of the photos (M, D) -> (N, M), float64: a photo is as near as its nearest view."""
+    nearest = torch.full((len(pictures), len(photo_views[0])), float("inf"), dtype=torch.float64)
     for view in photo_views:
-        distance = torch.minimum(distance, torch.cdist(pictures, view.double()))
-    if leave_out_self:
-        distance.masked_fill_(groups[:, None] == groups, float("inf"))
+        nearest = torch.minimum(nearest, torch.cdist(pictures.double(), view.double()))
+    return nearest
+
+
+def two_nearest(distance: torch.Tensor, groups: torch.Tensor) -> Nearest:
+    """distance (N, M) of pictures to photos, groups (M,): the same number for near duplicates; the second photo is of another
+    group. Where there is none, the ratio is infinite: nothing stands out."""
     first, photo = distance.min(1)
     second, other = distance.masked_fill(groups[photo][:, None] == groups, float("inf")).min(1)
     return Nearest(photo, other, torch.where(second.isinf(), float("inf"), first / second.clamp_min(1e-12)))
 
 
-def pixel_vectors(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> uint8 (N, D) at COMPARED_PX."""
-    return torch.from_numpy(resize(pictures, (COMPARED_PX, COMPARED_PX)).reshape(len(pictures), -1))
+def likeliest(distance: torch.Tensor, groups: torch.Tensor) -> list[int]:
+    """distance (M,) of a picture to each photo -> the photos of the LIKELY nearest groups, at most two of each."""
+    photos, seen = [], Counter()
+    for photo in distance.argsort().tolist():
+        group = int(groups[photo])
+        if group not in seen and len(seen) == LIKELY:
+            break
+        seen[group] += 1
+        if seen[group] <= 2:
+            photos.append(photo)
+    return photos
+
+
+def nearest_crop(picture: np.ndarray, photo: np.ndarray) -> float:
+    """picture (FINE_PX, FINE_PX, 3), photo (H, W, 3) -> the distance of the picture, or its mirror image, to the photo's nearest crop."""
+    either, crops = np.stack([picture, picture[:, ::-1]]).astype(np.float32), CROPS
+    for step in (*STEPS, None):
+        views = np.concatenate([resize(photo[None], FINE_PX, crop) for crop in crops])
+        distance = np.sqrt(((views[:, None] - either) ** 2).sum((2, 3, 4))).min(1)
+        if step:
+            crops = list(dict.fromkeys(near for best in distance.argsort()[:3] for near in moved(crops[best], step)))
+    return float(distance.min())
+
+
+def moved(crop: Crop, step: float) -> list[Crop]:
+    """The crop with its scale and its place a step less, the same and more: 27, within the photo."""
+    crops = np.array(crop) + step * np.array(list(product((-1, 0, 1), repeat=3)))
+    crops[:, 0] = crops[:, 0].clip(SMALLEST, 1)
+    crops[:, 1:] = crops[:, 1:].clip(0, 1 - crops[:, :1])
+    return list(map(tuple, crops.tolist()))
 
 
 @dataclass
 class CopyFinder:
     """The training photos in pixels and in features, and the ratio below which features tell a copy."""
 
+    photos: Shards | np.ndarray  # uint8 (M, H, W, 3), as rendered
     pixels: list[torch.Tensor]
     features: list[torch.Tensor]
     groups: torch.Tensor  # (M,), near duplicates share a number
@@ -90,31 +125,34 @@ class CopyFinder:
     def of(cls, photos: Pixels, rendered: Pixels, network: Network) -> "CopyFinder":
         """rendered: the training photos as the VAE renders them; the photos themselves where the pictures were made without one.
 
-        In features a photo counts by itself and its mirror image: the networks see past small crops. The feature ratio is the
+        In features a photo counts by itself and its mirror image; crops are searched for in pixels. The feature ratio is the
         one that 1 % of the photos themselves are below when each is compared with the others: photos of a series that look
         alike set what is not yet a copy.
         """
         hashes = [str(imagehash.phash(Image.fromarray(photo))) for photo in np.asarray(photos.values)]
         groups = torch.tensor(duplicate_groups(hashes))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
-        own = nearest_photos(features[0], features, groups, leave_out_self=True)
-        compared = own.ratio[groups[own.second] != groups]  # of two photos, neither has a second one to be compared with
+        own = two_nearest(distances(features[0], features).masked_fill_(groups[:, None] == groups, float("inf")), groups)
+        compared = own.ratio[own.ratio.isfinite()]  # of two photos, neither has a second one to be compared with
         ratio = float(torch.quantile(compared, 0.01)) if len(compared) else 0.0
-        return cls(pixel_versions(np.asarray(rendered.values)), features, groups, ratio)
+        return cls(rendered.values, pixel_views(np.asarray(rendered.values)), features, groups, ratio)
 
     def search(self, pictures: np.ndarray, features: torch.Tensor) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""
-        in_pixels = nearest_photos(pixel_vectors(pictures), self.pixels, self.groups)
-        return in_pixels, nearest_photos(features, self.features, self.groups)
+        distance = distances(torch.from_numpy(resize(pictures, COARSE_PX).reshape(len(pictures), -1)), self.pixels)
+        nearer = torch.full_like(distance, math.inf)
+        for index, picture in enumerate(resize(pictures, FINE_PX)):
+            for photo in likeliest(distance[index], self.groups):
+                nearer[index, photo] = nearest_crop(picture, self.photos[photo])
+        return two_nearest(nearer, self.groups), two_nearest(distances(features, self.features), self.groups)
 
     def shares(self, in_pixels: Nearest, in_features: Nearest) -> dict[str, float]:
         """The share of the pictures searched for that count as copies, by either measure."""
         return {"pixels": in_pixels.share_below(PIXEL_RATIO), "features": in_features.share_below(self.feature_ratio)}
 
 
-def planted_copies(photos: np.ndarray, kept: float = 0.88) -> np.ndarray:
-    """Photos mirrored and cropped to a share of the side, off the middle: what a search for copies has to find."""
-    height, width = photos.shape[1:3]
-    left, top = round((1 - kept) * width / 4), round((1 - kept) * height / 2)
-    box = (left, top, left + round(kept * width), top + round(kept * height))
-    return np.ascontiguousarray(resize(photos, (height, width), box)[:, :, ::-1])
+def planted_copies(photos: np.ndarray) -> np.ndarray:
+    """Photos mirrored and cropped, off the middle, a third each to 0.93, 0.81 and 0.68 of the side: what a search has to find."""
+    crops = islice(cycle([(0.93, 0.05, 0.01), (0.81, 0.03, 0.13), (0.68, 0.2, 0.07)]), len(photos))
+    copies = [cropped(photo, crop) for photo, crop in zip(photos, crops, strict=True)]
+    return np.ascontiguousarray(np.stack(copies)[:, :, ::-1])

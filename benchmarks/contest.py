@@ -77,13 +77,13 @@ def table(results: list[dict]) -> str:
 
 def draw_plot(results: list[dict], path: Path) -> None:
     """KID of each run with its interval."""
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.4 * len(results)), layout="constrained")
-    for place, result in enumerate(sorted(results, key=lambda r: -r["generation"]["kid_e3"])):
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(results)), layout="constrained")
+    worst_first = sorted(results, key=lambda r: -r["generation"]["kid_e3"])
+    for place, result in enumerate(worst_first):
         g = result["generation"]
         axes.barh(place, g["kid_e3"], color="tab:blue" if result["run"].startswith(OURS) else "tab:gray")
         axes.plot([g["kid_e3_low"], g["kid_e3_high"]], [place, place], color="black")
-        axes.text(0, place, f" {result['run']}", va="center", color="white")
-    axes.set_yticks([])
+    axes.set_yticks(range(len(worst_first)), [result["run"] for result in worst_first])
     axes.set_xlabel("KID x1000 against photos that nobody trained on, with its 95 % interval")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -9,13 +9,12 @@ keeps its validation photos from training; the peers, which have no use for them
 for copies of those too, and of photos as no VAE has rendered them. Drawing the pictures is outside the minutes: the toolkit takes 25
 steps of DPM-Solver++, the peers 50 of DDIM. A VAE's reconstruction is not counted with its own photo, in brackets with it.
 
-What an earlier call with these minutes has measured in the folder stands.
+What an earlier call has measured in the folder, with these minutes, size and number of pictures, stands.
 
 Leaves contest.json, contest.md, contest-kid.png (a plot), and contest.png (a row of samples each: of your photos, so not for publication).
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -55,7 +54,7 @@ def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -
 def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *what: object) -> dict:
     """What `corel-diffusers evaluate` says."""
     tool("evaluate", "--data-dir", prepared, "--output-dir", run, "--num-images", args.num_images, *what)
-    return json.loads((run / "evaluation.json").read_text())
+    return read_json(run / "evaluation.json")
 
 
 def table(results: list[dict]) -> str:
@@ -109,8 +108,9 @@ def main() -> None:
     prepared = args.output_dir / "data" / "corel" / "corel_all"
     flags = ["--output-dir", args.output_dir / "data", "--no-visualize", "--test-fraction", 1 / 6]
     tool("prepare", "--data-dir", args.data_dir.resolve(), *flags)
-    numbers, setting = args.output_dir / "contest.json", {"machine": machine(), "minutes": args.minutes}
-    before = json.loads(numbers.read_text()) if numbers.is_file() else {}
+    numbers = args.output_dir / "contest.json"
+    setting = {"machine": machine(), "minutes": args.minutes, "image_size": args.image_size, "num_images": args.num_images}
+    before = read_json(numbers) if numbers.is_file() else {}
     results = before["results"] if setting.items() <= before.items() else []
     for name in args.only:
         for seed in args.seeds if name == OURS else args.peer_seeds:

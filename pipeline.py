@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -22,13 +23,24 @@ class CorelPipeline(DiffusionPipeline):
 
     class_names: {"0": name, ...} of the UNet's labels; None for an unconditional model. (A dict with string keys, because a
     list of strings in model_index.json breaks loading from the Hub.) The label after the last class is the null label.
+    guide: the same UNet after a small part of its training. Guidance then leads away from what it predicts (Karras et al. 2024,
+    arXiv:2406.02507); without one, as after `pipe.guide = None`, away from what the UNet predicts without the class.
     """
 
     model_cpu_offload_seq = "unet->vae"
+    _optional_components: ClassVar = ["guide"]
+    _exclude_from_cpu_offload: ClassVar = ["guide"]  # it takes turns with the UNet in each step
 
-    def __init__(self, vae: AutoencoderKL, unet: UNet2DModel, scheduler: SchedulerMixin, class_names: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        class_names: dict[str, str] | None = None,
+        guide: UNet2DModel | None = None,
+    ) -> None:
         super().__init__()
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
         self.register_to_config(class_names=class_names)
         self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
 
@@ -50,16 +62,17 @@ class CorelPipeline(DiffusionPipeline):
         """Generates pictures.
 
         num_images: how many. class_labels: one class for all or one a picture, by name or id; None leaves the class open (the
-        null label). guidance_scale: w of e = e_null + w (e_class - e_null) (Ho & Salimans 2022, arXiv:2207.12598); 1 is none.
+        null label). guidance_scale: w of e = e_weak + w (e_unet - e_weak), where e_weak is the guide's; without a guide, the UNet's
+        for the null label (Ho & Salimans 2022, arXiv:2207.12598); 1 is none.
         guidance_interval: the share of the noise levels, 0 clean to 1 pure noise, within which guidance acts (Kynkäänniemi et al.
-        2024, arXiv:2404.07724); outside it the class acts alone, at half the cost.
+        2024, arXiv:2404.07724); outside it the UNet acts alone, at half the cost.
         eta: DDIM's share of fresh noise. generator: fixes the pictures. latents: start from these, (num_images, C, h, w) of
         unit variance. output_type: "pil", "np" (N, H, W, 3) or "pt" (N, 3, H, W) in [0, 1], or "latent" (scaled).
         callback_on_step_end(pipe, step, timestep, {"latents": ...}) may return a dict with new latents.
         """
         labels = self.label_ids(num_images, class_labels)
-        guided = labels is not None and guidance_scale != 1 and bool((labels != self.null_label).any())
-        both = torch.cat([torch.full_like(labels, self.null_label), labels]) if guided else None
+        has_class = labels is not None and bool((labels != self.null_label).any())
+        guided = guidance_scale != 1 and (self.guide is not None or has_class)
         device, dtype = self._execution_device, self.unet.dtype
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -78,9 +91,9 @@ class CorelPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 inputs = self.scheduler.scale_model_input(latents, timestep)
-                if guided and (always or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high):  # in one pass
-                    without, with_class = self.unet(torch.cat([inputs, inputs]), timestep, both).sample.to(latents.dtype).chunk(2)
-                    noise_pred = without + guidance_scale * (with_class - without)
+                if guided and (always or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high):
+                    weak, noise_pred = (prediction.to(latents.dtype) for prediction in self.weak_and_full(inputs, timestep, labels))
+                    noise_pred = weak + guidance_scale * (noise_pred - weak)
                 else:
                     noise_pred = self.unet(inputs, timestep, labels).sample.to(latents.dtype)
                 with torch.autocast(device.type, enabled=False):  # only the networks run in the precision of autocast
@@ -92,6 +105,13 @@ class CorelPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def weak_and_full(self, inputs: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What guidance leads away from, and the UNet's prediction: (N, C, h, w) each."""
+        if self.guide is not None:
+            return self.guide(inputs, timestep, labels).sample, self.unet(inputs, timestep, labels).sample
+        both = torch.cat([torch.full_like(labels, self.null_label), labels])
+        return self.unet(torch.cat([inputs, inputs]), timestep, both).sample.chunk(2)  # in one pass
 
     def decode(self, latents: torch.Tensor, output_type: str) -> list | torch.Tensor:
         """Scaled latents (N, C, h, w) -> pictures. The scale is the VAE's config: latents_mean and latents_std where it has them."""

@@ -33,6 +33,7 @@ from corel_diffusers.data.views import Views, pick_versions
 from corel_diffusers.evaluation.evaluate import SampleJudge, as_often, reconstruction_limit
 from corel_diffusers.files import best_record, published_model, read_json
 from corel_diffusers.generate import build_sampler
+from corel_diffusers.guide import load_guide, save_snapshot, snapshot_due
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
@@ -212,6 +213,9 @@ def main(args: UNetArguments) -> None:
             state.step += 1
             length.tick(state, accelerator)
             compilation.tick(state.step, length.total_steps(state) - state.step)
+            if snapshot_due(state.step) and accelerator.is_main_process:
+                with ema_weights(ema, model):
+                    save_snapshot(args.run_dir, state.step, unet)
             show_progress(bar, plan, state, length, means, args)
 
             epoch, over = plan.epoch(state.step), length.reached(state)
@@ -223,6 +227,8 @@ def main(args: UNetArguments) -> None:
                     best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
                     published = best or values["gauge"] < PUBLISHED_UP_TO * healthy_gauge([*history, values])
                     if published and accelerator.is_main_process:
+                        guide = load_guide(args.run_dir, state.step, unet, images_seen=state.step * plan.global_batch)
+                        pipe.register_modules(guide=guide)
                         with published_model(args.run_dir) as folder:
                             pipe.save_pretrained(folder)
                     if shown and accelerator.is_main_process:
@@ -354,7 +360,7 @@ def healthy_gauge(history: list[dict]) -> float:
 
 def samples(pipe: CorelPipeline, seed: int, labels: list[str | None], steps: int = 20) -> list[Image.Image]:
     """A picture for each label, by the shipped pipeline with DPM-Solver++."""
-    drawing = type(pipe)(pipe.vae, pipe.unet, build_sampler("dpm-solver++", pipe.scheduler), pipe.config.class_names)
+    drawing = type(pipe)(pipe.vae, pipe.unet, build_sampler("dpm-solver++", pipe.scheduler), pipe.config.class_names, pipe.guide)
     drawing.set_progress_bar_config(disable=True)
     wanted = labels if pipe.config.class_names else None
     return drawing(len(labels), wanted, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images

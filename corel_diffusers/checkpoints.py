@@ -38,7 +38,12 @@ class RunState:
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first; what was cut off while being written bears another name."""
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint's folder, or a snapshot's file."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def save_checkpoint(

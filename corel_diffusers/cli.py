@@ -57,7 +57,7 @@ class Sampling:
     num_images: int = 16
     """How many pictures."""
     guidance_scale: float = 2.5
-    """Strength of the class; 1 is none."""
+    """How far to lead away from what an early version of the UNet, or the UNet without the class, would draw; 1 is not at all."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels, 0 clean to 1 pure noise, within which guidance acts."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm-solver++", "unipc"] = "auto"

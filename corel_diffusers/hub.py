@@ -8,8 +8,20 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from corel_diffusers.evaluation.report import card_rows, heading
 from corel_diffusers.files import UserError, best_record, first_line, read_json, read_metrics, write_text
 
-PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
+PIPELINE_FILES = (
+    "model_index.json",
+    "pipeline.py",
+    "README.md",
+    "grid.png",
+    "loss_history.png",
+    "vae/*",
+    "unet/*",
+    "guide/*",
+    "scheduler/*",
+)
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
+
+GUIDED = "`guide/` is the UNet early in its training: guidance leads away from it. `pipe.guide = None` leaves it out."
 
 
 def write_card(folder: Path, repo_id: str = "user/name") -> None:
@@ -52,6 +64,7 @@ def card_text(folder: Path, repo_id: str) -> str:
         "",
         "`pipeline.py` is in this repository and imports torch and diffusers only.",
         *([f"Classes: {', '.join(names)}."] if names else []),
+        *([GUIDED] if index.get("guide", [None])[0] else []),
         "",
     ]
     if (folder / "run.json").is_file():

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from conftest import launch, run_here, script, tool
+from diffusers import DiffusionPipeline, UNet2DModel
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -17,7 +18,9 @@ import sys
 sys.modules["corel_diffusers"] = None  # importing it fails
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-pipe.unet.save_pretrained(sys.argv[2] + "/unet"); pipe.vae.save_pretrained(sys.argv[2] + "/vae")
+for name, model in pipe.components.items():
+    if hasattr(model, "parameters"):
+        model.save_pretrained(f"{sys.argv[2]}/{name}")
 pipe(1, 0, num_inference_steps=2)
 """
 
@@ -28,17 +31,22 @@ def hub():
         yield server
 
 
-def check_loaded(hub, repo_id, source, folder):
+def check_loaded(hub, repo_id, source, folder, parts=("unet", "vae")):
     """Loads from the Hub with an empty cache in a process without this package: the same weights, bit by bit."""
     launch(sys.executable, "-c", LOAD, repo_id, folder / "loaded", env=hub.env(folder / "empty-cache") | {"PYTHONPATH": ""})
-    for part in ("unet", "vae"):
+    for part in parts:
         ours, theirs = (load_file(root / part / "diffusion_pytorch_model.safetensors") for root in (source, folder / "loaded"))
         assert ours.keys() == theirs.keys()
         assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
 def test_push_and_load_again(hub, trained_unet, tmp_path):
-    done = tool("push", "--pipeline", trained_unet, "--repo-id", "user/corel", "--private", env=hub.env(tmp_path / "home"))
+    guided = tmp_path / "guided"
+    shutil.copytree(trained_unet, guided)
+    pipe = DiffusionPipeline.from_pretrained(guided, trust_remote_code=True)
+    pipe.register_modules(guide=UNet2DModel.from_config(pipe.unet.config))
+    pipe.save_pretrained(guided)
+    done = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--private", env=hub.env(tmp_path / "home"))
     assert "pushed: " in done.stdout
     assert hub.private
     files = hub.repos["user/corel"]
@@ -47,7 +55,8 @@ def test_push_and_load_again(hub, trained_unet, tmp_path):
     assert TOKEN not in done.stdout + done.stderr
     assert not any(TOKEN.encode() in content for content in files.values())
     assert 'from_pretrained("user/corel"' in files["README.md"].decode()
-    check_loaded(hub, "user/corel", trained_unet, tmp_path)
+    assert "pipe.guide = None" in files["README.md"].decode()
+    check_loaded(hub, "user/corel", guided, tmp_path, parts=("unet", "guide", "vae"))
     generated = tool(
         "generate", "--pipeline", "user/corel", "--trust-remote-code", "--base-dir", tmp_path, "--num-images", 1, "--ddim-steps", 2,
         env=hub.env(tmp_path / "another-cache"),

@@ -88,6 +88,25 @@ def test_guidance_in_one_pass_is_that_of_two():
     assert torch.allclose(result, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("classes", [NAMES, None])
+def test_a_guide_leads_away_from_what_it_predicts_for_the_same_label(classes):
+    """And so guides pictures without a class as well."""
+    pipe, early = build(classes=classes), build(classes=classes).unet
+    with torch.no_grad():
+        early.conv_out.weight.mul_(0.5)
+    guided = CorelPipeline(pipe.vae, pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config), classes, early)
+    latents, timestep, labels = torch.randn(2, 4, 8, 8), torch.tensor(999), torch.tensor([0, 2]) if classes else None
+    with torch.no_grad():
+        weak, full = early(latents, timestep, labels).sample, pipe.unet(latents, timestep, labels).sample
+    for scale in (1.0, 3.0):
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(1)
+        expected = scheduler.step(weak + scale * (full - weak), timestep, latents).prev_sample
+        wanted = [0, None] if classes else None
+        result = guided(2, wanted, guidance_scale=scale, num_inference_steps=1, latents=latents, output_type="latent").images
+        assert torch.allclose(result, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
 def test_a_model_of_zero_terminal_snr_begins_at_pure_noise(name):
     pipe = build("v_prediction")
@@ -169,8 +188,13 @@ def test_unconditional_rectangular_callback_and_output_types():
     assert isinstance(pipe(1, num_inference_steps=2, return_dict=False), tuple)
 
 
-def test_it_loads_where_the_package_is_not_and_saves_and_loads_again(tmp_path):
+@pytest.mark.parametrize("guided", [False, True])
+def test_it_loads_where_the_package_is_not_and_saves_and_loads_again(guided, tmp_path):
     pipe = build()
+    if guided:
+        pipe.register_modules(guide=build().unet)
+        with torch.no_grad():
+            pipe.guide.conv_out.weight.mul_(0.5)
     pipe.save_pretrained(tmp_path / "first")
     index = json.loads((tmp_path / "first" / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "CorelPipeline"]
@@ -190,6 +214,11 @@ torch.save(pipe(2, ["sunset at sea", 1], num_inference_steps=3, generator=torch.
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
     with pytest.raises(ValueError, match="custom code"):
         DiffusionPipeline.from_pretrained(tmp_path / "second")
+    pipe.guide = None
+    pipe.save_pretrained(tmp_path / "third")
+    without = DiffusionPipeline.from_pretrained(tmp_path / "third", trust_remote_code=True)
+    pictures = without(2, [0, 1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(pictures, expected) is not guided, "without a guide, guided by the UNet without the class"
 
 
 def test_decoding_in_parts_changes_nothing():

@@ -122,6 +122,7 @@ def make_pictures(
         "mixed_precision": args.mixed_precision,
         "guidance_scale": args.guidance_scale,
         "guidance_interval": args.guidance_interval,
+        "guide": getattr(pipe, "guide", None) is not None,  # pipelines of an earlier version have none
     }
     return pictures, like_photos, settings
 

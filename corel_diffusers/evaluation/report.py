@@ -94,7 +94,8 @@ def heading(results: dict) -> str:
     """What was compared with what, in one line."""
     made = f"{results['generation']['n'][0]} pictures"
     if "sampler" in results:
-        made += f" by {results['sampler']} in {results['steps']} steps, guidance {results['guidance_scale']:g}, seed {results['seed']}"
+        guidance = f"{'autoguidance' if results.get('guide') else 'guidance'} {results['guidance_scale']:g}"
+        made += f" by {results['sampler']} in {results['steps']} steps, {guidance}, seed {results['seed']}"
     height, width = results["size_px"]
     held = {"test": "the test photos", "validation": "the validation photos, which also chose the best epoch", "all": "all photos"}
     trained_on = results.get("held_out_trained_on")

@@ -33,7 +33,7 @@ from corel_diffusers.data.views import Views, pick_versions
 from corel_diffusers.evaluation.evaluate import SampleJudge, as_often, reconstruction_limit
 from corel_diffusers.files import best_record, published_model, read_json
 from corel_diffusers.generate import build_sampler
-from corel_diffusers.guide import load_guide, save_snapshot, snapshot_due
+from corel_diffusers.guide import Guide
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
@@ -64,6 +64,7 @@ from corel_diffusers.training import (
     start_run,
     trained_on,
     training_photos,
+    watch,
 )
 from pipeline import CorelPipeline
 
@@ -168,6 +169,7 @@ def main(args: UNetArguments) -> None:
         model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
     )
     ema = build_ema(args, model)
+    guide = Guide(args.run_dir, unet, plan.global_batch)
     rate = LearningRate([optimizer], args)
     print_data_and_model(accelerator, photos, size_px, f"UNet of {parameter_count(unet)}, latents {'x'.join(map(str, latent_shape))}")
 
@@ -213,9 +215,9 @@ def main(args: UNetArguments) -> None:
             state.step += 1
             length.tick(state, accelerator)
             compilation.tick(state.step, length.total_steps(state) - state.step)
-            if snapshot_due(state.step) and accelerator.is_main_process:
+            if guide.due(state.step) and accelerator.is_main_process:
                 with ema_weights(ema, model):
-                    save_snapshot(args.run_dir, state.step, unet)
+                    guide.keep(state.step)
             show_progress(bar, plan, state, length, means, args)
 
             epoch, over = plan.epoch(state.step), length.reached(state)
@@ -224,11 +226,14 @@ def main(args: UNetArguments) -> None:
                 with ema_weights(ema, model):
                     with accelerator.autocast():
                         values = of_main_process(accelerator, gauge(unet, noise_scheduler, seen, held_out))
-                    best = note_validation(state, values["val_loss"], args.early_stopping_delta, args.oscillation_window)
-                    published = best or values["gauge"] < PUBLISHED_UP_TO * healthy_gauge([*history, values])
+                    limit = PUBLISHED_UP_TO * healthy_gauge([*history, values])
+                    # while the gauge is healthy a run that learns its photos still learns; then the held-out loss has to fall
+                    watched = max(values["seen_loss"], values["val_loss"] / limit)
+                    watch(state, watched, args.early_stopping_delta, args.oscillation_window)
+                    published = note_validation(state, values["val_loss"]) or values["gauge"] < limit
+                    if accelerator.is_main_process:
+                        pipe.register_modules(guide=guide.of(state.step))
                     if published and accelerator.is_main_process:
-                        guide = load_guide(args.run_dir, state.step, unet, images_seen=state.step * plan.global_batch)
-                        pipe.register_modules(guide=guide)
                         with published_model(args.run_dir) as folder:
                             pipe.save_pretrained(folder)
                     if shown and accelerator.is_main_process:
@@ -360,10 +365,14 @@ def healthy_gauge(history: list[dict]) -> float:
 
 def samples(pipe: CorelPipeline, seed: int, labels: list[str | None], steps: int = 20) -> list[Image.Image]:
     """A picture for each label, by the shipped pipeline with DPM-Solver++."""
-    drawing = type(pipe)(pipe.vae, pipe.unet, build_sampler("dpm-solver++", pipe.scheduler), pipe.config.class_names, pipe.guide)
+    parts = pipe.components | {"scheduler": build_sampler("dpm-solver++", pipe.scheduler)}  # of an older version's pipeline, its own
+    drawing = type(pipe)(**parts, class_names=pipe.config.class_names).to(pipe.unet.device)
     drawing.set_progress_bar_config(disable=True)
     wanted = labels if pipe.config.class_names else None
-    return drawing(len(labels), wanted, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images
+    pictures = drawing(len(labels), wanted, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images
+    if parts.get("guide"):
+        parts["guide"].to("cpu")  # the GPU's memory is the training's
+    return pictures
 
 
 def sample_grid(pipe: CorelPipeline, seed: int, pictures: int) -> Image.Image:

@@ -35,7 +35,7 @@ PLAIN = "plain loop, ddim"
 
 @torch.no_grad()
 def plain_loop(pipe: DiffusionPipeline, labels: list[int] | None, args: argparse.Namespace, steps: int) -> list:
-    """DDIM, the class and no class in a pass each, the VAE on the whole batch; what is drawn is what the pipeline draws."""
+    """DDIM, the two predictions of guidance in a pass each, the VAE on the whole batch; what is drawn is what the pipeline draws."""
     scheduler, made = DDIMScheduler.from_config(pipe.scheduler.config), []
     scheduler.set_timesteps(steps)
     shape = pipe.unet.config.in_channels, *(side // downsample_factor(pipe.vae) for side in picture_size_px(pipe))
@@ -44,9 +44,13 @@ def plain_loop(pipe: DiffusionPipeline, labels: list[int] | None, args: argparse
         x, own = torch.cat(noise), torch.tensor([labels[place] for place in places]) if labels else None
         for timestep in scheduler.timesteps:
             predicted = pipe.unet(x, timestep, own).sample
-            if labels:
-                without = pipe.unet(x, timestep, torch.full_like(own, pipe.null_label)).sample
-                predicted = without + args.guidance_scale * (predicted - without)
+            if pipe.guide is not None:
+                weak = pipe.guide(x, timestep, own).sample
+            elif labels:
+                weak = pipe.unet(x, timestep, torch.full_like(own, pipe.null_label)).sample
+            else:
+                weak = predicted
+            predicted = weak + args.guidance_scale * (predicted - weak)
             x = scheduler.step(predicted, timestep, x).prev_sample
         made += pipe.decode(x, "pil")
     return made

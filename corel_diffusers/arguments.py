@@ -350,8 +350,8 @@ class UNetArguments(TrainingArguments):
 
     # early stopping, on the validation loss at fixed noise and timesteps
     early_stopping_patience: int | None = None
-    """Validations without a new best before the run stops (0: never stops early; default: 30, and 0 for a run of minutes, whose learning
-    rate falls to the end)."""
+    """Validations without a lower loss before the run stops: of seen photos while the overfitting gauge is healthy, then of held-out ones
+    (0: never stops early; default: 30, and 0 for a run of minutes, whose learning rate falls to the end)."""
     early_stopping_delta: float = 1e-5
     """A new best is lower by at least this."""
     oscillation_window: int | None = None

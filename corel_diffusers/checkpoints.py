@@ -27,9 +27,9 @@ class RunState:
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf  # lowest validation loss
-    to_beat: float = math.inf  # by early_stopping_delta, or the validation counts as one without a new best
-    validations_since_best: int = 0
-    recent: list[float] = field(default_factory=list)  # validation losses of the oscillation window
+    to_beat: float = math.inf  # by early_stopping_delta, or the validation counts as one of waiting
+    validations_waited: int = 0
+    recent: list[float] = field(default_factory=list)  # the watched losses of the oscillation window
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)  # the current epoch's training values, of so many forward passes
     kl_weight: float = 0.0
     stop_reason: str = ""

@@ -8,17 +8,7 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from corel_diffusers.evaluation.report import card_rows, heading
 from corel_diffusers.files import UserError, best_record, first_line, read_json, read_metrics, write_text
 
-PIPELINE_FILES = (
-    "model_index.json",
-    "pipeline.py",
-    "README.md",
-    "grid.png",
-    "loss_history.png",
-    "vae/*",
-    "unet/*",
-    "guide/*",
-    "scheduler/*",
-)
+PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
 
 GUIDED = "`guide/` is the UNet early in its training: guidance leads away from it. `pipe.guide = None` leaves it out."
@@ -64,7 +54,7 @@ def card_text(folder: Path, repo_id: str) -> str:
         "",
         "`pipeline.py` is in this repository and imports torch and diffusers only.",
         *([f"Classes: {', '.join(names)}."] if names else []),
-        *([GUIDED] if index.get("guide", [None])[0] else []),
+        *([GUIDED] if has_guide(folder) else []),
         "",
     ]
     if (folder / "run.json").is_file():
@@ -109,14 +99,20 @@ def evaluation_lines(folder: Path) -> list[str]:
     """The card's rows of `corel-diffusers evaluate`, where it judged these weights and no earlier ones."""
     path = folder / "evaluation.json"
     results = read_json(path) if path.is_file() else {}
-    if results.get("unet_sha256") != unet_digest(folder):
+    if results.get("unet_sha256") != pipeline_digest(folder):
         return []
     return [*card_rows(results), "", f"Evaluated: {heading(results)}. KID and FD of real photos against real ones are what perfect is."]
 
 
-def unet_digest(folder: Path) -> str:
-    """Stands for the weights of a pipeline folder: a card quotes no other's numbers."""
-    return hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+def pipeline_digest(folder: Path) -> str:
+    """Stands for the weights of a pipeline folder, its guide's included: a card quotes no other's numbers."""
+    parts = ("unet", "guide") if has_guide(folder) else ("unet",)
+    return hashlib.sha256(b"".join((folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in parts)).hexdigest()
+
+
+def has_guide(folder: Path) -> bool:
+    """Whether the pipeline has one; a folder of that name may be left of another."""
+    return read_json(folder / "model_index.json").get("guide", [None])[0] is not None
 
 
 def require_token() -> None:
@@ -133,7 +129,8 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     if not (folder / "model_index.json").is_file():
         raise UserError(f"--pipeline {folder} holds no pipeline (no model_index.json): give the --output-dir of train_unet.py")
     write_card(folder, repo_id)
-    files = sorted(file for pattern in PIPELINE_FILES for file in folder.glob(pattern) if file.is_file())
+    patterns = PIPELINE_FILES + (("guide/*",) if has_guide(folder) else ())
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     total = sum(file.stat().st_size for file in files) / 1e6
     print(f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total:.1f} MB, to {repo_id}{' (private)' if private else ''}:")
     for file in files:
@@ -144,9 +141,7 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=list(PIPELINE_FILES), commit_message="Upload pipeline"
-        )
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message="Upload pipeline")
     except Exception as error:  # the client has many: refused, not found, no network, a name that the Hub does not take
         again = f"corel-diffusers push --pipeline {folder} --repo-id {repo_id} tries again"
         raise UserError(f"{repo_id} was not pushed ({first_line(error)}): {again}") from None

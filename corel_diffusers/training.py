@@ -320,13 +320,13 @@ def trained_on(model: Path | str, names: Sequence[str]) -> int:
 
 
 def early_stop(state: RunState, patience: int, window: int, threshold: float) -> str:
-    """Why the run should stop now, or "". Looks at `validations_since_best` and at the last `window` validation losses.
+    """Why the run should stop now, or "". Looks at `validations_waited` and at the last `window` losses that `watch` was given.
 
     The loss oscillates when it turned at least window / 2 times within the window and the lowest value of the window's second
     half is not below that of the first by more than `threshold`.
     """
-    if patience and state.validations_since_best >= patience:
-        return f"no better validation loss in {patience} validations"
+    if patience and state.validations_waited >= patience:
+        return f"no lower loss in {patience} validations"
     if window and len(state.recent) == window:
         changes = np.sign(np.diff(state.recent))
         turns = int((changes[1:] * changes[:-1] < 0).sum())
@@ -437,12 +437,16 @@ def record_epoch(
             bar.write(f"epoch {epoch}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in told.items()))
 
 
-def note_validation(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> bool:
-    """Books a validation loss in the state; True where it is the lowest so far. Less than `delta` lower does not end the waiting."""
+def watch(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> None:
+    """Books a validation's loss for `early_stop`. Less than `delta` lower does not end the waiting."""
     state.recent = [*state.recent, loss][-window:] if window else []
-    state.validations_since_best += 1
+    state.validations_waited += 1
     if loss < state.to_beat - delta:
-        state.to_beat, state.validations_since_best = loss, 0
+        state.to_beat, state.validations_waited = loss, 0
+
+
+def note_validation(state: RunState, loss: float) -> bool:
+    """Books a held-out loss in the state; True where it is the lowest so far."""
     best = loss < state.best
     state.best = min(loss, state.best)
     return best

@@ -62,6 +62,11 @@ def test_push_and_load_again(hub, trained_unet, tmp_path):
         env=hub.env(tmp_path / "another-cache"),
     )  # fmt: skip
     assert "grid: " in generated.stdout
+    pipe.guide = None
+    pipe.save_pretrained(guided)
+    listed = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--dry-run").stdout
+    assert "unet/" in listed
+    assert "guide/" not in listed, "what is left of it is no part of the pipeline"
 
 
 def test_train_unet_pushes_when_it_ends(hub, unet_flags, tmp_path):

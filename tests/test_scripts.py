@@ -337,9 +337,26 @@ def test_a_finished_run_goes_on_with_more_epochs_and_early_stopping_ends_one(une
     ]
     run_here("train_unet", stopping)
     assert len(metrics(tmp_path / "stopping")) == 3
-    assert "no better validation loss in 2 validations" in capsys.readouterr().out
+    assert "no lower loss in 2 validations" in capsys.readouterr().out
     run_here("train_unet", [*stopping, "--resume", "latest", "--early-stopping-patience", 3])
     assert len(metrics(tmp_path / "stopping")) == 4, "more patience goes on"
+
+
+def test_early_stopping_waits_for_held_out_photos_only_once_the_gauge_has_risen(unet_flags, tmp_path, monkeypatch):
+    module = importlib.import_module("train_unet")
+    held_out = iter([1.0, 1.01, 1.03, 1.05, 1.04, 1.07, 1.08])
+    seen = iter([1.0, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93])  # falls all the time
+
+    def overfitting(*_):
+        losses = {"val_loss": next(held_out), "seen_loss": next(seen)}
+        return losses | {"gauge": losses["val_loss"] / losses["seen_loss"]}
+
+    monkeypatch.setattr(module, "gauge", overfitting)
+    flags = ["--epochs", 9, "--validate-every", 1, "--early-stopping-patience", 2, "--oscillation-window", 0]
+    run_here("train_unet", [*unet_flags, *flags, "--output-dir", tmp_path])
+    published = [line["published"] for line in metrics(tmp_path)]
+    assert published[:4] == [1, 1, 1, 0], "up to the limit of the gauge"
+    assert len(published) == 7, "the fifth falls, though the held-out loss was lower before the gauge rose; the last two do not"
 
 
 def test_an_unfinished_vae_is_refused_by_the_script(vae_flags, unet_flags, tmp_path, monkeypatch):

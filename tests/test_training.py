@@ -21,8 +21,8 @@ from corel_diffusers.training import (
     checkpoint_due,
     early_stop,
     epochs_between_validations,
-    note_validation,
     pictures_due,
+    watch,
 )
 
 
@@ -110,11 +110,10 @@ def test_the_published_model_is_the_last_that_was_noted_as_such_or_the_best():
 def test_early_stopping_by_patience_and_delta():
     state = RunState()
     for loss in (1.0, 0.9, 0.8999999, 0.9, 0.95):
-        note_validation(state, loss, delta=1e-5)
-    assert state.best == 0.8999999, "what is saved is the lowest; the delta only bears on patience"
-    assert state.validations_since_best == 3
+        watch(state, loss, delta=1e-5)
+    assert state.validations_waited == 3, "less than the delta lower is no progress"
     assert early_stop(state, 4, 0, 0.0) == ""
-    assert "no better validation loss in 3 validations" in early_stop(state, 3, 0, 0.0)
+    assert "no lower loss in 3 validations" in early_stop(state, 3, 0, 0.0)
     assert early_stop(state, 0, 0, 0.0) == "", "0 never stops"
 
 
@@ -122,7 +121,7 @@ def test_early_stopping_by_oscillation():
     def after(losses):
         state = RunState()
         for loss in losses:
-            note_validation(state, loss, window=10)
+            watch(state, loss, window=10)
         return early_stop(state, 100, 10, 0.0005)
 
     assert "swings without falling" in after([0.5 + 0.01 * (-1) ** n for n in range(10)])

@@ -22,7 +22,7 @@ from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, pla
 from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
 from corel_diffusers.files import UserError, read_json, write_json
 from corel_diffusers.generate import build_sampler, load_pipeline, pick_device, pick_labels, pick_sampler, sample_pictures
-from corel_diffusers.hub import unet_digest, write_card
+from corel_diffusers.hub import pipeline_digest, write_card
 from corel_diffusers.latents import weights_key
 from corel_diffusers.models import downsample_factor
 from corel_diffusers.perceptual import PerceptualLoss
@@ -96,7 +96,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         whose = "Photos" if held_out == "all" else "Held-out photos"
         sheets[f"{whose} over their reconstructions"] = report.reconstruction_sheet(originals, rendered)
     if isinstance(args.pipeline, Path) and pipe:
-        results["unet_sha256"] = unet_digest(args.pipeline)
+        results["unet_sha256"] = pipeline_digest(args.pipeline)
         if held_out != "all":
             results["held_out_trained_on"] = trained_on(args.pipeline, photos[held_out]["file_name"][:])
     results["seconds"] = round(time.monotonic() - began, 1)

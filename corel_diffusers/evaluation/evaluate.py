@@ -21,7 +21,15 @@ from corel_diffusers.evaluation.features import Network, as_array, extract, load
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
 from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
 from corel_diffusers.files import UserError, read_json, write_json
-from corel_diffusers.generate import build_sampler, load_pipeline, pick_device, pick_labels, pick_sampler, sample_pictures
+from corel_diffusers.generate import (
+    build_sampler,
+    load_pipeline,
+    pick_device,
+    pick_guidance_scale,
+    pick_labels,
+    pick_sampler,
+    sample_pictures,
+)
 from corel_diffusers.hub import pipeline_digest, write_card
 from corel_diffusers.latents import weights_key
 from corel_diffusers.models import downsample_factor
@@ -114,6 +122,7 @@ def make_pictures(
 ) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
     """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
     sampler, steps = pick_sampler(args)
+    args.guidance_scale = pick_guidance_scale(args, pipe)
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
     labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)

@@ -73,10 +73,11 @@ JUDGED = 48  # samples that --evaluate-every looks at
 MEASURED = 2048  # held-out photos, at most, on which the denoising loss is measured, evenly over all
 FIXED_DRAWS = 128  # pairs of noise and timestep over them, at least one a photo
 GAUGE = "overfitting gauge: held-out over seen"
-# benchmarks/overfitting.py: on 60 Corel photos the first copy was found when the gauge stood this far above its lowest value
+# benchmarks/results/overfitting.md: on 60 Corel photos the first copy was found when the gauge stood this far above its lowest value, in
+# the earlier of two runs
 COPIES_BEGAN = 1.11
 # benchmarks/results/choices.md, "Two hours": pictures come nearer to photos long after the held-out loss has turned, and until the gauge
-# stands this far above its lowest value no more of them look like copies than held-out photos do
+# stands this far above its lowest value no more of them look like copies than held-out photos do, guided by the class
 PUBLISHED_UP_TO = 1.075
 PANELS = {
     "denoising loss": {"loss": "training", "seen_loss": "seen photos, fixed noise", "val_loss": "held-out, fixed noise"},

@@ -89,7 +89,12 @@ def test_a_run_begun_before_there_were_guides_comes_to_its_end(unet_flags, tmp_p
     run_here("train_unet", flags)
     shutil.rmtree(tmp_path / "snapshots", ignore_errors=True)
     code, index = tmp_path / "pipeline.py", tmp_path / "model_index.json"
-    for new, old in {"        guide: UNet2DModel | None = None,\n": "", ", guide=guide)": ")", "self.guide is not None": "False"}.items():
+    for new, old in {
+        "        guide: UNet2DModel | None = None,\n": "",
+        ", guide=guide)": ")",
+        "self.guide is not None": "False",
+        "self.guide is None": "True",
+    }.items():
         assert new in code.read_text()
         code.write_text(code.read_text().replace(new, old))
     index.write_text(json.dumps({name: value for name, value in json.loads(index.read_text()).items() if name != "guide"}))

@@ -234,9 +234,9 @@ def main(args: UNetArguments) -> None:
                     published = note_validation(state, values["val_loss"]) or values["gauge"] < limit
                     if accelerator.is_main_process:
                         pipe.register_modules(guide=guide.of(state.step))
-                    if published and accelerator.is_main_process:
-                        with published_model(args.run_dir) as folder:
-                            pipe.save_pretrained(folder)
+                        if published:
+                            with published_model(args.run_dir) as folder:
+                                pipe.save_pretrained(folder)
                     if shown and accelerator.is_main_process:
                         with accelerator.autocast():
                             save_picture(sample_grid(pipe, args.seed, pictures=12), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")

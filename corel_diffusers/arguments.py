@@ -348,12 +348,12 @@ class UNetArguments(TrainingArguments):
     evaluate_every: int = 0
     """Epochs between evaluations of a few samples: KID and copies, into metrics.jsonl and the plot (0: none)."""
 
-    # early stopping, on the validation loss at fixed noise and timesteps
+    # early stopping, on the losses at fixed noise and timesteps
     early_stopping_patience: int | None = None
     """Validations without a lower loss before the run stops: of seen photos while the overfitting gauge is healthy, then of held-out ones
     (0: never stops early; default: 30, and 0 for a run of minutes, whose learning rate falls to the end)."""
     early_stopping_delta: float = 1e-5
-    """A new best is lower by at least this."""
+    """A lower loss is lower by at least this."""
     oscillation_window: int | None = None
     """Validations in which the loss may swing without falling before the run stops (0: not looked at; default: 10, and 0 likewise)."""
     oscillation_threshold: float = 0.0005

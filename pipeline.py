@@ -49,7 +49,7 @@ class CorelPipeline(DiffusionPipeline):
         self,
         num_images: int = 1,
         class_labels: str | int | list[str | int] | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float = 2.5,
         num_inference_steps: int = 50,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -63,7 +63,7 @@ class CorelPipeline(DiffusionPipeline):
 
         num_images: how many. class_labels: one class for all or one a picture, by name or id; None leaves the class open (the
         null label). guidance_scale: w of e = e_weak + w (e_unet - e_weak), where e_weak is the guide's; without a guide, the UNet's
-        for the null label (Ho & Salimans 2022, arXiv:2207.12598); 1 is none, None is `default_guidance_scale`.
+        for the null label (Ho & Salimans 2022, arXiv:2207.12598); 1 is none.
         guidance_interval: the share of the noise levels, 0 clean to 1 pure noise, within which guidance acts (Kynkäänniemi et al.
         2024, arXiv:2404.07724); outside it the UNet acts alone, at half the cost.
         eta: DDIM's share of fresh noise. generator: fixes the pictures. latents: start from these, (num_images, C, h, w) of
@@ -72,7 +72,6 @@ class CorelPipeline(DiffusionPipeline):
         """
         labels = self.label_ids(num_images, class_labels)
         has_class = labels is not None and bool((labels != self.null_label).any())
-        guidance_scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         guided = guidance_scale != 1 and (self.guide is not None or has_class)
         device, dtype = self._execution_device, self.unet.dtype
         size = self.unet.config.sample_size
@@ -126,11 +125,6 @@ class CorelPipeline(DiffusionPipeline):
         with torch.autocast(latents.device.type, enabled=False) if config.force_upcast else nullcontext():
             pictures = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in latents.split(16)])
         return self.image_processor.postprocess(pictures, output_type=output_type)
-
-    @property
-    def default_guidance_scale(self) -> float:
-        """Measured on Corel photos: less is further from photos, more with a guide repeats more of them."""
-        return 2.5 if self.guide is None else 2.0
 
     @property
     def null_label(self) -> int:

@@ -25,7 +25,7 @@ from corel_diffusers.evaluation.features import as_array, extract, load_network,
 from corel_diffusers.evaluation.metrics import compare
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
-from corel_diffusers.generate import build_sampler, load_pipeline, pick_guidance_scale, pick_labels, sample_pictures
+from corel_diffusers.generate import build_sampler, load_pipeline, pick_labels, sample_pictures
 from corel_diffusers.models import downsample_factor
 from corel_diffusers.precision import resolve_precision
 
@@ -78,13 +78,12 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("sampling"))
     parser.add_argument("--num-images", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
+    parser.add_argument("--guidance-scale", type=float, default=2.5)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20, 25, 50, 100])
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
     args = parser.parse_args()
     device, precision = torch.device("cpu"), resolve_precision("auto", "cpu")
     pipe, network = load_pipeline(args.pipeline, device), load_network("efficientnet-lite0", device)
-    args.guidance_scale = pick_guidance_scale(args, pipe)
     trained_with, labels = pipe.scheduler, pick_labels(pipe, (), args.num_images)
     pixels = cache_pixels(load_photos(SCENES if args.data_dir == SCENES else Path(args.data_dir)), picture_size_px(pipe))[1]["validation"]
     real = photo_features(network, pixels)

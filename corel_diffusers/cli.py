@@ -56,9 +56,8 @@ class Sampling:
     """Relative paths start here."""
     num_images: int = 16
     """How many pictures."""
-    guidance_scale: float | None = None
-    """How far to lead away from what the UNet would draw early in its training, or without the class; 1 is not at all (default: the
-    pipeline's, 2 for the first and 2.5 for the second)."""
+    guidance_scale: float = 2.5
+    """How far to lead away from what the UNet would draw early in its training, or without the class; 1 is not at all."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels, 0 clean to 1 pure noise, within which guidance acts."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm-solver++", "unipc"] = "auto"

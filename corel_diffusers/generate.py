@@ -41,7 +41,6 @@ def generate(args: Generate, output: Path) -> None:
     labels = pick_labels(pipe, args.class_, args.num_images)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     sampler, steps = pick_sampler(args)
-    args.guidance_scale = pick_guidance_scale(args, pipe)
     print(f"{args.num_images} pictures, {sampler} with {steps} steps on {device}, seed {seed}")
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
     pictures = sample_pictures(pipe, args, labels, seed, num_inference_steps=steps, eta=args.eta)
@@ -84,11 +83,6 @@ def pick_sampler(args: Sampling) -> tuple[str, int]:
     """The sampler and its number of steps."""
     sampler = AUTO if args.sampler == "auto" else args.sampler
     return sampler, args.steps or DEFAULT_STEPS[sampler]
-
-
-def pick_guidance_scale(args: Sampling, pipe: DiffusionPipeline) -> float:
-    """The wanted one, or the pipeline's own; pipelines of an earlier version name none, theirs was 2.5."""
-    return getattr(pipe, "default_guidance_scale", 2.5) if args.guidance_scale is None else args.guidance_scale
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:

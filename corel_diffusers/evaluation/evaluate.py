@@ -25,7 +25,6 @@ from corel_diffusers.generate import (
     build_sampler,
     load_pipeline,
     pick_device,
-    pick_guidance_scale,
     pick_labels,
     pick_sampler,
     sample_pictures,
@@ -122,7 +121,6 @@ def make_pictures(
 ) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
     """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
     sampler, steps = pick_sampler(args)
-    args.guidance_scale = pick_guidance_scale(args, pipe)
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
     labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)

@@ -23,7 +23,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from corel_diffusers import advice
 from corel_diffusers.batches import BatchPlan, StepRandom, batches, to_device
-from corel_diffusers.checkpoints import find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
+from corel_diffusers.checkpoints import Trained, find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
 from corel_diffusers.data.views import STATISTICS_OF
@@ -41,8 +41,10 @@ from corel_diffusers.losses import (
 from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, check_size, downsample_factor, parameter_count
 from corel_diffusers.muon import build_optimizer
 from corel_diffusers.perceptual import PerceptualLoss
-from corel_diffusers.planning import VAE_LADDER, choose, settle
+from corel_diffusers.planning import VAE_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
+from corel_diffusers.processes import of_main_process
+from corel_diffusers.sharding import is_sharded
 from corel_diffusers.training import (
     Compilation,
     RunLength,
@@ -55,7 +57,6 @@ from corel_diffusers.training import (
     epochs_between_validations,
     explained_failures,
     note_validation,
-    of_main_process,
     open_history,
     pictures_due,
     print_data_and_model,
@@ -78,20 +79,22 @@ DISCRIMINATOR_LEAD = 0.1  # of the run: so long it learns before its verdict cou
 def main(args: VAEArguments) -> None:
     began = time.monotonic()
     accelerator = start_run(args)
+    if is_sharded(accelerator):
+        raise UserError("--use_fsdp is for a UNet whose training one GPU cannot hold: launch train_vae.py without it")
     device = accelerator.device
 
     # data
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
-    settle(args, accelerator, partial(choose, args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px))
+    settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px)
     size_px = args.size_px
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     large = cache_large_pixels(photos, size_px, share) if args.crop_chance else pixels
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     settings = run_settings(args, photos, "vae", size_px=size_px, global_batch=plan.global_batch)
-    checkpoint = find_resume(args, settings)
+    checkpoint = find_resume(accelerator, args, settings)
 
     # model
     torch.manual_seed(args.seed)
@@ -104,13 +107,13 @@ def main(args: VAEArguments) -> None:
     model, optimizer = accelerator.prepare(
         model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
     )
-    trained, discriminator = [model], build_discriminator() if args.adversarial_weight else None
+    trained, discriminator = [Trained("model", model, optimizer)], build_discriminator() if args.adversarial_weight else None
     if discriminator:
         its_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
         discriminator, its_optimizer = accelerator.prepare(discriminator, its_optimizer)
-        trained.append(discriminator)
+        trained.append(Trained("discriminator", discriminator, its_optimizer))
     ema = build_ema(args, model)
-    rate = LearningRate([optimizer, its_optimizer] if discriminator else [optimizer], args)
+    rate = LearningRate([part.optimizer for part in trained], args)
     try:
         check_size(size_px, 4 * downsample_factor(vae), "the presets' UNets, which halve the latents twice,")
     except UserError as error:
@@ -118,7 +121,7 @@ def main(args: VAEArguments) -> None:
     print_data_and_model(accelerator, photos, size_px, f"VAE of {parameter_count(vae)}, latents {'x'.join(map(str, latent_shape))}")
 
     # loop
-    state = load_checkpoint(accelerator, checkpoint, rate, ema)
+    state = load_checkpoint(accelerator, checkpoint, trained, rate, ema)
     history = open_history(accelerator, args, state, "train_vae.py", photos)
     kl_weight = torch.tensor(state.kl_weight or args.kl_weight, device=device)
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
@@ -139,7 +142,7 @@ def main(args: VAEArguments) -> None:
                 jitter = to_device(args.colour_jitter * (2 * random.uniform(2) - 1), device)
                 batch = random_views(whole, fitted, random.chance(args.crop_chance), random.uniform(3), jitter)  # (B, 3, H, W)
                 batch = torch.where(to_device(random.chance(0.5), device).view(-1, 1, 1, 1), batch.flip(-1), batch)
-                with accelerator.accumulate(*trained):
+                with accelerator.accumulate(*(part.model for part in trained)):
                     reconstruction, mean, logvar = model(batch, to_device(random.normal(*latent_shape), device))
                     terms = loss_terms(args, accelerator, perceptual, batch, reconstruction, mean, logvar)
                     loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
@@ -197,7 +200,7 @@ def main(args: VAEArguments) -> None:
             if stopping or over or checkpoint_due(args, plan, state, length):
                 state.kl_weight = float(kl_weight)
                 means.store(state, accelerator)
-                save_checkpoint(accelerator, args, state, settings, rate, ema)
+                save_checkpoint(accelerator, args, state, settings, trained, rate, ema)
                 if accelerator.is_main_process:
                     lines = {"KL (nats a photo)": (args.kl_target, "target")} if args.kl_target else None
                     plot_history(history, PANELS, args.run_dir / "training_losses.png", lines)

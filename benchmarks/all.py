@@ -24,6 +24,7 @@ RUNS = {
     "A training step": [
         ("vae_step.py", ["--repeats", 3, "--steps", 10]),
         ("unet_step.py", ["--repeats", 3, "--steps", 15]),
+        ("overhead.py", ["--repeats", 2]),
         ("peak.py", []),
     ],
     "Photos": [("data.py", []), ("scale.py", ["--repeats", 2, "--steps", 100, "--photos", 300, 100_000])],

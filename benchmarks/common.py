@@ -43,15 +43,15 @@ def make_photos(folder: Path, count: int = 64) -> Path:
     return folder
 
 
-def record_steps(times: Path, script: str, flags: list[str]) -> None:
-    """Runs a training script in this process, and writes the moments at which its steps ended: everything in its loop is in them."""
+def record_steps(times: Path, script: str, flags: list[str], clock: Callable[[], object] = time.monotonic) -> None:
+    """Runs a training script in this process, and writes what the clock says when each step ends: everything in its loop is in that."""
     from corel_diffusers import training
     from corel_diffusers.files import write_json
 
     ended, shown = [], training.show_progress
 
     def show_progress(*values: object) -> None:
-        ended.append(time.monotonic())
+        ended.append(clock())
         shown(*values)
 
     training.show_progress = show_progress

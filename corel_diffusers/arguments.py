@@ -95,7 +95,9 @@ class TrainingArguments:
     """Ceiling of the average's decay. Before, it rises with the steps, and the average is over a share of them: 8 % of the last 2,000, 3 %
     of 30,000."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto is fp16 on CUDA, bf16 where the CPU has it in hardware, else no."""
+    """auto is fp16 on CUDA; where a CPU has bf16 in hardware, that or no, as a few timed steps decide; else no."""
+    attention: Literal["auto", "fused", "math"] = "auto"
+    """Kernel of attention on a CPU. auto: in bf16, as a few timed steps decide; else fused."""
     no_mixed_precision: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """The same as --mixed-precision no."""
     seed: int = 42
@@ -148,6 +150,7 @@ class TrainingArguments:
             "no_mixed_precision",
             "gradient_checkpointing",
             "compile",
+            "attention",
             "config",
         }  # the global batch is compared, the config's content
         stopping = {"early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"}
@@ -216,6 +219,11 @@ class TrainingArguments:
         length = {name: value for name, value in self.length.items() if value} or {"max_train_minutes": None}
         return {name: getattr(self, name) for name in self.PLANNED} | length
 
+    @property
+    def timed(self) -> dict:
+        """The flags that timed steps decide where they are "auto"."""
+        return {"mixed_precision": self.mixed_precision, "attention": self.attention}
+
     def check_config_file(self) -> None:
         there = not self.config.endswith(".json") or Path(self.config).is_file()
         require(there, "config", self.config, "no such file: give tiny, base, large or a JSON file")
@@ -228,6 +236,9 @@ class TrainingArguments:
         for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
             if getattr(self, name) is None:
                 setattr(self, name, plan.get(name))
+        for name, value in self.timed.items():
+            if value == "auto":
+                setattr(self, name, plan.get(name, value))
         self.check_config_file()
         self.learning_rate = self.learning_rate or self.LEARNING_RATES.get(self.config, 1e-4)
         self.check_learning_rate()

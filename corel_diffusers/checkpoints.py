@@ -5,19 +5,26 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
 from datasets import DatasetDict
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import state_dict as torch_state
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.cache import digest
 from corel_diffusers.files import UserError, read_json, remove_folder, write_json
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.models import load_config
+from corel_diffusers.processes import of_main_process, on_main_process
+from corel_diffusers.sharding import from_first, whole
 
 
 @dataclass
@@ -35,6 +42,52 @@ class RunState:
     stop_reason: str = ""
 
 
+class Trained(NamedTuple):
+    """A model that is trained and its optimizer, as accelerate prepared them. name: of their files in a checkpoint."""
+
+    name: str
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizer without accelerate's wrapper; the parts of muon.Together."""
+        plain = self.optimizer.optimizer
+        return getattr(plain, "parts", (plain,))
+
+    def save(self, accelerator: Accelerator, folder: Path) -> None:
+        """Writes weights and the optimizer's state by the weights' names. Called on every rank, the first of which writes."""
+        options = torch_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = torch_state.get_model_state_dict(self.model, options=options)
+        moments = {}  # of an optimizer that has made no step: asked for its state, it would make one
+        if any(optimizer.state for optimizer in self.optimizers):
+            moments = torch_state.get_optimizer_state_dict(self.model, self.optimizers, options=options).get("state", {})  # of the first
+        if accelerator.is_main_process:
+            named = {f"{weight}.{name}": value for weight, values in moments.items() for name, value in values.items()}
+            for name, tensors in ((self.name, weights), (f"{self.name}_optimizer", named)):
+                save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+
+    def load(self, accelerator: Accelerator, folder: Path) -> None:
+        """Reads in place what `save` wrote. Called on every rank; the first one reads and tells the others."""
+        weights, named = (
+            load_file(folder / f"{name}.safetensors") if accelerator.is_main_process else {}
+            for name in (self.name, f"{self.name}_optimizer")
+        )
+        options = torch_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+        torch_state.set_model_state_dict(self.model, weights, options=options)
+        if not of_main_process(accelerator, bool(named)):
+            return
+        moments = torch_state.get_optimizer_state_dict(self.model, self.optimizers)
+        moments["state"] = {weight: dict(values) for weight, values in moments["state"].items()}  # not the optimizer's own
+        for key, value in named.items():
+            weight, _, name = key.rpartition(".")
+            moments["state"][weight][name] = value
+        torch_state.set_optimizer_state_dict(self.model, self.optimizers, moments, options=options)
+        for optimizer in self.optimizers:
+            for weight, values in optimizer.state.items():  # in memory as the weight lies there, which fused optimizers rely on
+                values |= {name: torch.empty_like(weight).copy_(value) for name, value in values.items() if value.shape == weight.shape}
+
+
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first; what was cut off while being written bears another name."""
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
@@ -47,27 +100,39 @@ def step_of(path: Path) -> int:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, args: TrainingArguments, state: RunState, settings: dict, rate: LearningRate, ema: EMAModel | None
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    state: RunState,
+    settings: dict,
+    trained: Sequence[Trained],
+    rate: LearningRate,
+    ema: EMAModel | None,
 ) -> None:
     """Writes all that resume needs beside its place, renames it into place, removes the oldest beyond --keep-checkpoints.
 
-    Called on every rank. EMA and state go through safetensors and JSON: accelerate would pickle them and, on loading,
-    unpickle whatever a user points at.
+    Called on every rank; the first one writes. It is all safetensors and JSON: accelerate would pickle it and, on loading, unpickle
+    whatever a user points at. No generator's state is among it: what is random derives from the step.
     """
     path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
-    partial = path.with_name(f".{path.name}.partial")
+    beside = path.with_name(f".{path.name}.partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # every rank writes a file of its own
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    for part in trained:
+        part.save(accelerator, beside)
+    averages = {}
+    for place, parameter in enumerate(ema.shadow_params if ema else ()):
+        value = whole(parameter)  # on every rank
+        if accelerator.is_main_process:
+            averages[str(place)] = value.cpu().contiguous()
     if accelerator.is_main_process:
         if ema:
-            save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, partial / "ema.safetensors")
-        write_json(partial / "state.json", {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()})
+            save_file(averages, beside / "ema.safetensors")
+        values = {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()}
+        values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        write_json(beside / "state.json", values)
         remove_folder(path)
-        os.replace(partial, path)
+        os.replace(beside, path)
         for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
             remove_folder(old)
     accelerator.wait_for_everyone()
@@ -87,7 +152,12 @@ def mark_finished(args: TrainingArguments) -> None:
     write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
 
 
-def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
+def find_resume(accelerator: Accelerator, args: TrainingArguments, settings: dict) -> Path | None:
+    """What --resume names, on every rank: the first one looks, which may be the only one whose machine has it."""
+    return on_main_process(accelerator, partial(resumed_checkpoint, args, settings))
+
+
+def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
     """The checkpoint that --resume names: the newest whole one for "latest" (None where there is none yet), or a path.
 
     Raises UserError where the path is no checkpoint of this run, and where the settings are others than the run's, with the
@@ -126,24 +196,34 @@ def find_resume(args: TrainingArguments, settings: dict) -> Path | None:
     return checkpoint
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path | None, rate: LearningRate, ema: EMAModel | None) -> RunState:
-    """Loads model, optimizer, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state.
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path | None, trained: Sequence[Trained], rate: LearningRate, ema: EMAModel | None
+) -> RunState:
+    """Loads models, optimizers, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state.
 
     Checkpoints newer than this one go: the run writes them again, and "latest" must not mean them before it has.
     """
     if checkpoint is None:
         return RunState()
-    if accelerator.is_main_process:
+    reads, several = accelerator.is_main_process, accelerator.num_processes > 1
+    if reads:
         known = [path.name for path in find_checkpoints(checkpoint.parent.parent)]
         for newer in known[known.index(checkpoint.name) + 1 :]:
             remove_folder(checkpoint.with_name(newer))
-    accelerator.load_state(str(checkpoint))
-    saved = read_json(checkpoint / "state.json")
+    saved = of_main_process(accelerator, read_json(checkpoint / "state.json") if reads else None)
+    if "scaler" in saved:
+        for part in trained:
+            part.load(accelerator, checkpoint)
+        if accelerator.scaler and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+    else:
+        accelerator.load_state(str(checkpoint))  # accelerate's own files, which an older version wrote
     state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
     rate.load_state_dict(saved["learning_rate"])
     if ema:
-        values = load_file(checkpoint / "ema.safetensors")
+        values = load_file(checkpoint / "ema.safetensors") if reads else {}
         for place, parameter in enumerate(ema.shadow_params):
-            parameter.copy_(values[str(place)])
+            value = values[str(place)] if reads else torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.copy_(from_first(value.to(parameter.device), parameter, several))
         ema.optimization_step = state.step
     return state

@@ -8,6 +8,8 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,9 @@ from datasets import DatasetDict
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.transforms import native_side_px
 from corel_diffusers.files import UserError, read_json
-from corel_diffusers.training import device_name, is_out_of_memory, of_main_process
+from corel_diffusers.precision import resolve_precision, use
+from corel_diffusers.processes import of_main_process
+from corel_diffusers.training import device_name, is_out_of_memory
 
 
 class Rung(NamedTuple):
@@ -70,18 +74,34 @@ STEEPNESS = 3  # a rung is at least so many times as slow as the one below: one 
 TrialStep = Callable[[str, tuple[int, int], int], Callable[[], None]]
 
 
-def settle(args: TrainingArguments, accelerator: Accelerator, chosen: Callable[[], dict]) -> None:
-    """Decides what is open of the flags that a plan can decide: as the run that is resumed was begun, else as is `chosen`.
+def settle(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    photos: DatasetDict,
+    ladder: Ladder,
+    trial_step: TrialStep,
+    size_px: tuple[int, int] | None,
+) -> None:
+    """Decides what is open of the flags that a plan can decide: as the run that is resumed was begun, else as `choose` and
+    `fastest` find. size_px: where it is decided, by a flag or by the UNet's VAE.
 
     With --plan the plan is printed and the script ends: nothing has been written.
     """
     run = args.run_dir / "run.json"
-    plan = read_json(run).get("plan") if args.resume and run.is_file() else None
+    plan = of_main_process(accelerator, read_json(run).get("plan") if args.resume and run.is_file() else None)
     if plan:
         accelerator.print("plan: as the run was begun")
+        args.fill({"mixed_precision": "bf16", "attention": "fused"} | plan)  # which older runs did not note
     elif args.plan or None in args.planned.values():
-        plan = of_main_process(accelerator, chosen())
-    args.fill(plan or {})
+        plan = of_main_process(accelerator, choose(args, accelerator, photos, ladder, trial_step, size_px))
+        args.fill(plan)
+    else:
+        args.fill({})
+    if "auto" in args.timed.values():
+        step = partial(trial_step, args.config, size_px or args.size_px, args.batch_size)
+        _, args.mixed_precision, args.attention = of_main_process(accelerator, fastest(args, accelerator, step, args.batch_size))
+    resolve_precision(args.mixed_precision, accelerator.device.type)  # a run begun on a GPU does not go on without one
+    use(accelerator, args.mixed_precision, args.attention)
     if args.plan:
         accelerator.end_training()
         sys.exit(0)
@@ -95,17 +115,14 @@ def choose(
     trial_step: TrialStep,
     size_px: tuple[int, int] | None,
 ) -> dict:
-    """The open flags, by name, printed with what they come to. Speed is measured only where the choice, or --plan, needs it.
-
-    size_px: where it is decided, by a flag or by the UNet's VAE.
-    """
+    """The open flags, by name, printed with what they come to. Speed is measured only where the choice, or --plan, needs it."""
     count = len(photos["train"])
     minutes = args.max_train_minutes or ladder.minutes
     side_px = math.inf if size_px else native_side_px(photos)
     rungs = [rung for rung in ladder.rungs if args.config in (None, rung.config)] or [ladder.rungs[0]]  # a JSON's size: anyone's guess
     rungs = [rung for rung in rungs if rung.photos <= count and rung.side_px <= side_px] or rungs[:1]
 
-    chosen, rate = rungs[0], None
+    chosen, rate, way = rungs[0], None, {}
     timed = not (args.epochs or args.max_train_steps)
     recipe_open = None in (value for name, value in args.planned.items() if name not in (*TrainingArguments.PLANNED, *args.length))
     matters = len(rungs) > 1 or (timed and recipe_open)
@@ -115,14 +132,15 @@ def choose(
             break
         batch_size = args.batch_size or rung.batch_size
         try:
-            step = trial_step(args.config or rung.config, size_px or (rung.side_px,) * 2, batch_size)
-            measured = photos_per_second(step, batch_size) * accelerator.num_processes
+            step = partial(trial_step, args.config or rung.config, size_px or (rung.side_px,) * 2, batch_size)
+            measured, precision, attention = fastest(args, accelerator, step, batch_size)
+            measured *= accelerator.num_processes
         except (RuntimeError, MemoryError, UserError) as error:
             if isinstance(error, UserError) or is_out_of_memory(error):
                 break  # too large for the machine, or no model for such a size: of the first rung, the run itself will say so
             raise
         if not higher or 60 * minutes * measured >= rung.pictures:
-            chosen, rate = rung, measured
+            chosen, rate, way = rung, measured, {"mixed_precision": precision, "attention": attention}
 
     seen = 60 * minutes * rate if timed and rate else asked_for(args, chosen, accelerator, count)
     plan = {"config": chosen.config, "image_size": str(chosen.side_px), "batch_size": chosen.batch_size, "max_train_minutes": minutes}
@@ -135,12 +153,35 @@ def choose(
         seen = 60 * minutes * rate if timed else seen
     open_flags = [name for name, given in args.planned.items() if given is None and not (name == "image_size" and size_px)]
     plan = {name: plan[name] for name in open_flags if name in plan}
+    plan |= {name: value for name, value in way.items() if args.timed[name] == "auto"}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
     accelerator.print(f"plan: {flags or 'as the flags say'}")
     if rate:
         for line in (speed_line(accelerator, args, chosen, count, seen, rate), expectation(args, ladder, chosen, size_px, seen)):
             accelerator.print(f"      {line}")
     return plan
+
+
+def fastest(
+    args: TrainingArguments, accelerator: Accelerator, trial_step: Callable[[], Callable[[], None]], batch_size: int
+) -> tuple[float, str, str]:
+    """The photos a second of training steps, and the --mixed-precision and --attention with which they are the most.
+
+    On a CPU with bf16 in hardware, that halves a large model's step and slows a small one's, and in it fused attention may be slower than
+    the plain products. Where both flags are decided there is one way.
+    """
+    precisions = ("bf16", "no") if args.mixed_precision == "auto" else (args.mixed_precision,)
+    kernels = ("fused", "math") if args.attention == "auto" else (args.attention,)
+    rates = {}
+    for precision, attention in product(precisions, kernels):
+        if precision == "bf16" or attention == kernels[0]:
+            use(accelerator, precision, attention)
+            rates[precision, attention] = photos_per_second(trial_step(), batch_size)
+    if len(rates) > 1:
+        told = ", ".join(f"{name} with {kernel} attention {1e3 * batch_size / rate:.3g}" for (name, kernel), rate in rates.items())
+        accelerator.print(f"ms a step: {told}")
+    best = max(rates, key=rates.get)
+    return rates[best], *best
 
 
 def asked_for(args: TrainingArguments, rung: Rung, accelerator: Accelerator, count: int) -> float:

@@ -1,9 +1,11 @@
-"""The precision that a model runs in: what its device computes fastest, or what was asked for."""
+"""The precision that a model runs in, and its attention kernel: what its device computes fastest, or what was asked for."""
 
 import os
 from contextlib import AbstractContextManager
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 
 from corel_diffusers.files import UserError
 
@@ -26,3 +28,13 @@ def resolve_precision(wanted: str, device_type: str) -> str:
 def autocast(precision: str, device_type: str) -> AbstractContextManager:
     """Within, matrix products and convolutions run in that precision; "no" leaves everything as it is."""
     return torch.autocast(device_type, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision), enabled=precision != "no")
+
+
+def use(accelerator: Accelerator, precision: str, attention: str) -> None:
+    """From here on, on a CPU, passes run in that precision ("bf16" or "no") and attention by that kernel ("fused" or "math").
+
+    The accelerator is one of bf16. On a GPU it decides by itself.
+    """
+    if accelerator.device.type == "cpu":
+        accelerator.autocast_handler = AutocastKwargs(enabled=precision != "no")
+        torch.backends.cuda.enable_flash_sdp(attention == "fused")  # named after CUDA, and the CPU's as well

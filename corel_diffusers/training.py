@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from datasets import DatasetDict
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
@@ -30,6 +30,8 @@ from corel_diffusers.checkpoints import RunState, find_checkpoints
 from corel_diffusers.data.cache import ALONE, Share
 from corel_diffusers.files import UserError, finish_publishing, first_line, read_metrics, write_json, write_text
 from corel_diffusers.precision import resolve_precision
+from corel_diffusers.processes import of_main_process
+from corel_diffusers.sharding import whole
 
 TRAINING_PHOTOS = "training_photos.txt"  # in a run's folder: the files that it trains on
 SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
@@ -40,7 +42,13 @@ SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time a
 
 def start_run(args: TrainingArguments) -> Accelerator:
     """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
-    args.mixed_precision = resolve_precision(args.mixed_precision, "cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    precision = resolve_precision(args.mixed_precision, "cuda" if gpu else "cpu")
+    timed = precision == "bf16" and not gpu  # what is fastest then depends on the machine and the model: planning.settle
+    if not timed or os.environ.get("ACCELERATE_MIXED_PRECISION") == precision:
+        args.mixed_precision = precision
+    if not timed and args.attention == "auto":
+        args.attention = "fused"
     begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
     if begun and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
@@ -50,13 +58,15 @@ def start_run(args: TrainingArguments) -> Accelerator:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=precision,
         gradient_accumulation_steps=args.grad_accum,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait while photos are encoded, or pictures drawn
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
     )
-    accelerator.print(f"running on {device_name(accelerator)}, mixed precision {args.mixed_precision}")
+    if len(found := set(gather_object([precision]))) > 1:
+        raise UserError(f"--mixed-precision {args.mixed_precision} is {' and '.join(sorted(found))} on the machines of this run: give no")
+    accelerator.print(f"running on {device_name(accelerator)}" + ("" if timed else f", mixed precision {precision}"))
     return accelerator
 
 
@@ -159,8 +169,15 @@ def build_ema(args: TrainingArguments, model: torch.nn.Module) -> EMAModel | Non
 
 
 @contextmanager
-def ema_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
-    """Within, the model has the EMA's weights and is in evaluation mode."""
+def ema_weights(ema: EMAModel | None, model: torch.nn.Module, beside: torch.nn.Module | None = None) -> Iterator[None]:
+    """Within, the model has the EMA's weights and is in evaluation mode. beside: the whole copy that has them, of a model in parts."""
+    if beside:
+        with torch.no_grad():
+            for target, source in zip(beside.parameters(), ema.shadow_params if ema else model.parameters(), strict=True):
+                target.copy_(whole(source))
+        beside.eval()
+        yield
+        return
     model.eval()
     if ema:
         ema.store(model.parameters())
@@ -278,8 +295,7 @@ def open_history(
     path = args.run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         finish_publishing(args.run_dir)
-    history = [record for record in read_metrics(path) if record["step"] <= state.step]
-    accelerator.wait_for_everyone()
+    history = of_main_process(accelerator, [record for record in read_metrics(path) if record["step"] <= state.step])
     if accelerator.is_main_process:
         write_text(path, "".join(json.dumps(record) + "\n" for record in history))
         names = dict.fromkeys([*photos["train"]["file_name"][:], *seen_before])
@@ -291,7 +307,13 @@ def open_history(
         }
         write_json(
             args.run_dir / "run.json",
-            {"finished": False, "command": args.command(script), "plan": args.planned, "device": device_name(accelerator), "data": data}
+            {
+                "finished": False,
+                "command": args.command(script),
+                "plan": args.planned | args.timed,
+                "device": device_name(accelerator),
+                "data": data,
+            }
             | more,
         )
     accelerator.init_trackers(script.removesuffix(".py"))
@@ -450,8 +472,3 @@ def note_validation(state: RunState, loss: float) -> bool:
     best = loss < state.best
     state.best = min(loss, state.best)
     return best
-
-
-def of_main_process(accelerator: Accelerator, value: object) -> object:
-    """The first rank's value on every rank: measured alike, kernels may still differ in the last bit, and decisions must not."""
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

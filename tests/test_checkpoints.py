@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from corel_diffusers.arguments import UNetArguments, VAEArguments
-from corel_diffusers.checkpoints import RunState, find_checkpoints, find_resume, load_checkpoint, save_checkpoint
+from corel_diffusers.checkpoints import RunState, Trained, find_checkpoints, load_checkpoint, resumed_checkpoint, save_checkpoint
 from corel_diffusers.files import UserError
 from corel_diffusers.learning_rate import LearningRate
+from corel_diffusers.muon import build_optimizer
 
 
 def test_a_flag_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
@@ -21,11 +22,11 @@ def test_a_flag_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-000005"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
-    assert find_resume(args, args.settings()) == checkpoint
+    assert resumed_checkpoint(args, args.settings()) == checkpoint
     other = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny", dropout=0.1)
     other.fill({})
     with pytest.raises(UserError, match=r"dropout was None, is 0.1"):
-        find_resume(other, other.settings())
+        resumed_checkpoint(other, other.settings())
 
 
 def test_a_half_written_checkpoint_is_never_found(tmp_path):
@@ -33,13 +34,13 @@ def test_a_half_written_checkpoint_is_never_found(tmp_path):
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    model, optimizer = accelerator.prepare(model, optimizer)
-    rate = LearningRate([optimizer], args)
+    trained = [Trained("model", *accelerator.prepare(model, optimizer))]
+    rate = LearningRate([trained[0].optimizer], args)
     for step in (1, 2, 3):
-        save_checkpoint(accelerator, args, RunState(step=step), {}, rate, None)
+        save_checkpoint(accelerator, args, RunState(step=step), {}, trained, rate, None)
     (tmp_path / "checkpoints" / ".step-000004.partial").mkdir()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
-    assert not list((tmp_path / "checkpoints").rglob("custom_checkpoint*")), "nothing that accelerate would unpickle without a check"
+    assert {file.suffix for file in (tmp_path / "checkpoints").rglob("*.*") if file.is_file()} == {".safetensors", ".json"}, "no pickle"
 
 
 def test_other_settings_are_refused_with_what_differs(tmp_path):
@@ -50,25 +51,64 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
     same = UNetArguments(
         output_dir=str(tmp_path), config="tiny", learning_rate=1e-4, epochs=900, early_stopping_patience=99, resume="latest"
     )
-    assert find_resume(same, same.settings()) == checkpoint
+    assert resumed_checkpoint(same, same.settings()) == checkpoint
     other = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=2e-4, schedule="cosine", resume="latest")
     with pytest.raises(UserError, match=r"learning-rate was 0.0001, is 0.0002; schedule was linear, is cosine"):
-        find_resume(other, other.settings())
+        resumed_checkpoint(other, other.settings())
     with pytest.raises(UserError, match=r"--resume elsewhere is no checkpoint .* there are step-000001"):
-        find_resume(UNetArguments(output_dir=str(tmp_path), config="tiny", resume="elsewhere"), saved)
+        resumed_checkpoint(UNetArguments(output_dir=str(tmp_path), config="tiny", resume="elsewhere"), saved)
+
+
+def test_the_optimizers_state_comes_back_as_it_was(tmp_path):
+    """Of AdamW and of Muon beside it, in the weights' memory layout; also from what accelerate itself wrote, as an older version did."""
+    args = UNetArguments(output_dir=str(tmp_path), keep_checkpoints=0)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+
+    def fresh() -> tuple[Trained, LearningRate]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8)).to(memory_format=torch.channels_last)
+        part = Trained("model", *accelerator.prepare(model, build_optimizer("muon", model, 1e-3, 0.01, 2.0)))
+        return part, LearningRate([part.optimizer], args)
+
+    def train(part: Trained, steps: range) -> list[torch.Tensor]:
+        for step in steps:
+            part.model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+        return [weight.detach().clone() for weight in part.model.parameters()]
+
+    part, rate = fresh()
+    save_checkpoint(accelerator, args, RunState(step=0), {}, [part], rate, None)
+    assert not part.optimizer.state, "saving makes no step"
+    load_checkpoint(accelerator, find_checkpoints(tmp_path)[0], [part], rate, None)
+    assert not part.optimizer.state, "nor does loading"
+    train(part, range(3))
+    save_checkpoint(accelerator, args, RunState(step=3), {}, [part], rate, None)
+    ours = find_checkpoints(tmp_path)[-1]
+    older = ours.with_name("step-000004")
+    accelerator._models, accelerator._optimizers = [part.model], [part.optimizer]
+    accelerator.save_state(str(older))
+    saved = json.loads((ours / "state.json").read_text())
+    (older / "state.json").write_text(json.dumps({name: value for name, value in saved.items() if name != "scaler"}))
+    uninterrupted = train(part, range(3, 6))
+    for checkpoint in (older, ours):
+        part, rate = fresh()
+        accelerator._models, accelerator._optimizers = [part.model], [part.optimizer]
+        load_checkpoint(accelerator, checkpoint, [part], rate, None)
+        assert all(map(torch.equal, train(part, range(3, 6)), uninterrupted)), checkpoint.name
 
 
 def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(tmp_path):
     args = VAEArguments(output_dir=str(tmp_path), keep_checkpoints=0)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     module = torch.nn.Linear(2, 2)
-    _, optimizer = accelerator.prepare(module, torch.optim.AdamW(module.parameters()))
-    rate = LearningRate([optimizer], args)
+    trained = [Trained("model", *accelerator.prepare(module, torch.optim.AdamW(module.parameters())))]
+    rate = LearningRate([trained[0].optimizer], args)
     for step in (1, 2, 3):
-        save_checkpoint(accelerator, args, RunState(step=step), {}, rate, None)
+        save_checkpoint(accelerator, args, RunState(step=step), {}, trained, rate, None)
     first = find_checkpoints(tmp_path)[0]
     saved = json.loads((first / "state.json").read_text())
     saved["state"]["given_up"] = True  # as a version might write that still knew such a value
     (first / "state.json").write_text(json.dumps(saved))
-    assert load_checkpoint(accelerator, first, rate, None).step == 1
+    assert load_checkpoint(accelerator, first, trained, rate, None).step == 1
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000001"]

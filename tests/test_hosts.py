@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, UNET_CONFIG, run_here
@@ -32,13 +33,20 @@ def network() -> Iterator[None]:
             subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
 
 
-def on_both_hosts(command: list, folder) -> None:
-    """torchrun on each, as the README says, until both have ended well."""
+def on_both_hosts(folder: Path, *flags: object) -> None:
+    """torchrun on each, as the README says, until both have ended well. They share no disk but for the photos and the VAE."""
     (address, *_), running = HOSTS.values(), []
     for rank, host in enumerate(HOSTS):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1]
-        words = ["ip", "netns", "exec", host, *torchrun, "--master_addr", address, "--master_port", 29535, *command]
-        env = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "cable0", "HF_HOME": str(folder / host), "OMP_NUM_THREADS": "1"}
+        joined = ["--master_addr", address, "--master_port", 29535]
+        script = [ROOT / "train_unet.py", "--output-dir", folder / host / "run", *flags]
+        words = ["ip", "netns", "exec", host, *torchrun, *joined, *script]
+        env = {
+            "ACCELERATE_USE_CPU": "true",
+            "GLOO_SOCKET_IFNAME": "cable0",
+            "HF_HOME": str(folder / host / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
         running.append(
             subprocess.Popen(
                 list(map(str, words)), cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -52,12 +60,13 @@ def test_two_machines_are_one_with_the_same_global_batch(network, unet_flags, co
     """Resumed in between; without dropout, which each process draws for itself."""
     config = configs / "on-two-hosts.json"
     config.write_text(json.dumps(UNET_CONFIG | {"dropout": 0.0}))
-    common = [*unet_flags, "--config", config, "--lr", 1e-3, "--lr-scheduler", "none", "--output-dir"]
-    run_here("train_unet", [*common, tmp_path / "one", "--batch-size", 4, "--epochs", 2])
-    two = [ROOT / "train_unet.py", *common, tmp_path / "two", "--batch-size", 2]
-    on_both_hosts([*two, "--epochs", 1], tmp_path)
-    on_both_hosts([*two, "--epochs", 2, "--resume", "latest"], tmp_path)
-    alone, together = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two"))
+    common = [*unet_flags, "--config", config, "--lr", 1e-3, "--lr-scheduler", "none"]
+    run_here("train_unet", [*common, "--output-dir", tmp_path / "one", "--batch-size", 4, "--epochs", 2])
+    on_both_hosts(tmp_path, *common, "--batch-size", 2, "--epochs", 1)
+    on_both_hosts(tmp_path, *common, "--batch-size", 2, "--epochs", 2, "--resume", "latest")
+    first, second = (tmp_path / host / "run" for host in HOSTS)
+    assert not second.exists(), "only the first process writes"
+    alone, together = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (tmp_path / "one", first))
     assert [line["step"] for line in alone] == [line["step"] for line in together]
     for a, b in zip(alone, together, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)

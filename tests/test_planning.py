@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from corel_diffusers import planning
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.data.photos import load_photos
+from corel_diffusers.files import write_json
 from corel_diffusers.models import build_vae
 from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, VIEWS, choose, native_side_px, photos_per_second
 
 LONG = {"perceptual_weight": 1.0, "adversarial_weight": 0.3, "kl_weight": 0.2 / 64**2}
 SHORT = {"batch_size": 2, "max_train_minutes": 20}
+DECIDED = {"mixed_precision": "no", "attention": "fused"}  # as a machine without bf16 in hardware has them
 LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base": 600.0, "large": 60.0}
 
 
@@ -49,7 +51,7 @@ LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 3000.0, "base
 def test_the_largest_model_that_sees_enough_in_its_time(machine, count, side_px, flags, expected, monkeypatch):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: side_px)
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: machine[config])
-    args = VAEArguments(**flags)
+    args = VAEArguments(**DECIDED, **flags)
     args.check()
     plan = choose(
         args, Accelerator(cpu=True), {"train": range(count)}, VAE_LADDER, lambda config, size_px, batch_size: config, args.size_px
@@ -69,9 +71,9 @@ def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return config
 
-    args = VAEArguments(plan=True)
+    args = VAEArguments(**DECIDED, plan=True)
     assert choose(args, Accelerator(cpu=True), {"train": range(350)}, VAE_LADDER, trial_step, None)["config"] == "tiny"
-    args = VAEArguments(plan=True, image_size="100")  # no size for base
+    args = VAEArguments(**DECIDED, plan=True, image_size="100")  # no size for base
     build = lambda config, size_px, batch_size: build_vae(config, size_px) and config  # noqa: E731
     assert choose(args, Accelerator(cpu=True), {"train": range(350)}, VAE_LADDER, build, (100, 100))["config"] == "tiny"
     assert "does about 2,250 photos/s: 20 minutes, 2,700,000 pictures in 1,350,000 steps" in capsys.readouterr().out
@@ -80,7 +82,14 @@ def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):
 def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: LAPTOP[config])
-    choose(VAEArguments(plan=True, epochs=600), Accelerator(cpu=True), {"train": range(200)}, VAE_LADDER, lambda *what: what[0], None)
+    choose(
+        VAEArguments(**DECIDED, plan=True, epochs=600),
+        Accelerator(cpu=True),
+        {"train": range(200)},
+        VAE_LADDER,
+        lambda *what: what[0],
+        None,
+    )
     out = capsys.readouterr().out
     assert "plan: --config tiny --image-size 64 --batch-size 2" in out
     assert "133 minutes, 120,000 pictures in 60,000 steps: each of the 200 photos 600 times" in out
@@ -89,7 +98,7 @@ def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
 def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):
     monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)
     asked = []
-    args = UNetArguments(vae_checkpoint=str(trained_vae), plan=True)
+    args = UNetArguments(**DECIDED, vae_checkpoint=str(trained_vae), plan=True)
     plan = choose(args, Accelerator(cpu=True), {"train": range(9)}, UNET_LADDER, lambda *what: asked.append(what), (32, 48))
     assert plan == {"config": "tiny", "batch_size": 16, "views": VIEWS, "max_train_minutes": 40}
     assert asked == [("tiny", (32, 48), 16)]
@@ -108,7 +117,7 @@ def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):
 )
 def test_photos_that_are_seen_very_often_come_in_changed_views(count, flags, expected, monkeypatch, trained_vae):
     monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)  # 24,000 pictures in 40 minutes
-    args = UNetArguments(vae_checkpoint=str(trained_vae), config="tiny", batch_size=16, **flags)
+    args = UNetArguments(**DECIDED, vae_checkpoint=str(trained_vae), config="tiny", batch_size=16, **flags)
     plan = choose(args, Accelerator(cpu=True), {"train": range(count)}, UNET_LADDER, lambda *what: None, (32, 48))
     assert plan.get("views") == expected
     args.fill(plan)
@@ -118,3 +127,42 @@ def test_photos_that_are_seen_very_often_come_in_changed_views(count, flags, exp
 def test_speed_is_that_of_the_steps_and_photos_have_a_size(raw_photos):
     assert 50 < photos_per_second(lambda: time.sleep(0.1), batch_size=8, seconds=0.5) < 81
     assert native_side_px(load_photos(raw_photos)) == 48
+
+
+@pytest.mark.parametrize(
+    ("flags", "milliseconds", "expected"),
+    [
+        ({}, {("bf16", "fused"): 650, ("bf16", "math"): 451, ("no", "fused"): 673}, ("bf16", "math")),
+        ({}, {("bf16", "fused"): 100, ("bf16", "math"): 103, ("no", "fused"): 93}, ("no", "fused")),
+        ({"mixed_precision": "bf16"}, {("bf16", "fused"): 100, ("bf16", "math"): 103}, ("bf16", "fused")),
+        ({"attention": "math"}, {("bf16", "math"): 103, ("no", "math"): 86}, ("no", "math")),
+    ],
+)
+def test_precision_and_attention_are_what_a_step_is_fastest_with(flags, milliseconds, expected, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "use", lambda accelerator, *chosen: used.append(chosen))
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 1e3 * batch_size / milliseconds[used[-1]])
+    used, args = [], UNetArguments(config="tiny", batch_size=16, epochs=1, **flags)
+    rate, *found = planning.fastest(args, Accelerator(cpu=True), lambda: None, args.batch_size)
+    assert tuple(found) == expected
+    assert rate == 1e3 * 16 / milliseconds[expected]
+    assert set(used) == set(milliseconds), "each is timed, and nothing else"
+    assert f"{expected[0]} with {expected[1]} attention {milliseconds[expected]}" in capsys.readouterr().out
+
+
+def test_a_plan_counts_on_the_precision_that_is_fastest(monkeypatch):
+    monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
+    monkeypatch.setattr(planning, "use", lambda accelerator, *chosen: used.append(chosen))
+    speeds = {("bf16", "fused"): 100.0, ("bf16", "math"): 150.0, ("no", "fused"): 90.0}
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: speeds[used[-1]])
+    used, args = [], UNetArguments()
+    plan = choose(args, Accelerator(cpu=True), {"train": range(350)}, UNET_LADDER, lambda *what: None, (64, 64))
+    assert (plan["config"], plan["mixed_precision"], plan["attention"]) == ("base", "bf16", "math")
+    assert 60 * 40 * 90 < planning.STEEPNESS * 100_000 < 60 * 40 * 150, "which the first precision would not have come to"
+
+
+def test_a_resumed_run_computes_as_it_was_begun(tmp_path):
+    args = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny", batch_size=4, views=0, epochs=1)
+    write_json(tmp_path / "run.json", {"plan": {"mixed_precision": "no", "attention": "math"}})
+    planning.settle(args, Accelerator(cpu=True), {}, UNET_LADDER, None, (64, 64))
+    assert (args.mixed_precision, args.attention) == ("no", "math")
+    planning.use(Accelerator(cpu=True), "no", "fused")

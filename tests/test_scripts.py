@@ -204,7 +204,7 @@ def test_a_plan_is_printed_and_nothing_written(vae_flags, tmp_path, capsys):
     run_here("train_vae", [*where, "--max-train-steps", 1])
     assert json.loads((tmp_path / "run.json").read_text())["plan"] == {
         "config": "tiny", "image_size": "64", "batch_size": 2, "max_train_steps": 1,
-        "perceptual_weight": 0.3, "adversarial_weight": 0.0, "kl_weight": 0.4 / 64**2,
+        "perceptual_weight": 0.3, "adversarial_weight": 0.0, "kl_weight": 0.4 / 64**2, "mixed_precision": "no", "attention": "fused",
     }  # fmt: skip
     run_here("train_vae", [*where, "--resume", "latest"])
     assert "plan: as the run was begun" in capsys.readouterr().out
@@ -352,6 +352,7 @@ def test_early_stopping_waits_for_held_out_photos_only_once_the_gauge_has_risen(
         return losses | {"gauge": losses["val_loss"] / losses["seen_loss"]}
 
     monkeypatch.setattr(module, "gauge", overfitting)
+    monkeypatch.setattr(module, "PUBLISHED_UP_TO", 1.075)
     flags = ["--epochs", 9, "--validate-every", 1, "--early-stopping-patience", 2, "--oscillation-window", 0]
     run_here("train_unet", [*unet_flags, *flags, "--output-dir", tmp_path])
     published = [line["published"] for line in metrics(tmp_path)]

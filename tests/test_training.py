@@ -13,7 +13,6 @@ from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.batches import BatchPlan
 from corel_diffusers.checkpoints import RunState
 from corel_diffusers.files import UserError, best_record, finish_publishing, published_model, read_metrics, whole_file
-from corel_diffusers.precision import autocast, resolve_precision
 from corel_diffusers.training import (
     RunLength,
     RunningMean,
@@ -137,23 +136,6 @@ def test_metrics_survive_a_kill_in_mid_line(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 1')
     assert [record["step"] for record in read_metrics(path)] == [5, 10]
-
-
-def test_fp16_without_a_gpu_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="--mixed-precision fp16 needs a GPU"):
-        resolve_precision("fp16", "cpu")
-    assert resolve_precision("auto", "cuda") == "fp16"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(UserError, match="fp16 needs a GPU"):
-        resolve_precision("auto", "cpu")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert resolve_precision("auto", "cpu") == "bf16"
-
-
-@pytest.mark.parametrize(("precision", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_a_matrix_product_runs_in_the_precision_asked_for(precision, expected):
-    with autocast(precision, "cpu"):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):

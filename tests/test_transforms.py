@@ -3,16 +3,19 @@
 import io
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, load_dataset
+from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from corel_diffusers.data import transforms
 from corel_diffusers.data.cache import Shards
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import PhotoError, cache_pixels, fit_photo, open_photo
+from corel_diffusers.data.transforms import PhotoError, cache_pixels, content_key, fit_photo, open_photo
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -154,3 +157,28 @@ def test_random_views_crop_where_they_say_and_leave_the_rest_alone():
     plain = transforms.to_float(fitted)
     assert torch.allclose(jittered[0], (plain[0] * 1.1).clamp(-1, 1))
     assert torch.allclose(jittered[1], (plain[1] + 0.05).clamp(-1, 1))
+
+
+def test_a_dataset_mapped_from_the_disk_names_its_content_itself(raw_photos, tmp_path):
+    """Its photos are not read for that; a changed one is another dataset."""
+    files = sorted(raw_photos.glob("*.png"))
+
+    def write(photos: list[Path]) -> None:
+        rows = [{"bytes": photo.read_bytes(), "path": None} for photo in photos]
+        Dataset.from_dict({"image": rows}, Features({"image": ImageFeature()})).to_parquet(tmp_path / "photos.parquet")
+
+    def key() -> object:
+        part = load_dataset("parquet", data_files=str(tmp_path / "photos.parquet"), cache_dir=str(tmp_path / "cache"))["train"].select(
+            [0, 2]
+        )
+        return content_key(part, Unread(part.cast_column("image", ImageFeature(decode=False))["image"]))
+
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("every photo is read")
+
+    write(files[:3])
+    before = key()
+    assert key() == before
+    write([*files[:2], files[3]])
+    assert key() != before

@@ -132,8 +132,12 @@ class CopyFinder:
         hashes = [str(imagehash.phash(Image.fromarray(photo))) for photo in np.asarray(photos.values)]
         groups = torch.tensor(duplicate_groups(hashes))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
-        own = two_nearest(distances(features[0], features).masked_fill_(groups[:, None] == groups, float("inf")), groups)
-        compared = own.ratio[own.ratio.isfinite()]  # of two photos, neither has a second one to be compared with
+        ratios = []
+        for rows in torch.arange(len(groups)).split(256):  # of ten thousand photos, all to all would fill the memory
+            others = distances(features[0][rows], features).masked_fill_(groups[rows, None] == groups, float("inf"))
+            ratios.append(two_nearest(others, groups).ratio)
+        own = torch.cat(ratios)
+        compared = own[own.isfinite()]  # of two photos, neither has a second one to be compared with
         ratio = float(torch.quantile(compared, 0.01)) if len(compared) else 0.0
         return cls(rendered.values, pixel_views(np.asarray(rendered.values)), features, groups, ratio)
 

@@ -1,6 +1,7 @@
 """Models from configs: presets (diffusers JSON beside this file) or a user's own JSON -> AutoencoderKL, UNet2DModel."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
@@ -140,6 +141,8 @@ class UNetInTraining(nn.Module):
     added to the time's embedding (Karras et al. 2022, arXiv:2206.00364, appendix F.2); at sampling nothing is changed. And it
     guesses a photo's features from its own after the first stage up (see alignment.py). 0 changes or features: without that part.
     """
+
+    _no_split_modules: ClassVar = ["ResnetBlock2D"]  # what FSDP puts together from its parts at a time
 
     def __init__(self, unet: UNet2DModel, changes: int, features: int) -> None:
         super().__init__()

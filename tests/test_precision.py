@@ -1,0 +1,53 @@
+"""The precision of passes, and the kernel of attention."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+from corel_diffusers.files import UserError
+from corel_diffusers.precision import autocast, resolve_precision, use
+
+
+def test_fp16_without_a_gpu_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="--mixed-precision fp16 needs a GPU"):
+        resolve_precision("fp16", "cpu")
+    assert resolve_precision("auto", "cuda") == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        resolve_precision("auto", "cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert resolve_precision("auto", "cpu") == "bf16"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_matrix_product_runs_in_the_precision_asked_for(precision, expected):
+    with autocast(precision, "cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_an_accelerator_of_bf16_computes_as_was_found_fastest(precision, expected):
+    AcceleratorState._reset_state(True)
+    accelerator, seen = Accelerator(cpu=True, mixed_precision="bf16"), []
+    use(accelerator, precision, "fused")
+    inner = torch.nn.Linear(2, 2)
+    inner.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    accelerator.prepare(torch.nn.Sequential(inner))(torch.ones(1, 2))
+    with accelerator.autocast():
+        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+    assert seen == [expected, expected]
+    AcceleratorState._reset_state(True)
+
+
+def test_attention_runs_by_the_kernel_that_was_found_fastest():
+    accelerator, query, names = Accelerator(cpu=True), torch.randn(1, 2, 16, 8), {}
+    for attention in ("math", "fused"):
+        use(accelerator, "no", attention)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            scaled_dot_product_attention(query, query, query)
+        names[attention] = {event.key for event in profiled.key_averages()}
+    assert "aten::_scaled_dot_product_attention_math" in names["math"] - names["fused"]
+    assert any("flash" in name for name in names["fused"] - names["math"])

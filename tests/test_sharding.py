@@ -1,0 +1,128 @@
+"""FSDP: in parts on two processes, a model learns, is averaged, saved and resumed as a whole one is."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from conftest import ROOT, UNET_CONFIG, launch
+from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
+
+from corel_diffusers.arguments import UNetArguments
+from corel_diffusers.files import UserError
+from corel_diffusers.models import UNetInTraining
+from corel_diffusers.sharding import set_sharding
+
+STEPS = 3
+
+
+def learn(folder: Path, in_parts: bool) -> None:
+    """Trains a UNet, saves it, goes on with a fresh one from there, and writes its whole weights and averages."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import fully_shard
+
+    from corel_diffusers.checkpoints import RunState, Trained, find_checkpoints, load_checkpoint, save_checkpoint
+    from corel_diffusers.learning_rate import LearningRate
+    from corel_diffusers.sharding import whole_copy
+    from corel_diffusers.training import build_ema, ema_weights
+
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    args = UNetArguments(output_dir=str(folder))
+
+    def build(seed: int):
+        torch.manual_seed(seed)
+        unet = UNet2DModel.from_config(UNET_CONFIG | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "dropout": 0.0})
+        model = UNetInTraining(unet.to(memory_format=torch.channels_last), 2, 0)
+        beside = whole_copy(model, torch.device("cpu")) if in_parts else None
+        for block in [module for module in model.modules() if isinstance(module, ResnetBlock2D)] if in_parts else ():
+            fully_shard(block)
+        model = fully_shard(model) if in_parts else model
+        optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-3))
+        return model, beside, [Trained("model", model, optimizer)], build_ema(args, model), LearningRate([optimizer], args)
+
+    def train(model, optimizer, ema, steps: range) -> None:
+        for step in steps:
+            noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+            model(noise, torch.tensor([10, 900]), None, torch.ones(2, 2))[0].square().mean().backward()
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(model.parameters())
+
+    model, beside, trained, ema, rate = build(0)
+    train(model, trained[0].optimizer, ema, range(STEPS))
+    save_checkpoint(accelerator, args, RunState(step=STEPS), {}, trained, rate, ema)
+    model, beside, trained, ema, rate = build(1)
+    assert load_checkpoint(accelerator, find_checkpoints(folder)[-1], trained, rate, ema).step == STEPS
+    train(model, trained[0].optimizer, ema, range(STEPS, 2 * STEPS))
+    for name, average in (("weights", None), ("averages", ema)):
+        with ema_weights(average, model, beside):
+            if accelerator.is_main_process:
+                save_file(
+                    {key: value.contiguous() for key, value in (beside or model).state_dict().items()}, folder / f"{name}.safetensors"
+                )
+    accelerator.end_training()
+
+
+def test_two_processes_with_parts_are_one_with_the_whole(tmp_path):
+    env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    launch(sys.executable, Path(__file__), tmp_path / "whole", env=env)
+    launch(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, Path(__file__), tmp_path / "parts", env=env)
+    for file in (
+        "weights.safetensors",
+        "averages.safetensors",
+        *(f"checkpoints/step-{STEPS:06d}/{name}.safetensors" for name in ("model", "ema", "model_optimizer")),
+    ):
+        alone, together = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+        assert alone.keys() == together.keys(), file
+        for name in alone:
+            assert torch.allclose(alone[name], together[name], rtol=1e-3, atol=1e-5), f"{file}: {name}"
+
+
+def test_the_launchers_defaults_cut_each_block_in_float32():
+    """accelerate's own is one piece, and in fp16 sums of gradients in fp16."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("fp16")
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    set_sharding(accelerator, "adamw")
+    model = UNetInTraining(UNet2DModel.from_config(UNET_CONFIG), 0, 0)
+    plugin.set_auto_wrap_policy(model)
+    wrapped = {type(module) for module in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(module)}
+    assert wrapped == {ResnetBlock2D}
+    assert plugin.mixed_precision_policy is None
+    with pytest.raises(UserError, match="--optimizer muon"):
+        set_sharding(accelerator, "muon")
+    accelerator.is_fsdp2 = False
+    with pytest.raises(UserError, match="--fsdp_version 2"):
+        set_sharding(accelerator, "adamw")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fsdp_on_the_gpus_gives_the_losses_of_one(unet_flags, tmp_path):
+    """As the README starts it, with a resume in between."""
+    count = torch.cuda.device_count()
+    fsdp = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", 2, "--num_processes", count]
+    common = [ROOT / "train_unet.py", *unet_flags, "--lr", 1e-3, "--lr-scheduler", "none", "--dropout", 0, "--output-dir"]
+    launch(sys.executable, *common, tmp_path / "one", "--epochs", 2, "--grad-accum", 2 * count)
+    launch(sys.executable, *fsdp, *common, tmp_path / "parts", "--epochs", 1, "--grad-accum", 2)
+    launch(sys.executable, *fsdp, *common, tmp_path / "parts", "--epochs", 2, "--grad-accum", 2, "--resume", "latest")
+    alone, together = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "parts")
+    )
+    assert [line["step"] for line in alone] == [line["step"] for line in together]
+    for a, b in zip(alone, together, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=5e-3)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    learn(target, in_parts="RANK" in os.environ)

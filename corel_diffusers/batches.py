@@ -32,12 +32,14 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 class StepRandom:
     """Draws for the rows of one forward pass, as slices of draws for the whole global batch of a step.
 
-    Also seeds torch's global generator, which dropout uses.
+    Also seeds the global generator of the CPU and of the device, which dropout uses.
     """
 
     def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device = CPU) -> None:
         first, second = (int(word) for word in np.random.SeedSequence([seed, step]).generate_state(2))
-        torch.manual_seed(second + rows.start)
+        torch.default_generator.manual_seed(second + rows.start)  # torch.manual_seed writes down the stack for GPUs not there: 1 ms
+        if device.type == "cuda":
+            torch.cuda.manual_seed(second + rows.start)
         self.generator = torch.Generator().manual_seed(first)
         self.global_batch, self.rows, self.device = global_batch, rows, device
 

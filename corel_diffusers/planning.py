@@ -63,7 +63,7 @@ UNET_LADDER = Ladder(
     (Rung("tiny", 64, 16), Rung("base", 128, 16, 100_000), Rung("large", 256, 32, 1_000_000, 5_000)),
     40,
     "KID x1000 {:.0f} against held-out photos, where real photos have about 0",
-    ((49_000, 58), (200_000, 37)),
+    ((49_000, 58), (165_000, 42)),
 )
 VIEWS, VIEWS_FROM = 16, 300  # changed views of each photo, where a run would see each photo more often; benchmarks/overfitting.py
 # benchmarks/results/choices.md, "Two hours"

@@ -100,7 +100,10 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(name, vae_fla
         ("train_unet", ["--lr-scheduler", "cosine", "--no-ema"]),
         ("train_unet", ["--lr-scheduler", "linear", "--prediction-type", "epsilon", "--unconditional"]),
         ("train_unet", ["--lr-scheduler", "none", "--schedule", "cosine", "--num-workers", 1]),
-        ("train_unet", ["--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", 3, "--mixed-precision", "bf16"]),
+        (
+            "train_unet",
+            ["--lr-scheduler", "constant_with_warmup", "--lr-warmup-steps", 3, "--mixed-precision", "bf16", "--attention", "math"],
+        ),
         ("train_unet", ["--optimizer", "muon", "--timesteps", "log-normal", "--zero-terminal-snr", "--validate-every", 2]),
         ("train_unet", ["--views", 2, "--lr-scheduler", "cosine_warm_restarts"]),
         ("train_vae", ["--lr-scheduler", "cosine_warm_restarts", "--kl-target", 50, "--optimizer", "adamw"]),

@@ -22,9 +22,9 @@ from corel_diffusers.files import write_text
 HERE = Path(__file__).parent
 RUNS = {
     "A training step": [
-        ("vae_step.py", ["--repeats", 3, "--steps", 10]),
-        ("unet_step.py", ["--repeats", 3, "--steps", 15]),
-        ("overhead.py", ["--repeats", 2]),
+        ("vae_step.py", ["--repeats", 2, "--steps", 10]),
+        ("unet_step.py", ["--repeats", 2, "--steps", 10]),
+        ("overhead.py", ["--repeats", 1]),
         ("peak.py", []),
     ],
     "Photos": [("data.py", []), ("scale.py", ["--repeats", 2, "--steps", 100, "--photos", 300, 100_000])],

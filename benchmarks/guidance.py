@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0])
     parser.add_argument("--num-images", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=25, help="of the sampler")
     args = parser.parse_args()
     device = pick_device("auto")
     pipe, network = load_pipeline(args.run, device), load_network("efficientnet-lite0", device)

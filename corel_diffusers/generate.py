@@ -24,8 +24,8 @@ from corel_diffusers.latents import load_vae, weights_key
 from corel_diffusers.plots import picture_grid, save_picture
 from corel_diffusers.precision import autocast, resolve_precision
 
-AUTO = "dpm-solver++"  # benchmarks/results/choices.md: as near to the photos in 20 steps as DDIM in 50; benchmarks/sampling.py asks again
-DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm-solver++": 25, "unipc": 25}
+AUTO = "dpm-solver++"  # benchmarks/results/sampling.md: in 15 steps as near to the photos as DDIM in 50
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm-solver++": 15, "unipc": 15}
 INDIVIDUAL_UP_TO = 16
 
 

@@ -49,7 +49,7 @@ def card_text(folder: Path, repo_id: str) -> str:
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)',
         "pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)",
-        f"images = pipe(num_images=4{label}, num_inference_steps=25).images",
+        f"images = pipe(num_images=4{label}, num_inference_steps=15).images",
         "```",
         "",
         "`pipeline.py` is in this repository and imports torch and diffusers only.",

@@ -25,7 +25,7 @@ def test_the_guides_command(base, trained_vae):
     flags = ["--output", "corel.png", "--base-dir", base, "--num-images", 4, "--batch-size", 4, "--seed", 7, "--nrow", 2, "--device", "cpu"]
     old_names = ["--diffusion-checkpoint", "diffusion_models/best_model.pt", "--vae-checkpoint", trained_vae / "best_model.pt"]
     done = tool("generate", *old_names, *flags)
-    assert "dpm-solver++ with 25 steps on cpu, seed 7" in done.stdout
+    assert "dpm-solver++ with 15 steps on cpu, seed 7" in done.stdout
     assert Image.open(base / "corel.png").size == (2 * 34 + 2, 2 * 34 + 2)
     assert len(pictures(base / "corel_individual")) == 4
 

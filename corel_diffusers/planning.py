@@ -68,7 +68,7 @@ UNET_LADDER = Ladder(
 VIEWS, VIEWS_FROM = 16, 300  # changed views of each photo, where a run would see each photo more often; benchmarks/overfitting.py
 # benchmarks/results/choices.md, "Two hours"
 ADVERSARIAL_FROM, WITH_DISCRIMINATOR = 30_000, 0.75  # and the share of a run's pictures that the discriminator leaves time for
-CLEARLY = 1.05
+CLEARLY = 1.05  # times as fast: timings of a quiet machine differ by less
 STEEPNESS = 3  # a rung is at least so many times as slow as the one below: one that this rules out is not tried
 
 # config, size (height, width), batch size -> a training step of such a model, on noise
@@ -92,12 +92,10 @@ def settle(
     plan = of_main_process(accelerator, read_json(run).get("plan") if args.resume and run.is_file() else None)
     if plan:
         accelerator.print("plan: as the run was begun")
-        args.fill({"mixed_precision": "bf16", "attention": "fused"} | plan)  # which older runs did not note
+        plan = {"mixed_precision": "bf16", "attention": "fused"} | plan  # which older runs did not note
     elif args.plan or None in args.planned.values():
         plan = of_main_process(accelerator, choose(args, accelerator, photos, ladder, trial_step, size_px))
-        args.fill(plan)
-    else:
-        args.fill({})
+    args.fill(plan or {})
     if "auto" in args.timed.values():
         step = partial(trial_step, args.config, size_px or args.size_px, args.batch_size)
         _, args.mixed_precision, args.attention = of_main_process(accelerator, fastest(args, accelerator, step, args.batch_size))

@@ -26,6 +26,8 @@ from corel_diffusers.hub import write_card
 from corel_diffusers.models import build_vae
 from corel_diffusers.perceptual import PerceptualLoss
 
+CPU = torch.device("cpu")
+
 
 def gaussian(n, d=12, shift=0.0, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(shift, 1, (n, d)))
@@ -137,12 +139,12 @@ def vae(configs):
 
 @pytest.fixture(scope="module")
 def network():
-    return feature_networks.load_network("efficientnet-lite0", torch.device("cpu"))
+    return feature_networks.load_network("efficientnet-lite0", CPU)
 
 
 @pytest.mark.parametrize("plant", ["as it is", "mirrored", "cropped", "mirrored, cropped and noisy"])
-def test_planted_copies_are_found(pixels, network, plant):
-    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
+def test_planted_copies_are_found(pixels, plant):
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], CPU)
     copies = np.array(pixels["train"].values[:8])
     if "mirrored" in plant:
         copies = copies[:, :, ::-1]
@@ -150,7 +152,7 @@ def test_planted_copies_are_found(pixels, network, plant):
         copies = np.stack([memorization.cropped(copy, (0.9, 0.03, 0.06)) for copy in copies])
     if "noisy" in plant:
         copies = np.clip(copies + np.random.default_rng(0).normal(0, 4, copies.shape), 0, 255).astype(np.uint8)
-    in_pixels, in_features = finder.search(copies, feature_networks.extract(network, np.ascontiguousarray(copies)))
+    in_pixels, in_features = finder.search(np.ascontiguousarray(copies))
     assert in_pixels.photo.tolist() == list(range(8))
     assert in_pixels.share_below(memorization.PIXEL_RATIO) >= 0.75
     if plant in ("as it is", "mirrored"):
@@ -158,12 +160,12 @@ def test_planted_copies_are_found(pixels, network, plant):
         assert in_features.share_below(finder.feature_ratio) == 1
 
 
-def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, network):
+def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels):
     photos = np.array(pixels["train"].values)
     saved_again = np.clip(photos[:1] + np.random.default_rng(0).normal(0, 2, photos[:1].shape), 0, 255).astype(np.uint8)
     twice = Pixels(np.concatenate([photos, saved_again]), "twice")
-    finder = memorization.CopyFinder.of(twice, twice, network)
-    in_pixels, in_features = finder.search(photos[:1], feature_networks.extract(network, photos[:1]))
+    finder = memorization.CopyFinder.of(twice, twice, CPU)
+    in_pixels, in_features = finder.search(photos[:1])
     assert in_pixels.photo.tolist() == in_features.photo.tolist() == [0]
     assert in_pixels.second.item() not in (0, len(photos))
     assert in_pixels.share_below(memorization.PIXEL_RATIO) == 1
@@ -180,11 +182,11 @@ def test_of_burst_photos_two_are_looked_at():
     assert memorization.likeliest(distance, groups) == [1, 2, 0, 5]
 
 
-def test_the_nearest_crops_of_the_likeliest_photos_are_those_of_all(pixels, network):
+def test_the_nearest_crops_of_the_likeliest_photos_are_those_of_all(pixels):
     photos = np.array(pixels["train"].values)
     copies = memorization.planted_copies(photos[:6])
-    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
-    found = finder.search(copies, feature_networks.extract(network, copies))[0]
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], CPU)
+    found = finder.search(copies)[0]
     places, scales = np.linspace(0, 1, 9), (0.66, 0.68, 0.7, 0.79, 0.81, 0.83, 0.91, 0.93, 0.95)
     crops = [(scale, (1 - scale) * left, (1 - scale) * top) for scale in scales for left in places for top in places]
     views = [torch.from_numpy(memorization.resize(photos, 32, crop).reshape(len(photos), -1)) for crop in crops]
@@ -196,17 +198,26 @@ def test_the_nearest_crops_of_the_likeliest_photos_are_those_of_all(pixels, netw
     assert (found.ratio[a_copy] < memorization.PIXEL_RATIO).all()
 
 
-def test_two_photos_tell_no_ratio_that_is_a_number_of_nothing(pixels, network):
+def test_two_photos_tell_no_ratio_that_is_a_number_of_nothing(pixels):
     two = Pixels(np.array(pixels["train"].values[:2]), "two")
-    assert memorization.CopyFinder.of(two, two, network).feature_ratio == 0
+    assert memorization.CopyFinder.of(two, two, CPU).feature_ratio == 0
 
 
-def test_held_out_photos_are_no_copies(pixels, network):
-    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], network)
-    assert (
-        finder.shares(*finder.search(pixels["validation"].values, feature_networks.photo_features(network, pixels["validation"])))["pixels"]
-        == 0
-    )
+def test_held_out_photos_are_no_copies(pixels):
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], CPU)
+    assert finder.shares(*finder.search(pixels["validation"].values[:]))["pixels"] == 0
+
+
+def test_the_features_of_copies_are_means_of_nine_places(pixels):
+    photos = pixels["train"].values[:2]
+    places = feature_networks.extract(feature_networks.efficientnet_places(CPU), photos).numpy().reshape(2, 1280, 3, 3)
+    with torch.no_grad():
+        feature_map = feature_networks.efficientnet_map(CPU)(torch.from_numpy(photos)).numpy()
+    for row, column in np.ndindex(3, 3):
+        mean = feature_map[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].mean((2, 3))
+        assert places[:, :, row, column] == pytest.approx(mean / np.linalg.norm(mean, axis=1, keepdims=True), abs=1e-3)
+    mean = feature_networks.extract(feature_networks.load_network("efficientnet-lite0", CPU), photos)
+    assert mean.numpy() == pytest.approx(feature_map.mean((2, 3)), abs=1e-5)
 
 
 def test_photo_features_are_cached_and_the_uncached_ones(pixels, network):
@@ -221,7 +232,7 @@ def test_dinov2_is_transformers_own(tmp_path):
 
     model = Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=224)).eval()
     model.save_pretrained(tmp_path)
-    network = feature_networks.dinov2(torch.device("cpu"), str(tmp_path))
+    network = feature_networks.dinov2(CPU, str(tmp_path))
     pictures = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
@@ -232,7 +243,7 @@ def test_dinov2_is_transformers_own(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is here, its weights may be")
 def test_a_network_that_cannot_be_had_is_named_with_the_way_out():
     with pytest.raises(UserError, match="--features inception cannot be loaded .* use --features efficientnet-lite0"):
-        feature_networks.load_network("inception", torch.device("cpu"))
+        feature_networks.load_network("inception", CPU)
 
 
 def test_evaluate_a_pipeline(trained_unet, raw_photos, tmp_path):

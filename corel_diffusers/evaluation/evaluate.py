@@ -66,8 +66,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     values = as_array(pictures)
     features = extract(network, values)
     as_rendered = partial(render, pipe.vae) if pipe else lambda part: part
-    finder = CopyFinder.of(known, as_rendered(known), network)
-    in_pixels, in_features = finder.search(values, features)
+    finder = CopyFinder.of(known, as_rendered(known), device)
+    in_pixels, in_features = finder.search(values)
 
     results = settings | {
         "only_classes": class_names if args.classes else None,
@@ -78,15 +78,15 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "generation": compare(features, real[held_out]),
         "halves": halves(real["all"]),
         "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
-        "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "pictures": finder.shares(in_pixels, in_features)},
+        "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "features": finder.network.name},
     }
+    results["copies"]["pictures"] = finder.shares(in_pixels, in_features)
     planted = planted_copies(known.evenly(PLANTED).values[:])
     planted = reconstruct(pipe.vae, planted) if pipe else planted
-    results["copies"]["planted"] = finder.shares(*finder.search(planted, extract(network, planted)))
+    results["copies"]["planted"] = finder.shares(*finder.search(planted))
     if held_out != "all":
         results["train_against_held_out"] = compare(real["train"], real[held_out])
-        alarms = as_rendered(pixels[held_out])
-        results["copies"]["held_out"] = finder.shares(*finder.search(alarms.values, photo_features(network, alarms)))
+        results["copies"]["held_out"] = finder.shares(*finder.search(as_rendered(pixels[held_out]).values[:]))
     if labels is not None:
         made, real_of = (features, labels), {split: (real[split], photo_labels[split]) for split in pixels}
         results["diversity"] = {"pictures": within_class_distance(*made), "photos": within_class_distance(*real_of["all"])}
@@ -162,7 +162,7 @@ class SampleJudge:
     @classmethod
     def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels]) -> "SampleJudge":
         network = load_network("efficientnet-lite0", vae.device)
-        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"]), network)
+        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"]), vae.device)
         return cls(network, photo_features(network, pixels["validation"]), finder)
 
     def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
@@ -170,7 +170,7 @@ class SampleJudge:
         counts."""
         values = as_array(pictures)
         features = extract(self.network, values)
-        copies = {f"copies_{name}": share for name, share in self.finder.shares(*self.finder.search(values, features)).items()}
+        copies = {f"copies_{name}": share for name, share in self.finder.shares(*self.finder.search(values)).items()}
         return ({"kid_e3": 1e3 * kernel_distance(features, self.held_out)} if len(self.held_out) >= FEWEST else {}) | copies
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from corel_diffusers.data.cache import cached_array
 from corel_diffusers.data.transforms import Pixels
@@ -24,6 +25,7 @@ class Network:
     width: int
     device: torch.device
     run: Callable[[torch.Tensor], torch.Tensor]
+    dtype: torch.dtype = torch.float64  # of its features, once they are taken out of it
 
 
 def load_network(name: str, device: torch.device) -> Network:
@@ -41,13 +43,33 @@ def load_network(name: str, device: torch.device) -> Network:
 
 def efficientnet(device: torch.device) -> Network:
     """Spatial means of the last feature map at 224 px."""
+    feature_map = efficientnet_map(device)
+    return Network("efficientnet-lite0", 1280, device, lambda pictures: feature_map(pictures).mean((2, 3)))
+
+
+def efficientnet_places(device: torch.device) -> Network:
+    """What is where: means of the last feature map in 3 x 3 overlapping places, each scaled to unit length.
+
+    For the search for copies. One mean of the whole picture holds any plain picture to be near the plainest photo; a copy has the
+    same in the same places (`benchmarks/copies.py`). Halves, as of ten thousand photos they take 0.5 GB with the mirror images.
+    """
+    feature_map = efficientnet_map(device)
+
+    def run(pictures: torch.Tensor) -> torch.Tensor:
+        return F.normalize(F.adaptive_avg_pool2d(feature_map(pictures), 3), dim=1).flatten(1)
+
+    return Network("efficientnet-lite0-3x3", 9 * 1280, device, run, torch.float16)
+
+
+def efficientnet_map(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """uint8 (B, H, W, 3) -> the last feature map at 224 px, (B, 1280, 7, 7)."""
     network = load_efficientnet().eval().to(device, memory_format=torch.channels_last)
 
     def run(pictures: torch.Tensor) -> torch.Tensor:
         x = (enlarged(pictures, 224).permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
-        return network.extract_features(x.to(device)).mean((2, 3))
+        return network.extract_features(x.to(device))
 
-    return Network("efficientnet-lite0", 1280, device, run)
+    return run
 
 
 def inception(device: torch.device) -> Network:
@@ -80,9 +102,9 @@ def enlarged(pictures: torch.Tensor, side_px: int) -> torch.Tensor:
 
 @torch.no_grad()
 def extract(network: Network, pictures: np.ndarray, batch_size: int = 32) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> float64 (N, D)."""
+    """uint8 (N, H, W, 3) -> (N, D)."""
     parts = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    return torch.cat([network.run(torch.from_numpy(np.array(part))).double().cpu() for part in parts])
+    return torch.cat([network.run(torch.from_numpy(np.array(part))).to("cpu", network.dtype) for part in parts])
 
 
 def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> torch.Tensor:
@@ -93,7 +115,8 @@ def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> 
         values = pixels.values[photos]
         return extract(network, values[:, :, ::-1] if mirrored else values).numpy()
 
-    return torch.from_numpy(np.asarray(cached_array(key, (len(pixels), network.width), np.float64, make, "looking at photos")))
+    dtype = torch.empty(0, dtype=network.dtype).numpy().dtype
+    return torch.from_numpy(np.asarray(cached_array(key, (len(pixels), network.width), dtype, make, "looking at photos")))
 
 
 def as_array(pictures: Sequence[Image.Image]) -> np.ndarray:

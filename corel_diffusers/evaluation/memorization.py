@@ -1,8 +1,8 @@
 """Which generated pictures are copies of training photos.
 
 A copy is much nearer to one photo than to any other: the distance to the nearest over that to the second nearest. Bonnaire et
-al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In a network's features, where a shifted copy still
-stands out, the ratio below which it counts is calibrated on the photos. The photos are taken as the VAE renders them: its
+al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In the features of a network, where a shifted or recoloured
+copy still stands out, the ratio below which it counts is calibrated on the photos. The photos are taken as the VAE renders them: its
 blur moves features further than the way from one photo to the next, and a model that copies cannot copy what its VAE loses.
 Near duplicates among the photos count as one photo: a copy of one is as near to the other.
 """
@@ -20,7 +20,7 @@ from PIL import Image
 from corel_diffusers.data.cache import Shards
 from corel_diffusers.data.duplicates import duplicate_groups
 from corel_diffusers.data.transforms import Pixels
-from corel_diffusers.evaluation.features import Network, photo_features
+from corel_diffusers.evaluation.features import Network, efficientnet_places, extract, photo_features
 
 PIXEL_RATIO = 1 / 3
 Crop = tuple[float, float, float]  # scale, left and top, as shares of the side
@@ -65,10 +65,9 @@ def cropped(picture: np.ndarray, crop: Crop, size_px: tuple[int, int] | None = N
 
 def distances(pictures: torch.Tensor, photo_views: list[torch.Tensor]) -> torch.Tensor:
     """pictures (N, D), each view of the photos (M, D) -> (N, M), float64: a photo is as near as its nearest view."""
-    nearest = torch.full((len(pictures), len(photo_views[0])), float("inf"), dtype=torch.float64)
-    for view in photo_views:
-        nearest = torch.minimum(nearest, torch.cdist(pictures.double(), view.double()))
-    return nearest
+    pictures = pictures.double()
+    parts = zip(*(view.split(1024) for view in photo_views), strict=True)  # all of ten thousand photos as float64 would fill the memory
+    return torch.cat([torch.stack([torch.cdist(pictures, view.double()) for view in part]).amin(0) for part in parts], 1)
 
 
 def two_nearest(distance: torch.Tensor, groups: torch.Tensor) -> Nearest:
@@ -117,18 +116,20 @@ class CopyFinder:
 
     photos: Shards | np.ndarray  # uint8 (M, H, W, 3), as rendered
     pixels: list[torch.Tensor]
+    network: Network
     features: list[torch.Tensor]
     groups: torch.Tensor  # (M,), near duplicates share a number
     feature_ratio: float
 
     @classmethod
-    def of(cls, photos: Pixels, rendered: Pixels, network: Network) -> "CopyFinder":
+    def of(cls, photos: Pixels, rendered: Pixels, device: torch.device) -> "CopyFinder":
         """rendered: the training photos as the VAE renders them; the photos themselves where the pictures were made without one.
 
         In features a photo counts by itself and its mirror image; crops are searched for in pixels. The feature ratio is the
         one that 1 % of the photos themselves are below when each is compared with the others: photos of a series that look
         alike set what is not yet a copy.
         """
+        network = efficientnet_places(device)
         hashes = [str(imagehash.phash(Image.fromarray(photo))) for photo in np.asarray(photos.values)]
         groups = torch.tensor(duplicate_groups(hashes))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
@@ -139,16 +140,16 @@ class CopyFinder:
         own = torch.cat(ratios)
         compared = own[own.isfinite()]  # of two photos, neither has a second one to be compared with
         ratio = float(torch.quantile(compared, 0.01)) if len(compared) else 0.0
-        return cls(rendered.values, pixel_views(np.asarray(rendered.values)), features, groups, ratio)
+        return cls(rendered.values, pixel_views(np.asarray(rendered.values)), network, features, groups, ratio)
 
-    def search(self, pictures: np.ndarray, features: torch.Tensor) -> tuple[Nearest, Nearest]:
-        """The nearest photos of pictures, uint8 (N, H, W, 3) with their features (N, D): in pixels, and in features."""
+    def search(self, pictures: np.ndarray) -> tuple[Nearest, Nearest]:
+        """The nearest photos of pictures, uint8 (N, H, W, 3): in pixels, and in features."""
         distance = distances(torch.from_numpy(resize(pictures, COARSE_PX).reshape(len(pictures), -1)), self.pixels)
         nearer = torch.full_like(distance, math.inf)
         for index, picture in enumerate(resize(pictures, FINE_PX)):
             for photo in likeliest(distance[index], self.groups):
                 nearer[index, photo] = nearest_crop(picture, self.photos[photo])
-        return two_nearest(nearer, self.groups), two_nearest(distances(features, self.features), self.groups)
+        return two_nearest(nearer, self.groups), two_nearest(distances(extract(self.network, pictures), self.features), self.groups)
 
     def shares(self, in_pixels: Nearest, in_features: Nearest) -> dict[str, float]:
         """The share of the pictures searched for that count as copies, by either measure."""

@@ -55,7 +55,7 @@ def copy_rows(results: dict) -> list[tuple[str, ...]]:
         (
             "nearest / second nearest training photo",
             f"in pixels < {copies['pixel_ratio']:.2f}",
-            f"in features < {copies['feature_ratio']:.2f}",
+            f"in features ({copies['features']}) < {copies['feature_ratio']:.2f}",
         )
     ]
     names = {
@@ -130,7 +130,8 @@ def card_rows(results: dict) -> list[str]:
     for name, counts, kid, fd, _, _ in distance_rows(results)[1:]:
         lines.append(f"| {name}, n {counts}: KID x1000 [95 %], FD ({results['features']}) | {kid}, {fd} |")
     shares = {key: f"{value['pixels']:.1%}, {value['features']:.1%}" for key, value in results["copies"].items() if isinstance(value, dict)}
-    lines.append(f"| copies of training photos, in pixels and in features | {shares['pictures']} |")
+    network = results["copies"].get("features", results["features"])  # an earlier version's had no name of their own
+    lines.append(f"| copies of training photos, in pixels and in features ({network}) | {shares['pictures']} |")
     if "held_out" in shares:
         lines.append(f"| the same share of held-out photos (false alarms) | {shares['held_out']} |")
     return lines

@@ -22,7 +22,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.evaluation.evaluate import picture_size_px, render
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
-from corel_diffusers.evaluation.memorization import CopyFinder, distances, two_nearest
+from corel_diffusers.evaluation.memorization import CopyFinder
 from corel_diffusers.evaluation.metrics import kernel_distance
 from corel_diffusers.files import read_metrics
 from corel_diffusers.generate import AUTO, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
@@ -43,7 +43,7 @@ def main() -> None:
     pipe.scheduler, labels = build_sampler(AUTO, pipe.scheduler), pick_labels(pipe, (), args.num_images)
     pixels = cache_pixels(load_photos(args.data_dir), picture_size_px(pipe))[1]
     real = photo_features(network, pixels["validation"])
-    finder = CopyFinder.of(pixels["train"], render(pipe.vae, pixels["train"]), network)
+    finder = CopyFinder.of(pixels["train"], render(pipe.vae, pixels["train"]), device)
     metrics = read_metrics(args.run / "metrics.jsonl")
     guide = Guide(args.run, pipe.unet, metrics[0]["images_seen"] // metrics[0]["step"])
 
@@ -58,8 +58,8 @@ def main() -> None:
         pipe.register_modules(guide=early and early.to(device))
         for scale in args.scales:
             drawing = Generate(num_images=args.num_images, batch_size=50, guidance_scale=scale, mixed_precision="no")
-            features = extract(network, as_array(sample_pictures(pipe, drawing, labels, 0, num_inference_steps=args.steps)))
-            copies = two_nearest(distances(features, finder.features), finder.groups).share_below(finder.feature_ratio)
+            pictures = as_array(sample_pictures(pipe, drawing, labels, 0, num_inference_steps=args.steps))
+            features, copies = extract(network, pictures), finder.in_features(pictures).share_below(finder.feature_ratio)
             found = {"step": step_of(checkpoint), "images_seen": record["images_seen"], "gauge": record["gauge"] / lowest}
             found |= {"guide": early is not None, "scale": scale, "kid_e3": 1e3 * kernel_distance(features, real), "copies": copies}
             print(json.dumps(found), flush=True)

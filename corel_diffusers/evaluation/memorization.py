@@ -144,12 +144,20 @@ class CopyFinder:
 
     def search(self, pictures: np.ndarray) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3): in pixels, and in features."""
+        return self.in_pixels(pictures), self.in_features(pictures)
+
+    def in_pixels(self, pictures: np.ndarray) -> Nearest:
+        """The nearest photos, their mirror images and crops included: coarsely among all, then finely among the likeliest."""
         distance = distances(torch.from_numpy(resize(pictures, COARSE_PX).reshape(len(pictures), -1)), self.pixels)
         nearer = torch.full_like(distance, math.inf)
         for index, picture in enumerate(resize(pictures, FINE_PX)):
             for photo in likeliest(distance[index], self.groups):
                 nearer[index, photo] = nearest_crop(picture, self.photos[photo])
-        return two_nearest(nearer, self.groups), two_nearest(distances(extract(self.network, pictures), self.features), self.groups)
+        return two_nearest(nearer, self.groups)
+
+    def in_features(self, pictures: np.ndarray) -> Nearest:
+        """The nearest photos, their mirror images included, to a network."""
+        return two_nearest(distances(extract(self.network, pictures), self.features), self.groups)
 
     def shares(self, in_pixels: Nearest, in_features: Nearest) -> dict[str, float]:
         """The share of the pictures searched for that count as copies, by either measure."""

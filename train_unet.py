@@ -51,6 +51,7 @@ from corel_diffusers.training import (
     build_ema,
     cache_share,
     checkpoint_due,
+    clip_gradients,
     early_stop,
     ema_weights,
     epochs_between_validations,
@@ -214,7 +215,7 @@ def main(args: UNetArguments) -> None:
                         total = total + args.align_weight * misalignment(guess, wanted, feature_mean, feature_std).mean()
                     accelerator.backward(total)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                        clip_gradients(accelerator, optimizer, model, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 means.add(loss=loss.mean())

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from corel_diffusers import advice
-from corel_diffusers.batches import BatchPlan, StepRandom, batches, to_device
+from corel_diffusers.batches import BatchPlan, StepRandom, batches, resident, to_device
 from corel_diffusers.checkpoints import Trained, find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
@@ -53,6 +53,7 @@ from corel_diffusers.training import (
     build_ema,
     cache_share,
     checkpoint_due,
+    clip_gradients,
     ema_weights,
     epochs_between_validations,
     explained_failures,
@@ -127,7 +128,8 @@ def main(args: VAEArguments) -> None:
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, len(pixels["validation"]))
     compilation = Compilation(args, accelerator, model, state)
-    passes = batches(plan, state.step, length.steps, args.num_workers, pixels["train"].values, large["train"].values)
+    arrays = pixels["train"].values, large["train"].values
+    passes = batches(plan, state.step, length.steps, args.num_workers, *resident(arrays, device))
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state):
             rate.set(state.step, length.total_steps(state))
@@ -156,8 +158,7 @@ def main(args: VAEArguments) -> None:
                     loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        accelerator.unscale_gradients(optimizer)  # not the discriminator's, whose gradients may be half summed up
-                        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                        clip_gradients(accelerator, optimizer, model, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                     if discriminator and early <= DISCRIMINATOR_LEAD:  # only the discriminator learns from it

@@ -21,6 +21,7 @@ from corel_diffusers.data.cache import Shards
 
 Array = Shards | np.ndarray | torch.Tensor
 CPU = torch.device("cpu")
+SMALL_BYTES = 2**27  # arrays so small are kept in memory, which saves some file reads in each step
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -144,9 +145,12 @@ class ArrayBatches(Dataset):
 
 
 def resident(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
-    """The arrays as tensors on the GPU, where they fill less than a quarter of what is free there; else as they are."""
+    """The arrays as tensors on the device, where they fill less than a quarter of what is free on a GPU; for a CPU, in memory where they
+    are small. Else as they are."""
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 4:
+    if device.type != "cuda":
+        return [np.asarray(array) for array in arrays] if size < SMALL_BYTES else arrays
+    if size > torch.cuda.mem_get_info(device)[0] / 4:
         return arrays
     kept = []
     for array in arrays:

@@ -31,7 +31,7 @@ from corel_diffusers.data.cache import ALONE, Share
 from corel_diffusers.files import UserError, finish_publishing, first_line, read_metrics, write_json, write_text
 from corel_diffusers.precision import resolve_precision
 from corel_diffusers.processes import of_main_process
-from corel_diffusers.sharding import whole
+from corel_diffusers.sharding import is_sharded, whole
 
 TRAINING_PHOTOS = "training_photos.txt"  # in a run's folder: the files that it trains on
 SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
@@ -159,6 +159,19 @@ def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward
 
 
 # --- EMA ----------------------------------------------------------------------------------------------------------------
+
+
+def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, model: torch.nn.Module, limit: float) -> None:
+    """Scales the gradients down to that norm where theirs is above. On a CPU, gradients within it are left alone: there the answer is at
+    hand, and scaling by 1 is one more pass over them."""
+    if is_sharded(accelerator):
+        accelerator.clip_grad_norm_(model.parameters(), limit)  # sums the norm up over the ranks
+        return
+    accelerator.unscale_gradients(optimizer)  # no other's, whose gradients may be half summed up
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if norm.is_cuda or norm > limit:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
 
 
 class EMA(EMAModel):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from corel_diffusers.batches import BatchPlan, StepRandom, batches, resident
+from corel_diffusers.data.cache import cached_array
 
 
 def test_every_photo_is_seen_equally_often_in_a_new_order_each_epoch():
@@ -47,6 +48,15 @@ def test_arrays_that_stay_on_a_device_give_the_batches_of_those_on_the_disk():
     rows, indices = plan.rows(1), plan.indices(3, 1)
     assert np.array_equal(read[0][3][0], arrays[0][indices, versions[3][rows]])
     assert np.array_equal(read[0][3][1], indices)
+
+
+def test_small_arrays_are_read_from_memory(monkeypatch):
+    array = cached_array("small", (5, 2), np.float32, lambda photos: np.arange(10, dtype=np.float32).reshape(5, 2)[photos], "making")
+    (kept,) = resident([array], torch.device("cpu"))
+    assert isinstance(kept, np.ndarray)
+    assert np.array_equal(kept, array[:])
+    monkeypatch.setattr("corel_diffusers.batches.SMALL_BYTES", 39)
+    assert resident([array], torch.device("cpu")) == [array], "a larger one is left on the disk"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -66,6 +66,19 @@ def test_the_average_of_the_weights_is_the_formulas():
         assert float(ema.shadow_params[0]) == pytest.approx(expected, rel=1e-5), step
 
 
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_gradients_are_clipped_as_torch_clips_them(limit):
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    for model in models:
+        for place, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter) + place
+    before = [parameter.grad.clone() for parameter in models[0].parameters()]
+    training.clip_gradients(Accelerator(cpu=True), None, models[0], limit)
+    torch.nn.utils.clip_grad_norm_(models[1].parameters(), limit)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(torch.equal(a.grad, b) for a, b in zip(models[0].parameters(), before, strict=True)) == (limit > 1)
+
+
 def test_epochs_without_flags_have_the_guides_rhythm():
     plan, length, state = BatchPlan(4, 4, 1, 1, 0, seed=0), RunLength(40, None, 0.0), RunState()
     for kind, expected in ((VAEArguments, [20, 40]), (UNetArguments, [10, 20, 30, 40])):

@@ -19,10 +19,11 @@ from PIL import Image
 
 from corel_diffusers.data.cache import Shards
 from corel_diffusers.data.duplicates import duplicate_groups
-from corel_diffusers.data.transforms import Pixels
+from corel_diffusers.data.transforms import Pixels, evenly
 from corel_diffusers.evaluation.features import Network, efficientnet_places, extract, photo_features
 
 PIXEL_RATIO = 1 / 3
+CALIBRATED_ON = 2000  # photos, evenly over all: more do not change a share of 1 %, and each is compared with all
 Crop = tuple[float, float, float]  # scale, left and top, as shares of the side
 # Every photo is looked at in these crops, so small that ten thousand photos take 0.3 GB
 COARSE_PX = 16
@@ -134,7 +135,7 @@ class CopyFinder:
         groups = torch.tensor(duplicate_groups(hashes))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
         ratios = []
-        for rows in torch.arange(len(groups)).split(256):  # of ten thousand photos, all to all would fill the memory
+        for rows in torch.as_tensor(evenly(len(groups), CALIBRATED_ON)).split(256):  # all at once would fill the memory
             others = distances(features[0][rows], features).masked_fill_(groups[rows, None] == groups, float("inf"))
             ratios.append(two_nearest(others, groups).ratio)
         own = torch.cat(ratios)

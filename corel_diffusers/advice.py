@@ -52,3 +52,15 @@ def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...]
         way_out = f"raise --kl-weight (was {args.kl_weight:g}) or set --kl-target {4 * latent_values}"
         return [f"the KL is too high, {kl / latent_values:.1f} nats a latent value ({measured}): {way_out}"]
     return []
+
+
+def on_copies(results: dict) -> list[str]:
+    """An evaluation's pictures of which more count as copies than of held-out photos, which cannot be any, and one in a hundred."""
+    copies, lines = results["copies"], []
+    for measure in ("pixels", "features") if "held_out" in copies else ():
+        found, alarms = copies["pictures"][measure], copies["held_out"][measure]
+        if round(found - alarms, 6) > 0.01:
+            lighter = results.get("guide") and results["guidance_scale"] > 1.5
+            way_out = "--guidance-scale 1.5 makes fewer" if lighter else "train for less time, on more photos or with more --views"
+            lines.append(f"{found:.1%} of the pictures count as copies in {measure}, of held-out photos {alarms:.1%}: {way_out}")
+    return lines

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import run_here
 
-from corel_diffusers.advice import on_kl, on_loss
+from corel_diffusers.advice import on_copies, on_kl, on_loss
 from corel_diffusers.arguments import VAEArguments
 
 COLLAPSED = ["--kl-weight", 1.0, "--kl-warmup", 0, "--reconstruction", "mse", "--no-perceptual", "--lr", 3e-3, "--epochs", 40]
@@ -53,3 +53,20 @@ def test_loss_lines():
     assert "train longer (--epochs 20) or try --lr 0.002" in told([1.0 - 0.001 * n for n in range(10)])[0]
     assert "too high: try --lr 0.0005" in told([1.0 + 0.1 * n for n in range(10)])[0]
     assert told([1.0, 1.0]) == [], "two epochs tell nothing"
+
+
+@pytest.mark.parametrize(
+    ("pictures", "held_out", "more", "expected"),
+    [
+        (0.03, 0.02, {}, None),
+        (0.0, 0.02, {}, None),
+        (0.2, None, {}, None),
+        (0.031, 0.02, {}, "3.1% of the pictures count as copies in features, of held-out photos 2.0%: train for less time"),
+        (0.087, 0.04, {"guide": True, "guidance_scale": 2.5}, "--guidance-scale 1.5 makes fewer"),
+        (0.087, 0.04, {"guide": True, "guidance_scale": 1.5}, "train for less time"),
+    ],
+)
+def test_copies_line(pictures, held_out, more, expected):
+    copies = {"pictures": {"pixels": 0.0, "features": pictures}} | ({"held_out": {"pixels": 0.0, "features": held_out}} if held_out else {})
+    lines = on_copies({"copies": copies} | more)
+    assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]

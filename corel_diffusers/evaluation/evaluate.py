@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from corel_diffusers import advice
 from corel_diffusers.cli import Evaluate
 from corel_diffusers.data.cache import cached_array, digest
 from corel_diffusers.data.photos import is_named_photo, load_photos
@@ -114,8 +113,6 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         write_card(output_dir)
     report.write_html(output_dir / "evaluation.html", results, sheets)
     print(report.table_text(results))
-    for line in advice.on_copies(results):
-        print(f"notice: {line}")
     print(f"numbers: {output_dir / 'evaluation.json'}\npictures: {output_dir / 'evaluation.html'} (it shows your photos)")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from corel_diffusers.advice import on_copies
 from corel_diffusers.data.transforms import evenly
 from corel_diffusers.evaluation.memorization import Nearest
 from corel_diffusers.files import write_text
@@ -115,13 +116,13 @@ def reconstruction_line(results: dict) -> str:
 
 
 def table_text(results: dict) -> str:
-    """All tables in columns, for the screen."""
+    """All tables in columns, and what they say to do, for the screen."""
     parts = [line for line in (heading(results), reconstruction_line(results)) if line]
     for rows in tables(results):
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         parts += ["", *lines]
-    return "\n".join(parts)
+    return "\n".join(parts + [f"notice: {line}" for line in on_copies(results)])
 
 
 def card_rows(results: dict) -> list[str]:
@@ -177,6 +178,7 @@ def write_html(path: Path, results: dict, sheets: dict[str, Image.Image]) -> Non
         heading=heading(results),
         reconstruction=reconstruction_line(results),
         tables=tables(results),
+        notices=on_copies(results),
         images=images,
     )
     write_text(path, page)

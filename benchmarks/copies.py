@@ -23,7 +23,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.evaluation.evaluate import picture_size_px, reconstruct, render
 from corel_diffusers.evaluation.features import as_array, efficientnet_map
-from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, cropped, distances, resize, two_nearest
+from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, calibrated_ratio, cropped, distances, resize, two_nearest
 from corel_diffusers.generate import AUTO, DEFAULT_STEPS, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
 
 
@@ -82,9 +82,7 @@ def main() -> None:
         found_by_mean = None
         for name, way in WAYS.items():
             views = [way(photo_map) for photo_map in photo_maps]
-            same = finder.groups[:, None] == finder.groups
-            own = two_nearest(distances(views[0], views).masked_fill(same, float("inf")), finder.groups).ratio
-            ratio = float(torch.quantile(own[own.isfinite()], 0.01))
+            ratio = calibrated_ratio(views, finder.groups)
             near = {what: two_nearest(distances(way(values), views), finder.groups) for what, values in maps.items()}
             all_changed = torch.cat([near[what].ratio for what in CHANGES])
             found_by_mean = found_by_mean or float((all_changed < ratio).double().mean())

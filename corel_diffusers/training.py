@@ -158,7 +158,7 @@ def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward
     return args.validate_every or (every if args.max_train_minutes else min(every, max(1, epochs // 10)))
 
 
-# --- EMA ----------------------------------------------------------------------------------------------------------------
+# --- gradients ----------------------------------------------------------------------------------------------------------
 
 
 def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, model: torch.nn.Module, limit: float) -> None:
@@ -170,8 +170,11 @@ def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, m
     accelerator.unscale_gradients(optimizer)  # no other's, whose gradients may be half summed up
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if norm.is_cuda or norm > limit:
+    if accelerator.device.type != "cpu" or norm > limit:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+
+
+# --- EMA ----------------------------------------------------------------------------------------------------------------
 
 
 class EMA(EMAModel):

@@ -79,6 +79,18 @@ def two_nearest(distance: torch.Tensor, groups: torch.Tensor) -> Nearest:
     return Nearest(photo, other, torch.where(second.isinf(), float("inf"), first / second.clamp_min(1e-12)))
 
 
+def calibrated_ratio(views: list[torch.Tensor], groups: torch.Tensor) -> float:
+    """Each view of the photos (M, D), groups (M,) -> the ratio that 1 % of the photos themselves are below when each is compared with
+    the others: photos of a series that look alike set what is not yet a copy. 0 where no photo has two others."""
+    ratios = []
+    for rows in torch.as_tensor(evenly(len(groups), CALIBRATED_ON)).split(256):  # all at once would fill the memory
+        others = distances(views[0][rows], views).masked_fill_(groups[rows, None] == groups, float("inf"))
+        ratios.append(two_nearest(others, groups).ratio)
+    own = torch.cat(ratios)
+    compared = own[own.isfinite()]
+    return float(torch.quantile(compared, 0.01)) if len(compared) else 0.0
+
+
 def likeliest(distance: torch.Tensor, groups: torch.Tensor) -> list[int]:
     """distance (M,) of a picture to each photo -> the photos of the LIKELY nearest groups, at most two of each."""
     photos, seen = [], Counter()
@@ -126,22 +138,13 @@ class CopyFinder:
     def of(cls, photos: Pixels, rendered: Pixels, device: torch.device) -> "CopyFinder":
         """rendered: the training photos as the VAE renders them; the photos themselves where the pictures were made without one.
 
-        In features a photo counts by itself and its mirror image; crops are searched for in pixels. The feature ratio is the
-        one that 1 % of the photos themselves are below when each is compared with the others: photos of a series that look
-        alike set what is not yet a copy.
+        In features a photo counts by itself and its mirror image; crops are searched for in pixels.
         """
         network = efficientnet_places(device)
         hashes = [str(imagehash.phash(Image.fromarray(photo))) for photo in np.asarray(photos.values)]
         groups = torch.tensor(duplicate_groups(hashes))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
-        ratios = []
-        for rows in torch.as_tensor(evenly(len(groups), CALIBRATED_ON)).split(256):  # all at once would fill the memory
-            others = distances(features[0][rows], features).masked_fill_(groups[rows, None] == groups, float("inf"))
-            ratios.append(two_nearest(others, groups).ratio)
-        own = torch.cat(ratios)
-        compared = own[own.isfinite()]  # of two photos, neither has a second one to be compared with
-        ratio = float(torch.quantile(compared, 0.01)) if len(compared) else 0.0
-        return cls(rendered.values, pixel_views(np.asarray(rendered.values)), network, features, groups, ratio)
+        return cls(rendered.values, pixel_views(np.asarray(rendered.values)), network, features, groups, calibrated_ratio(features, groups))
 
     def search(self, pictures: np.ndarray) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3): in pixels, and in features."""

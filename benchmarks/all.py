@@ -55,15 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    began, parts = (
-        time.monotonic(),
-        [f"# Speed\n\n{machine()}. Medians and ranges; a ratio: how many times as fast the last is."],
-    )
+    began = time.monotonic()
+    parts = [f"# Speed\n\n{machine()}. Medians and ranges; a ratio: how many times as fast the last is."]
     for title, runs in RUNS.items():
         lines = [line for script, flags in runs for line in lines_of(script, flags)]
         parts.append("\n".join([f"## {title}\n", "| what | measured | ratio |", "|---|---|---|", *lines]))
     parts.append(f"## Sampling\n\n{sampling()}")
-    name = re.sub(r"[^a-z0-9]+", "-", machine().split(",")[0].lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", machine().rsplit(", ", 2)[0].lower()).strip("-")
     write_text(args.output_dir / f"{name}.md", "\n\n".join(parts))
     print(f"{args.output_dir / name}.md, after {(time.monotonic() - began) / 60:.0f} minutes")
 

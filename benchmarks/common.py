@@ -104,7 +104,8 @@ def machine(device: str = "auto") -> str:
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else named[1] if named else platform.processor()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    bf16 = " with bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bf16}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

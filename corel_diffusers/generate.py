@@ -73,10 +73,15 @@ def sample_pictures(pipe: DiffusionPipeline, args: Sampling, labels: list[int] |
                 [labels[place] for place in places] if labels else None,
                 generator=[torch.Generator().manual_seed(seed + place) for place in places],
                 guidance_scale=args.guidance_scale,
-                guidance_interval=args.guidance_interval,
+                guidance_interval=guidance_interval(args, pipe),
                 **options,
             ).images
     return pictures
+
+
+def guidance_interval(args: Sampling, pipe: DiffusionPipeline) -> tuple[float, float]:
+    """The noise levels within which guidance acts."""
+    return args.guidance_interval or getattr(pipe, "default_guidance_interval", (0.0, 1.0))  # of an earlier version's pipeline, all
 
 
 def pick_sampler(args: Sampling) -> tuple[str, int]:

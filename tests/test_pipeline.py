@@ -103,7 +103,8 @@ def test_a_guide_leads_away_from_what_it_predicts_for_the_same_label(classes):
         scheduler.set_timesteps(1)
         expected = scheduler.step(weak + scale * (full - weak), timestep, latents).prev_sample
         wanted = [0, None] if classes else None
-        result = guided(2, wanted, guidance_scale=scale, num_inference_steps=1, latents=latents, output_type="latent").images
+        options = {"guidance_interval": (0, 1), "num_inference_steps": 1, "latents": latents, "output_type": "latent"}
+        result = guided(2, wanted, guidance_scale=scale, **options).images
         assert torch.allclose(result, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -138,6 +139,19 @@ def test_within_an_interval_only_its_noise_levels_are_guided():
         guided = without + 3.0 * (with_class - without) if 250 <= t <= 650 else with_class
         x = scheduler.step(guided, t, x).prev_sample
     assert torch.allclose(inside, x, atol=1e-4)
+
+
+def test_a_guide_leaves_the_layout_alone():
+    """By default it is asked at low noise only; without it, the class guides throughout."""
+    pipe, guided, by_class = build("v_prediction"), [], []
+    pipe.register_modules(guide=build().unet, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+    pipe.guide.register_forward_pre_hook(lambda _, inputs: guided.append(int(inputs[1])))
+    pipe(2, 1, num_inference_steps=10, output_type="latent")
+    assert guided == [599, 499, 399, 299, 199, 99]
+    pipe.guide = None
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: by_class.append(len(inputs[0])))
+    pipe(2, 1, num_inference_steps=10, output_type="latent")
+    assert by_class == [4] * 10
 
 
 @pytest.mark.parametrize("name", SWAPPED)

@@ -23,6 +23,7 @@ from corel_diffusers.evaluation.metrics import class_match, colour_statistics, c
 from corel_diffusers.files import UserError, read_json, write_json
 from corel_diffusers.generate import (
     build_sampler,
+    guidance_interval,
     load_pipeline,
     pick_device,
     pick_labels,
@@ -128,7 +129,7 @@ def make_pictures(
     settings |= {
         "mixed_precision": args.mixed_precision,
         "guidance_scale": args.guidance_scale,
-        "guidance_interval": args.guidance_interval,
+        "guidance_interval": guidance_interval(args, pipe),
         "guide": getattr(pipe, "guide", None) is not None,  # pipelines of an earlier version have none
     }
     return pictures, like_photos, settings

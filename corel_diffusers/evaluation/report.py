@@ -96,6 +96,8 @@ def heading(results: dict) -> str:
     made = f"{results['generation']['n'][0]} pictures"
     if "sampler" in results:
         guidance = f"{'autoguidance' if results.get('guide') else 'guidance'} {results['guidance_scale']:g}"
+        if tuple(results.get("guidance_interval", (0, 1))) != (0, 1):
+            guidance += " at noise {:g} to {:g}".format(*results["guidance_interval"])
         made += f" by {results['sampler']} in {results['steps']} steps, {guidance}, seed {results['seed']}"
     height, width = results["size_px"]
     held = {"test": "the test photos", "validation": "the validation photos, which also chose the best epoch", "all": "all photos"}

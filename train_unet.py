@@ -237,10 +237,13 @@ def main(args: UNetArguments) -> None:
                     with accelerator.autocast():
                         values = of_main_process(accelerator, gauge(unet, noise_scheduler, seen, held_out))
                     limit = PUBLISHED_UP_TO * healthy_gauge([*history, values])
+                    healthy = values["gauge"] < limit
                     # while the gauge is healthy a run that learns its photos still learns; then the held-out loss has to fall
-                    watched = max(values["seen_loss"], values["val_loss"] / limit)
+                    watched = values["seen_loss"] if healthy else values["val_loss"] / limit
                     watch(state, watched, args.early_stopping_delta, args.oscillation_window)
-                    published = note_validation(state, values["val_loss"]) or values["gauge"] < limit
+                    if healthy and args.max_train_minutes:  # its learning rate falls to the end
+                        state.validations_waited = 0
+                    published = note_validation(state, values["val_loss"]) or healthy
                     if accelerator.is_main_process:
                         pipe.register_modules(guide=guide.of(state.step))
                         if published:

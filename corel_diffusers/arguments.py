@@ -362,11 +362,11 @@ class UNetArguments(TrainingArguments):
     # early stopping, on the losses at fixed noise and timesteps
     early_stopping_patience: int | None = None
     """Validations without a lower loss before the run stops: of seen photos while the overfitting gauge is healthy, then of held-out ones
-    (0: never stops early; default: 30, and 0 for a run of minutes, whose learning rate falls to the end)."""
+    (0: never stops early; default: 30). A run of minutes, whose learning rate falls to the end, waits for held-out ones only, and 10."""
     early_stopping_delta: float = 1e-5
     """A lower loss is lower by at least this."""
     oscillation_window: int | None = None
-    """Validations in which the loss may swing without falling before the run stops (0: not looked at; default: 10, and 0 likewise)."""
+    """Validations in which the loss may swing without falling before it stops (0: not looked at; default: 10, of a run of minutes 0)."""
     oscillation_threshold: float = 0.0005
     """A lowest loss that falls by less than this from one half of the window to the other does not count as falling."""
 
@@ -404,9 +404,9 @@ class UNetArguments(TrainingArguments):
 
     def fill(self, plan: dict) -> None:
         super().fill(plan)
-        for name, validations in {"early_stopping_patience": 30, "oscillation_window": 10}.items():
+        for name, validations, of_minutes in (("early_stopping_patience", 30, 10), ("oscillation_window", 10, 0)):
             if getattr(self, name) is None:
-                setattr(self, name, 0 if self.max_train_minutes else validations)
+                setattr(self, name, of_minutes if self.max_train_minutes else validations)
 
     @property
     def vae_location(self) -> Path | str:

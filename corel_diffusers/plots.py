@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from corel_diffusers.files import whole_file, write_bytes
+from corel_diffusers.files import best_record, whole_file, write_bytes
 
 
 def save_picture(picture: Image.Image, path: Path, **options: object) -> None:
@@ -62,7 +62,8 @@ def contact_sheet(groups: dict[str, list[Image.Image]], columns: int = 8) -> Ima
 def plot_history(
     history: list[dict], panels: dict[str, dict[str, str]], path: Path, lines: dict[str, tuple[float, str]] | None = None
 ) -> None:
-    """Curves over epochs, a panel a title: {title: {name in metrics.jsonl: label}}; nothing is drawn before the first record.
+    """Curves over epochs, a panel a title: {title: {name in metrics.jsonl: label}}; nothing is drawn before the first record. A dotted
+    line stands where the model of the run's folder comes from.
 
     lines: {title: (height, label)} adds a dashed horizontal line to a panel. A panel whose positive values span more than
     a factor of 50 gets a logarithmic axis.
@@ -76,7 +77,7 @@ def plot_history(
         return
     panels = {title: {n: label for n, label in curves.items() if any(n in r for r in history)} for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.2), layout="constrained", squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         shown = []
         for name, label in curves.items():
@@ -87,11 +88,12 @@ def plot_history(
             height, label = lines[title]
             axis.axhline(height, color="grey", linestyle="--", linewidth=1, label=label)
             shown.append(height)
+        axis.axvline(best_record(history)["epoch"], color="black", linestyle=":", linewidth=1, label="published")
         if min(shown) > 0 and np.nanmax(shown) / min(shown) > 50:
             axis.set_yscale("log")
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # over no curve
     with whole_file(path) as beside:
         figure.savefig(beside, dpi=110)
     pyplot.close(figure)

@@ -345,22 +345,33 @@ def test_a_finished_run_goes_on_with_more_epochs_and_early_stopping_ends_one(une
     assert len(metrics(tmp_path / "stopping")) == 4, "more patience goes on"
 
 
-def test_early_stopping_waits_for_held_out_photos_only_once_the_gauge_has_risen(unet_flags, tmp_path, monkeypatch):
+def measure_losses(monkeypatch, held_out: list[float], seen: list[float]) -> None:
+    """The UNet's validations find these."""
+    losses = zip(held_out, seen, strict=True)
+
+    def gauge(*_: object) -> dict[str, float]:
+        val_loss, seen_loss = next(losses)
+        return {"val_loss": val_loss, "seen_loss": seen_loss, "gauge": val_loss / seen_loss}
+
     module = importlib.import_module("train_unet")
-    held_out = iter([1.0, 1.01, 1.03, 1.05, 1.04, 1.07, 1.08])
-    seen = iter([1.0, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93])  # falls all the time
-
-    def overfitting(*_):
-        losses = {"val_loss": next(held_out), "seen_loss": next(seen)}
-        return losses | {"gauge": losses["val_loss"] / losses["seen_loss"]}
-
-    monkeypatch.setattr(module, "gauge", overfitting)
+    monkeypatch.setattr(module, "gauge", gauge)
     monkeypatch.setattr(module, "PUBLISHED_UP_TO", 1.075)
+
+
+def test_early_stopping_waits_for_held_out_photos_only_once_the_gauge_has_risen(unet_flags, tmp_path, monkeypatch):
+    measure_losses(monkeypatch, [1.0, 1.01, 1.03, 1.05, 1.04, 1.07, 1.08], [1.0, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93])
     flags = ["--epochs", 9, "--validate-every", 1, "--early-stopping-patience", 2, "--oscillation-window", 0]
     run_here("train_unet", [*unet_flags, *flags, "--output-dir", tmp_path])
     published = [line["published"] for line in metrics(tmp_path)]
     assert published[:4] == [1, 1, 1, 0], "up to the limit of the gauge"
     assert len(published) == 7, "the fifth falls, though the held-out loss was lower before the gauge rose; the last two do not"
+
+
+def test_a_run_of_minutes_ends_when_it_learns_the_photos_by_heart_and_not_before(unet_flags, tmp_path, monkeypatch):
+    measure_losses(monkeypatch, [1.0, 1.0, 1.0, 1.0, 1.1, 1.2, 1.3], [1.0, 1.0, 1.0, 1.0, 0.9, 0.8, 0.7])
+    flags = ["--max-train-minutes", 5, "--validate-every", 1, "--early-stopping-patience", 2]
+    run_here("train_unet", [*unet_flags, *flags, "--output-dir", tmp_path])
+    assert [line["published"] for line in metrics(tmp_path)] == [1, 1, 1, 1, 0, 0], "three that are no lower, but the gauge is healthy"
 
 
 def test_an_unfinished_vae_is_refused_by_the_script(vae_flags, unet_flags, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from PIL import Image
 from corel_diffusers import advice, hub
 from corel_diffusers.alignment import cache_features, feature_scale, misalignment
 from corel_diffusers.batches import BatchPlan, StepRandom, batches, resident, to_device
-from corel_diffusers.checkpoints import Trained, find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
+from corel_diffusers.checkpoints import RunState, Trained, find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
@@ -81,6 +81,7 @@ COPIES_BEGAN = 1.11
 # benchmarks/results/choices.md, "How strong, and until when": pictures come nearer to photos long after the held-out loss has turned, and
 # until the gauge stands this far above its lowest value 1.9 % of them at most look like copies, where 1.2 % of held-out photos do
 PUBLISHED_UP_TO = 1.05
+GIVEN_UP_AFTER = 0.1  # of a run's minutes without anything to publish: once the gauge stands above that limit it does not come back
 PANELS = {
     "denoising loss": {"loss": "training", "seen_loss": "seen photos, fixed noise", "val_loss": "held-out, fixed noise"},
     GAUGE: {
@@ -183,9 +184,9 @@ def main(args: UNetArguments) -> None:
 
     # loop
     state = load_checkpoint(accelerator, checkpoint, trained, rate, ema)
-    state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
     seen_by_vae = training_photos(args.vae_location)
     history = open_history(accelerator, args, state, "train_unet.py", photos, seen_by_vae, vae=hub.describe_vae(args.vae_location))
+    state.stop_reason = stop_reason(args, state, history)
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
     compilation = Compilation(args, accelerator, model, state)
@@ -241,8 +242,6 @@ def main(args: UNetArguments) -> None:
                     # while the gauge is healthy a run that learns its photos still learns; then the held-out loss has to fall
                     watched = values["seen_loss"] if healthy else values["val_loss"] / limit
                     watch(state, watched, args.early_stopping_delta, args.oscillation_window)
-                    if healthy and args.max_train_minutes:  # its learning rate falls to the end
-                        state.validations_waited = 0
                     published = note_validation(state, values["val_loss"]) or healthy
                     if accelerator.is_main_process:
                         pipe.register_modules(guide=guide.of(state.step))
@@ -258,9 +257,9 @@ def main(args: UNetArguments) -> None:
                             pictures = samples(pipe, args.seed, [class_names[label] if class_names else None for label in wanted])
                         values |= judge.scores(pictures)
                 rate.validated(values["val_loss"])
-                state.stop_reason = early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
                 values = means.close(accelerator) | values | {"learning_rate": rate.now, "published": published}
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)
+                state.stop_reason = of_main_process(accelerator, stop_reason(args, state, history))
 
             stopping = stop.received(accelerator, state)
             if stopping or over or state.stop_reason or checkpoint_due(args, plan, state, length):
@@ -287,6 +286,7 @@ def main(args: UNetArguments) -> None:
             mark_finished(args)
         if args.push_to_hub and not stop.number:
             hub.push(args.run_dir, args.hub_model_id)
+    accelerator.wait_for_everyone()  # who ends first would have the launcher stop the others, the first process in its last writing
     accelerator.end_training()
     stop.exit(state)
 
@@ -374,6 +374,15 @@ def healthy_gauge(history: list[dict]) -> float:
     what a model that has learned nothing yet gets wrong depends on how bright photos are."""
     lowest = min(record["val_loss"] for record in history)
     return min(record["gauge"] for record in history if record["val_loss"] <= 1.05 * lowest)
+
+
+def stop_reason(args: UNetArguments, state: RunState, history: list[dict]) -> str:
+    """Why the run should stop before its end, or ""."""
+    if args.early_stopping_patience is None:  # a run of minutes, whose learning rate falls to the end
+        published = best_record(history)["seconds"] if history else 0.0
+        if history and history[-1]["seconds"] - published > GIVEN_UP_AFTER * 60 * args.max_train_minutes:
+            return "it learns the photos by heart, and nothing later would be published; --early-stopping-patience 0 goes on"
+    return early_stop(state, args.early_stopping_patience, args.oscillation_window, args.oscillation_threshold)
 
 
 def samples(pipe: CorelPipeline, seed: int, labels: list[str | None], steps: int = 20) -> list[Image.Image]:

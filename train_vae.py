@@ -221,6 +221,7 @@ def main(args: VAEArguments) -> None:
             print(f"notice: {line}")
         if not stop.number:
             mark_finished(args)
+    accelerator.wait_for_everyone()  # who ends first would have the launcher stop the others, the first process in its last writing
     accelerator.end_training()
     stop.exit(state)
 

@@ -67,8 +67,8 @@ class TrainingArguments:
     max_train_steps: int | None = None
     """Optimizer steps, in place of --epochs."""
     max_train_minutes: float | None = None
-    """Minutes, in place of --epochs: the learning rate runs over them, and the last step ends with them. Starting Python and the last
-    validation and pictures are not counted."""
+    """Minutes, in place of --epochs: the learning rate runs over them, and the last step ends with them, or sooner where a UNet learns
+    the photos by heart. Starting Python and the last validation and pictures are not counted."""
     batch_size: int | None = None
     """Photos a forward pass, on each device."""
     grad_accum: int = 1
@@ -362,7 +362,7 @@ class UNetArguments(TrainingArguments):
     # early stopping, on the losses at fixed noise and timesteps
     early_stopping_patience: int | None = None
     """Validations without a lower loss before the run stops: of seen photos while the overfitting gauge is healthy, then of held-out ones
-    (0: never stops early; default: 30). A run of minutes, whose learning rate falls to the end, waits for held-out ones only, and 10."""
+    (0: never stops early; default: 30; a run of minutes stops once a tenth of them gave nothing to publish)."""
     early_stopping_delta: float = 1e-5
     """A lower loss is lower by at least this."""
     oscillation_window: int | None = None
@@ -404,7 +404,7 @@ class UNetArguments(TrainingArguments):
 
     def fill(self, plan: dict) -> None:
         super().fill(plan)
-        for name, validations, of_minutes in (("early_stopping_patience", 30, 10), ("oscillation_window", 10, 0)):
+        for name, validations, of_minutes in (("early_stopping_patience", 30, None), ("oscillation_window", 10, 0)):
             if getattr(self, name) is None:
                 setattr(self, name, of_minutes if self.max_train_minutes else validations)
 

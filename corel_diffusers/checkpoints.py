@@ -138,6 +138,14 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+UNLIKE = {  # what is compared by its content, in words
+    "photos": "the photos are others: some were added, removed, split anew, or cannot be read",
+    "config": "the content of --config is another",
+    "vae": "the weights of --vae-checkpoint are others",
+    "scale": "the scale of the latents of --vae-checkpoint is another",
+}
+
+
 def run_settings(args: TrainingArguments, photos: DatasetDict, model: str, **more: object) -> dict:
     """What an interrupted run and its continuation must share: the flags that bear on the weights, and the photos.
 
@@ -186,10 +194,12 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
     defaults, now = (json.loads(json.dumps(values)) for values in (fresh.settings(), settings))
     saved = defaults | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
     differing = [
-        f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
+        UNLIKE.get(name) or f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
     ]
+    if saved.get("global_batch") != now.get("global_batch"):
+        differing.append("the global batch is batch size x accumulation x devices: --grad-accum makes up for fewer devices")
     if differing:
         raise UserError(f"--resume {args.resume}: {'; '.join(differing)}: give the run's own settings, or another --output-dir")
     print(f"resuming from {checkpoint}")

@@ -49,8 +49,6 @@ def generate(args: Generate, output: Path) -> None:
     print(f"grid: {output}")
     if args.individual or args.num_images <= INDIVIDUAL_UP_TO:
         folder = output.with_name(f"{output.stem}_individual")
-        for stale in folder.glob("image_*.png"):
-            stale.unlink()
         for place, picture in enumerate(pictures):
             info = PngInfo()
             info.add_text("seed", str(seed + place))
@@ -58,6 +56,8 @@ def generate(args: Generate, output: Path) -> None:
                 info.add_text("class", pipe.config.class_names[str(labels[place])])
             with whole_file(folder / f"image_{place:04d}.png") as beside:
                 picture.save(beside, pnginfo=info)
+        for earlier in set(folder.glob("image_*.png")) - {folder / f"image_{place:04d}.png" for place in range(len(pictures))}:
+            earlier.unlink()
         print(f"each picture: {folder}/")
 
 

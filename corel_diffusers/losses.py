@@ -33,11 +33,11 @@ def adaptive_weight(
     """|grad reconstruction| / |grad adversarial| at the decoder's last weights (Esser et al. 2021, arXiv:2012.09841, eq. 7) -> scalar.
 
     Both terms then pull equally hard, whatever the discriminator's scale. Clamped to 10^4, and detached. loss_scale: what fp16 losses
-    are multiplied by, so that their gradients do not vanish on the way.
+    are multiplied by, so that their gradients do not vanish on the way; 0 where they overflow, as they do in a step that the scaler skips.
     """
     terms = [loss_scale * term for term in (reconstruction, adversarial)]
     pulls = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].float().norm() / loss_scale for term in terms]
-    return (pulls[0] / (pulls[1] + 1e-4)).clamp(max=1e4).detach()
+    return (pulls[0] / (pulls[1] + 1e-4)).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1e4).detach()
 
 
 def kl_warmup(weight: float, step: int, warmup_steps: int) -> float:

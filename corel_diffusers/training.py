@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, parse_flag_from_env
 from datasets import DatasetDict
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.batches import BatchPlan
 from corel_diffusers.checkpoints import RunState, find_checkpoints
 from corel_diffusers.data.cache import ALONE, Share
-from corel_diffusers.files import UserError, finish_publishing, first_line, read_metrics, write_json, write_text
+from corel_diffusers.files import MARKERS, UserError, finish_publishing, first_line, read_metrics, write_json, write_text
 from corel_diffusers.precision import resolve_precision
 from corel_diffusers.processes import of_main_process
 from corel_diffusers.sharding import is_sharded, whole
@@ -42,7 +42,7 @@ SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time a
 
 def start_run(args: TrainingArguments) -> Accelerator:
     """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     precision = resolve_precision(args.mixed_precision, "cuda" if gpu else "cpu")
     timed = precision == "bf16" and not gpu  # what is fastest then depends on the machine and the model: planning.settle
     if not timed or os.environ.get("ACCELERATE_MIXED_PRECISION") == precision:
@@ -53,8 +53,11 @@ def start_run(args: TrainingArguments) -> Accelerator:
     if begun and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
         raise UserError(f"--output-dir {args.run_dir} already holds a run: {way_out}")
+    other = next((name for name in MARKERS if (args.run_dir / name).exists()), None)
+    if other and not (args.run_dir / "run.json").is_file() and not args.plan:  # a download, say: it would be written over
+        raise UserError(f"--output-dir {args.run_dir} holds a {other} that no run has written there: give another folder")
     if args.compile:
-        require_compiler()
+        require_compiler("cuda" if gpu else "cpu")
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
@@ -250,12 +253,13 @@ class Compilation:
             self.times = None
 
 
-def require_compiler() -> None:
+def require_compiler(device_type: str) -> None:
     """Raises UserError where torch.compile has nothing to compile with, which it would only say in the midst of the run."""
     try:
-        torch.compile(torch.neg)(torch.ones(2))
+        torch.compile(torch.neg)(torch.ones(2, device=device_type))
     except Exception as error:  # torch's compiler raises many kinds
-        raise UserError(f"--compile: nothing can be compiled here ({first_line(error)}): install a C++ compiler, or leave it out") from None
+        needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
+        raise UserError(f"--compile: nothing can be compiled here ({first_line(error)}): install {needed}, or leave it out") from None
 
 
 def compilation_report(plain: float, compiled: float, warmup: float, steps_to_come: int) -> str:
@@ -316,12 +320,16 @@ def open_history(
 
     seen_before: files that a part of the model was trained on already; they count as this run's own.
 
-    Lines after that step, which a resumed run writes again, are dropped. Returns those that stay.
+    Lines after that step, which a resumed run writes again, are dropped. Returns those that stay. Where an older checkpoint than the
+    latest was asked for, and a line of a published model goes, the next validation publishes: no log would tell of the folder's model.
     """
     path = args.run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         finish_publishing(args.run_dir)
-    history = of_main_process(accelerator, [record for record in read_metrics(path) if record["step"] <= state.step])
+    known = of_main_process(accelerator, read_metrics(path))
+    history = [record for record in known if record["step"] <= state.step]
+    if args.resume not in (None, "latest") and any(record.get("published") for record in known[len(history) :]):
+        state.best = math.inf
     if accelerator.is_main_process:
         write_text(path, "".join(json.dumps(record) + "\n" for record in history))
         names = dict.fromkeys([*photos["train"]["file_name"][:], *seen_before])
@@ -367,14 +375,14 @@ def trained_on(model: Path | str, names: Sequence[str]) -> int:
 # --- stopping -----------------------------------------------------------------------------------------------------------
 
 
-def early_stop(state: RunState, patience: int, window: int, threshold: float) -> str:
+def early_stop(state: RunState, patience: int | None, window: int, threshold: float) -> str:
     """Why the run should stop now, or "". Looks at `validations_waited` and at the last `window` losses that `watch` was given.
 
     The loss oscillates when it turned at least window / 2 times within the window and the lowest value of the window's second
     half is not below that of the first by more than `threshold`.
     """
     if patience and state.validations_waited >= patience:
-        return f"no lower loss in {patience} validations"
+        return f"no lower loss in {patience} validations; --early-stopping-patience 0 goes on"
     if window and len(state.recent) == window:
         changes = np.sign(np.diff(state.recent))
         turns = int((changes[1:] * changes[:-1] < 0).sum())
@@ -458,7 +466,7 @@ def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, length: RunLength
         shown = means.means()
         bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         if not all(map(math.isfinite, shown.values())):
-            way_out = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g})"
+            way_out = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g}) with another --output-dir"
             raise UserError(f"the loss is no number any more at step {state.step}: {way_out}")
     bar.update(plan.global_batch)
 

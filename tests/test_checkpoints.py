@@ -55,6 +55,9 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
     other = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=2e-4, schedule="cosine", resume="latest")
     with pytest.raises(UserError, match=r"learning-rate was 0.0001, is 0.0002; schedule was linear, is cosine"):
         resumed_checkpoint(other, other.settings())
+    fewer = same.settings() | {"photos": "others", "global_batch": 16}
+    with pytest.raises(UserError, match=r"the photos are others: some were added.*--grad-accum makes up for fewer devices"):
+        resumed_checkpoint(same, fewer)
     with pytest.raises(UserError, match=r"--resume elsewhere is no checkpoint .* there are step-000001"):
         resumed_checkpoint(UNetArguments(output_dir=str(tmp_path), config="tiny", resume="elsewhere"), saved)
 

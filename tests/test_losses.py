@@ -112,6 +112,7 @@ def test_the_adaptive_weight_makes_both_terms_pull_alike():
     assert torch.allclose(adaptive_weight(reconstruction, adversarial, weight, loss_scale=2.0**16), ratio)
     assert float(ratio) == pytest.approx(float((2 * weight).detach().norm() / (7 * 5**0.5)), rel=1e-4)
     assert not ratio.requires_grad
+    assert adaptive_weight(reconstruction, float("inf") * adversarial, weight) == 0, "fp16 has overflowed: that step is skipped"
 
 
 def test_the_discriminator_loss_is_the_hinge():

@@ -12,8 +12,8 @@ from datasets import load_dataset
 from PIL import Image
 
 from corel_diffusers.data.duplicates import duplicate_groups
-from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.prepare import black_borders, prepare
+from corel_diffusers.data.photos import Photo, load_photos
+from corel_diffusers.data.prepare import black_borders, output_names, prepare
 from corel_diffusers.data.scenes import draw_scene
 from corel_diffusers.files import UserError
 
@@ -77,6 +77,14 @@ def test_a_second_run_changes_nothing_and_an_interrupted_one_goes_on(tmp_path, m
     assert contents == {name: content for name, (_, content) in reference.items() if "prepared.jsonl" not in name}
     run(raw, tmp_path / "cut")
     assert len(done) == 18
+
+
+def test_no_two_photos_get_one_name_even_where_it_looks_like_anothers():
+    photos = [Photo(Path(name), name) for name in ("1.jpeg", "1_jpg.jpg", "1.jpg", "1.JPG")]
+    known = output_names(photos[:2], {})
+    names = output_names(photos, known)
+    assert len({Path(name).stem for name in names.values()}) == 4
+    assert {name: names[name] for name in known} == known
 
 
 def test_black_borders_are_measured_and_dark_pictures_left_alone():

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from corel_diffusers import training
 from corel_diffusers.arguments import UNetArguments, VAEArguments
@@ -97,6 +98,24 @@ def test_a_run_that_has_checkpoints_only_is_not_begun_anew(tmp_path):
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(UserError, match="already holds a run: give --resume latest"):
         training.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no"))
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_model_that_was_downloaded_is_not_written_over(tmp_path, resume):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a model_index\.json that no run has written there: give another folder"):
+        training.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no", resume=resume))
+    assert [file.name for file in tmp_path.iterdir()] == ["model_index.json"]
+
+
+def test_on_a_machine_with_a_gpu_the_launcher_may_ask_for_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = VAEArguments(output_dir=str(tmp_path))
+    AcceleratorState._reset_state(True)
+    assert training.start_run(args).device.type == "cpu"
+    AcceleratorState._reset_state(True)
+    assert args.mixed_precision != "fp16"
 
 
 @pytest.mark.parametrize(

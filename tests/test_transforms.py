@@ -1,5 +1,6 @@
 """Photos in every state -> RGB, and the pixel cache."""
 
+import errno
 import io
 import os
 import shutil
@@ -16,6 +17,7 @@ from corel_diffusers.data import transforms
 from corel_diffusers.data.cache import Shards
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import PhotoError, cache_pixels, content_key, fit_photo, open_photo
+from corel_diffusers.files import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -79,6 +81,22 @@ def test_cmyk_palette_and_grey_become_rgb():
 def test_what_is_no_photo_is_refused_with_its_reason(content, reason):
     with pytest.raises(PhotoError, match=reason):
         open_photo(content)
+
+
+def test_what_the_disk_refuses_is_no_damaged_photo(raw_photos, monkeypatch):
+    """It would be left out of every later run as well."""
+    photos, whole = load_photos(raw_photos), Image.open
+
+    def refuse(file: object) -> Image.Image:
+        if str(file).endswith("0001_0003.png"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return whole(file)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match=r"0001_0003\.png cannot be read \(Permission denied\): see to its disk and its rights"):
+        cache_pixels(photos, (33, 33))
+    monkeypatch.undo()
+    assert {split: len(part) for split, part in cache_pixels(photos, (33, 33))[0].items()} == photos.num_rows
 
 
 def test_fit_photo_is_height_by_width_and_like_pillow():

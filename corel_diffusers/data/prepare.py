@@ -175,9 +175,10 @@ def output_names(photos: list[Photo], known: dict[str, str]) -> dict[str, str]:
         if photo.file_name in names:
             continue
         flat = Path(photo.file_name.replace("/", "_"))
-        name = flat.name if flat.stem not in taken else f"{flat.stem}_{flat.suffix[1:]}{flat.suffix}"
-        taken.add(Path(name).stem)
-        names[photo.file_name] = name
+        while flat.stem in taken:
+            flat = flat.with_stem(f"{flat.stem}_{flat.suffix[1:]}")
+        taken.add(flat.stem)
+        names[photo.file_name] = flat.name
     return names
 
 

@@ -34,7 +34,8 @@ class PhotoError(Exception):
 
 
 def open_photo(file: Path | str | bytes) -> Image.Image:
-    """A file's path or bytes -> 8-bit RGB, upright, alpha laid on white. Raises PhotoError."""
+    """A file's path or bytes -> 8-bit RGB, upright, alpha laid on white. Raises PhotoError, and UserError where it is not the photo's
+    fault: what the disk or its rights refuse today must not count as damaged tomorrow."""
     try:
         photo = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         frames = getattr(photo, "n_frames", 1)
@@ -46,6 +47,8 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise PhotoError("too many pixels to open safely") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
+        if getattr(error, "errno", None):
+            raise UserError(f"{file} cannot be read ({error.strerror}): see to its disk and its rights, and start again") from None
         raise PhotoError("truncated" if "truncated" in str(error) else f"damaged ({error})") from None
     if min(photo.size) < MIN_SIDE_PX:
         raise PhotoError(f"tiny ({photo.width}x{photo.height} px)")

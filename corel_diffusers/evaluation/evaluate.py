@@ -126,11 +126,12 @@ def make_pictures(
     labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
+    guide = getattr(pipe, "guide", None) is not None  # pipelines of an earlier version have none
     settings |= {
         "mixed_precision": args.mixed_precision,
-        "guidance_scale": args.guidance_scale,
+        "guidance_scale": args.guidance_scale if guide or labels else 1.0,  # by nothing where there is neither
         "guidance_interval": guidance_interval(args, pipe),
-        "guide": getattr(pipe, "guide", None) is not None,  # pipelines of an earlier version have none
+        "guide": guide,
     }
     return pictures, like_photos, settings
 

@@ -113,7 +113,7 @@ def main(args: VAEArguments) -> None:
         its_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
         discriminator, its_optimizer = accelerator.prepare(discriminator, its_optimizer)
         trained.append(Trained("discriminator", discriminator, its_optimizer))
-    ema = build_ema(args, model)
+    ema, parameters = build_ema(args, model), list(model.parameters())  # finding them takes longer than averaging them
     rate = LearningRate([part.optimizer for part in trained], args)
     try:
         check_size(size_px, 4 * downsample_factor(vae), "the presets' UNets, which halve the latents twice,")
@@ -158,7 +158,7 @@ def main(args: VAEArguments) -> None:
                     loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        clip_gradients(accelerator, optimizer, model, args.max_grad_norm)
+                        clip_gradients(accelerator, optimizer, parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                     if discriminator and early <= DISCRIMINATOR_LEAD:  # only the discriminator learns from it
@@ -172,7 +172,7 @@ def main(args: VAEArguments) -> None:
             if args.kl_target:
                 kl_weight = controlled_kl_weight(kl_weight, accelerator.reduce(kl, "mean"), args.kl_target)
             if ema:
-                ema.step(model.parameters())
+                ema.step(parameters)
             state.step += 1
             length.tick(state, accelerator)
             compilation.tick(state.step, length.total_steps(state) - state.step)

@@ -55,7 +55,8 @@ def record(times: Path, script: str, flags: list[str]) -> None:
         clocked("inside", losses, name)
     clocked("inside", alignment, "misalignment")
     clocked("inside", Accelerator, "backward")
-    clocked("inside", AcceleratedOptimizer, "step")
+    for name in ("step", "zero_grad"):
+        clocked("inside", AcceleratedOptimizer, name)
     clocked("batches", ArrayBatches, "__getitem__")
     for name in ("__init__", "normal", "integers", "uniform"):
         clocked("randomness", StepRandom, name)
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="tiny", help="tiny, base or large")
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=30, help="timed, after as many for the warm-up")
+    parser.add_argument("--steps", type=int, default=100, help="timed, after as many for the warm-up")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     lines = []

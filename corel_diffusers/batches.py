@@ -173,5 +173,7 @@ def batches(
     arrays: (photos, …); with `versions`, a step -> which one its global batch takes, (photos, versions, …). Those on a GPU are read there.
     """
     order = BatchOrder(plan, first_step, last_step or sys.maxsize // plan.grad_accum, versions)
-    workers = 0 if any(isinstance(array, torch.Tensor) for array in arrays) else num_workers
-    return iter(DataLoader(ArrayBatches(*arrays), sampler=order, batch_size=None, num_workers=workers))
+    read = ArrayBatches(*arrays)
+    if not num_workers or any(isinstance(array, torch.Tensor) for array in arrays):
+        return map(read.__getitem__, order)
+    return iter(DataLoader(read, sampler=order, batch_size=None, num_workers=num_workers))

@@ -30,11 +30,18 @@ def autocast(precision: str, device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision), enabled=precision != "no")
 
 
+class Autocast(AutocastKwargs):
+    """accelerate's, which looks at a copy of the environment each time that it is asked what it holds: 0.7 ms of a step."""
+
+    def to_kwargs(self) -> dict[str, bool]:
+        return {"enabled": self.enabled, "cache_enabled": self.cache_enabled}
+
+
 def use(accelerator: Accelerator, precision: str, attention: str) -> None:
     """From here on, on a CPU, passes run in that precision ("bf16" or "no") and attention by that kernel ("fused" or "math").
 
     The accelerator is one of bf16. On a GPU it decides by itself.
     """
     if accelerator.device.type == "cpu":
-        accelerator.autocast_handler = AutocastKwargs(enabled=precision != "no")
+        accelerator.autocast_handler = Autocast(enabled=precision != "no")
         torch.backends.cuda.enable_flash_sdp(attention == "fused")  # named after CUDA, and the CPU's as well

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -164,17 +164,17 @@ def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward
 # --- gradients ----------------------------------------------------------------------------------------------------------
 
 
-def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, model: torch.nn.Module, limit: float) -> None:
+def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], limit: float) -> None:
     """Scales the gradients down to that norm where theirs is above. On a CPU, gradients within it are left alone: there the answer is at
     hand, and scaling by 1 is one more pass over them."""
     if is_sharded(accelerator):
-        accelerator.clip_grad_norm_(model.parameters(), limit)  # sums the norm up over the ranks
+        accelerator.clip_grad_norm_(parameters, limit)  # sums the norm up over the ranks
         return
     accelerator.unscale_gradients(optimizer)  # no other's, whose gradients may be half summed up
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if accelerator.device.type != "cpu" or norm > limit:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 # --- EMA ----------------------------------------------------------------------------------------------------------------
@@ -184,10 +184,10 @@ class EMA(EMAModel):
     """diffusers' average, in one pass over the weights a step where its own takes two and a copy of them."""
 
     @torch.no_grad()
-    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def step(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+        torch._foreach_lerp_(self.shadow_params, parameters, 1 - self.cur_decay_value)
 
 
 def build_ema(args: TrainingArguments, model: torch.nn.Module) -> EMA | None:

@@ -61,7 +61,7 @@ def test_the_average_of_the_weights_is_the_formulas():
     ema, expected = training.build_ema(UNetArguments(ema_decay=0.9), model), float(model.weight)
     for step in range(1, 60):
         model.weight.data.fill_(step**0.5)
-        ema.step(model.parameters())
+        ema.step(list(model.parameters()))
         decay = min(0.9, 1 - step ** (-2 / 3))
         expected = decay * expected + (1 - decay) * step**0.5
         assert float(ema.shadow_params[0]) == pytest.approx(expected, rel=1e-5), step
@@ -74,7 +74,7 @@ def test_gradients_are_clipped_as_torch_clips_them(limit):
         for place, parameter in enumerate(model.parameters()):
             parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter) + place
     before = [parameter.grad.clone() for parameter in models[0].parameters()]
-    training.clip_gradients(Accelerator(cpu=True), None, models[0], limit)
+    training.clip_gradients(Accelerator(cpu=True), None, list(models[0].parameters()), limit)
     torch.nn.utils.clip_grad_norm_(models[1].parameters(), limit)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert all(torch.equal(a.grad, b) for a, b in zip(models[0].parameters(), before, strict=True)) == (limit > 1)

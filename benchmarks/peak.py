@@ -109,7 +109,8 @@ def main() -> None:
         peak = sum(often * alone(layer, shape, precision, args.repeats) for (layer, shape), often in parts(model, step).items())
         flops = counter.get_total_flops()
         print(
-            f"| {name} step, {args.config}, {args.image_size} px, {attention} attention | {1e3 * whole:.3g} ms, {flops / whole / 1e9:,.0f} GFLOP/s; its layers "
+            f"| {name} step, {args.config}, {args.image_size} px, {attention} attention "
+            f"| {1e3 * whole:.3g} ms, {flops / whole / 1e9:,.0f} GFLOP/s; its layers "
             f"alone {1e3 * peak:.3g} ms, {flops / peak / 1e9:,.0f} GFLOP/s | {peak / whole:.0%} of the peak |"
         )
 

@@ -35,7 +35,8 @@ PLAIN = "plain loop, ddim"
 
 @torch.no_grad()
 def plain_loop(pipe: DiffusionPipeline, labels: list[int] | None, args: argparse.Namespace, steps: int) -> list:
-    """DDIM, the two predictions of guidance in a pass each, the VAE on the whole batch; what is drawn is what the pipeline draws."""
+    """DDIM, the two predictions of guidance in a pass each, the VAE on the whole batch; what is drawn is what the pipeline draws when
+    guidance acts at all noise levels."""
     scheduler, made = DDIMScheduler.from_config(pipe.scheduler.config), []
     scheduler.set_timesteps(steps)
     shape = pipe.unet.config.in_channels, *(side // downsample_factor(pipe.vae) for side in picture_size_px(pipe))

@@ -259,7 +259,7 @@ def main(args: UNetArguments) -> None:
                 rate.validated(values["val_loss"])
                 values = means.close(accelerator) | values | {"learning_rate": rate.now, "published": published}
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)
-                state.stop_reason = of_main_process(accelerator, stop_reason(args, state, history))
+                state.stop_reason = stop_reason(args, state, history)
 
             stopping = stop.received(accelerator, state)
             if stopping or over or state.stop_reason or checkpoint_due(args, plan, state, length):

@@ -21,14 +21,13 @@ def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str
     if last > first:
         way_out = f"the learning rate is too high: try --lr {rate / 2:.1g} (was {rate:g})"
     else:
-        longer = (
-            f"--max-train-minutes {2 * args.max_train_minutes:g}"
-            if args.max_train_minutes
-            else f"--max-train-steps {2 * args.max_train_steps}"
-            if args.max_train_steps
-            else f"--epochs {2 * history[-1]['epoch']}"
-        )
-        way_out = f"train longer ({longer}) or try --lr {rate * 2:.1g} (was {rate:g})"
+        lengths = {
+            "--max-train-minutes": args.max_train_minutes,
+            "--max-train-steps": args.max_train_steps,
+            "--epochs": history[-1]["epoch"],
+        }
+        flag, length = next((flag, length) for flag, length in lengths.items() if length)
+        way_out = f"train longer ({flag} {2 * length:.9g}) or try --lr {rate * 2:.1g} (was {rate:g})"
     return [f"the loss is not falling ({name} {first:.4g} at first, {last:.4g} at last): {way_out}"]
 
 

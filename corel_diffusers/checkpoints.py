@@ -138,7 +138,8 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-UNLIKE = {  # what is compared by its content, in words
+DIFFERENCES = {  # of what is no flag, or is compared by its content
+    "global_batch": "the global batch (batch size x accumulation x devices: --grad-accum makes up for fewer devices) was {was}, is {now}",
     "photos": "the photos are others: some were added, removed, split anew, or cannot be read",
     "config": "the content of --config is another",
     "vae": "the weights of --vae-checkpoint are others",
@@ -194,12 +195,10 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
     defaults, now = (json.loads(json.dumps(values)) for values in (fresh.settings(), settings))
     saved = defaults | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
     differing = [
-        UNLIKE.get(name) or f"{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}"
+        DIFFERENCES.get(name, name.replace("_", "-") + " was {was}, is {now}").format(was=saved.get(name), now=now.get(name))
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
     ]
-    if saved.get("global_batch") != now.get("global_batch"):
-        differing.append("the global batch is batch size x accumulation x devices: --grad-accum makes up for fewer devices")
     if differing:
         raise UserError(f"--resume {args.resume}: {'; '.join(differing)}: give the run's own settings, or another --output-dir")
     print(f"resuming from {checkpoint}")

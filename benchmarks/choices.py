@@ -1,17 +1,20 @@
-"""Where do the presets come from? Each choice beside the `tiny` preset's own, after equal minutes.
+"""Where do the presets come from? Each choice beside the preset's own, after equal minutes.
 
 python benchmarks/choices.py vae --data-dir photos --minutes 3 --image-size 64
 python benchmarks/choices.py unet --data-dir photos --minutes 5 --vae-checkpoint vae_models
+python benchmarks/choices.py vae --data-dir photos --minutes 3 --image-size 128 --config base --together 4
 
-One after the other, nothing else running. Measured on the validation photos: choices are made on them, so that the test photos stay
-for what is reported. The VAE's last column is the KL in nats a latent value: the less the latents carry, the sooner a UNet learns
-them. The UNet's loss can be compared where prediction and schedule are the same.
+One after the other, or so many at a time where one alone leaves a GPU idle, nothing else running. Measured on the validation photos:
+choices are made on them, so that the test photos stay for what is reported. The VAE's last column is the KL in nats a latent value: the
+less the latents carry, the sooner a UNet learns them. The UNet's loss can be compared where prediction, schedule and VAE are the same.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import torch
 from common import QUIET, ROOT, launch, machine, tool
@@ -25,10 +28,10 @@ from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import read_metrics, write_json, write_text
 from corel_diffusers.models import load_config, parameter_count
 
-Choices = dict[str, tuple[dict, list]]  # name: (changes to the tiny config, more flags)
+Choices = dict[str, tuple[dict, list]]  # name: (changes to the preset, more flags)
 
 F8 = {"block_out_channels": [16, 32, 64, 128]}
-VAE: Choices = {
+TINY_VAE: Choices = {
     "tiny: f4, 4 channels, [16, 32, 64]": ({}, []),
     "f4, 8 channels": ({"latent_channels": 8}, []),
     "f4, 16 channels": ({"latent_channels": 16}, []),
@@ -50,7 +53,30 @@ VAE: Choices = {
     "batch 4": ({}, ["--batch-size", 4]),
     "batch 8": ({}, ["--batch-size", 8]),
 }
-UNET: Choices = {
+BASE_F8 = {"block_out_channels": [32, 64, 128, 128]}
+BASE_VAE: Choices = {
+    "base: f4, 4 channels, [32, 64, 128], 4 norm groups": ({}, []),
+    "f4, 8 channels": ({"latent_channels": 8}, []),
+    "f8, 4 channels, [32, 64, 128, 128]": (BASE_F8, []),
+    "f8, 8 channels": (BASE_F8 | {"latent_channels": 8}, []),
+    "f8, 16 channels": (BASE_F8 | {"latent_channels": 16}, []),
+    "f8, 8 channels, [64, 128, 256, 256]": (BASE_F8 | {"latent_channels": 8, "block_out_channels": [64, 128, 256, 256]}, []),
+    "f8, 8 channels, 2 norm groups, no attention": (
+        BASE_F8 | {"latent_channels": 8, "norm_num_groups": 2, "mid_block_add_attention": False},
+        [],
+    ),
+    "f8, 8 channels, 32 norm groups": (BASE_F8 | {"latent_channels": 8, "norm_num_groups": 32}, []),
+}
+LARGE_VAE: Choices = {
+    "large: f8, 8 channels, [64, 128, 256, 256], 2 layers, 8 norm groups": ({}, []),
+    "32 norm groups": ({"norm_num_groups": 32}, []),
+    "[128, 256, 512, 512], 32 norm groups": ({"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}, []),
+    "[32, 64, 128, 128], 1 layer, 4 norm groups": (
+        {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 1, "norm_num_groups": 4},
+        [],
+    ),
+}
+TINY_UNET: Choices = {
     "tiny: [32, 64, 128], batch 16": ({}, []),
     "batch 8": ({}, ["--batch-size", 8]),
     "batch 32": ({}, ["--batch-size", 32]),
@@ -73,6 +99,26 @@ UNET: Choices = {
     "half the learning rate": ({}, ["--lr", 1e-3]),
     "twice the learning rate": ({}, ["--lr", 4e-3]),
     "8 changed views of each photo": ({}, ["--views", 8]),
+}
+BASE_UNET: Choices = {
+    "base: [128, 192, 256]": ({}, []),
+    "[64, 128, 256]": ({"block_out_channels": [64, 128, 256]}, []),
+    "[192, 256, 384]": ({"block_out_channels": [192, 256, 384]}, []),
+    "one layer a stage": ({"layers_per_block": 1}, []),
+    "time as a scale and shift": ({"resnet_time_scale_shift": "scale_shift"}, []),
+    "a fifth of the learning rate": ({}, ["--lr", 1e-4]),
+    "batch 32": ({}, ["--batch-size", 32]),
+}
+CHOICES = {
+    ("vae", "tiny"): (TINY_VAE, ["--batch-size", 2, "--lr", 1e-4]),
+    ("vae", "base"): (BASE_VAE, ["--batch-size", 16, "--lr", 1e-4]),
+    ("vae", "large"): (LARGE_VAE, ["--batch-size", 16, "--lr", 1e-4]),
+    ("unet", "tiny"): (TINY_UNET, ["--batch-size", 16, "--lr", 2e-3]),
+    ("unet", "base"): (BASE_UNET, ["--batch-size", 16, "--lr", 5e-4, "--views", 0]),
+}
+JUDGED_BY = {
+    "vae": ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats a value"],
+    "unet": ["held-out loss", "KID x1000 [95 %]", "precision", "recall"],
 }
 
 
@@ -111,6 +157,7 @@ def judge_unet(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["vae", "unet"])
+    parser.add_argument("--config", default="tiny", choices=["tiny", "base", "large"])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, default=Path("choices"))
     parser.add_argument("--vae-checkpoint", type=Path, help="for unet")
@@ -118,39 +165,44 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--num-images", type=int, default=150, help="for unet")
     parser.add_argument("--only", nargs="+", type=int, help="rows of the list, from 0")
+    parser.add_argument("--together", type=int, default=1, help="so many at a time")
     args = parser.parse_args()
     args.data_dir, args.output_dir = args.data_dir.resolve(), args.output_dir.resolve()
     if (args.model == "unet") != bool(args.vae_checkpoint):
         parser.error("--vae-checkpoint goes with unet, and only with it")
+    if (args.model, args.config) not in CHOICES:
+        parser.error(f"there is no list of a {args.model} of --config {args.config}")
 
-    choices, judge, columns, batch_size = {
-        "vae": (VAE, judge_vae, ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats a value"], 2),
-        "unet": (UNET, judge_unet, ["held-out loss", "KID x1000 [95 %]", "precision", "recall"], 16),
-    }[args.model]
-    judge = judge(args)
-    names = ["choice", "photos/s", "M parameters", *columns]
-    title = f"{args.minutes:g} minutes each at {args.image_size} px, {machine()}"
+    choices, its_flags = CHOICES[args.model, args.config]
+    judge = {"vae": judge_vae, "unet": judge_unet}[args.model](args)
+    names = ["choice", "photos/s", "M parameters", *JUDGED_BY[args.model]]
+    title = f"{args.minutes:g} minutes each at {args.image_size} px, {args.together} at a time, {machine()}"
     numbers, rows = args.output_dir / f"{args.model}.json", {}
     if args.only and numbers.is_file():  # the other rows stay as they were
         rows = json.loads(numbers.read_text())["rows"]
-    for place, (name, (changes, flags)) in enumerate(choices.items()):
-        if args.only is not None and place not in args.only:
-            continue
-        folder = args.output_dir / f"{args.model}-{place:02d}"
-        config = args.output_dir / f"{args.model}-{place:02d}.json"
-        write_json(config, load_config(args.model, "tiny") | changes)
-        shared = ["--data-dir", args.data_dir, "--output-dir", folder, "--config", config, "--max-train-minutes", args.minutes, *QUIET]
-        shared += ["--image-size", args.image_size, "--batch-size", batch_size, "--lr", {"vae": 1e-4, "unet": 2e-3}[args.model]]
-        shared += ["--vae-checkpoint", args.vae_checkpoint.resolve()] if args.vae_checkpoint else []
-        launch(ROOT / f"train_{args.model}.py", *shared, *flags)
 
+    def measure(place: int) -> dict:
+        """Trains the choice and judges it: its row of the table and its numbers."""
+        name = list(choices)[place]
+        changes, flags = choices[name]
+        folder, config = (args.output_dir / f"{args.model}-{place:02d}{ending}" for ending in ("", ".json"))
+        write_json(config, load_config(args.model, args.config) | changes)
+        shared = ["--data-dir", args.data_dir, "--output-dir", folder, "--config", config, "--max-train-minutes", args.minutes, *QUIET]
+        shared += ["--vae-checkpoint", args.vae_checkpoint.resolve()] if args.vae_checkpoint else ["--image-size", args.image_size]
+        launch(ROOT / f"train_{args.model}.py", *shared, *its_flags, *flags)
         last = read_metrics(folder / "metrics.jsonl")[-1]
         speed = last["images_seen"] / last["seconds"]
-        scores, cells = judge(folder)
-        rows[name] = {"row": f"| {name} | {speed:.0f} | {cells} |"} | scores | {"photos_per_second": speed}
-        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(rows[known]["row"] for known in choices if known in rows)]
-        write_json(numbers, {"title": title, "rows": rows})
-        write_text(args.output_dir / f"{args.model}.md", "\n".join([title, "", *lines]) + "\n")
+        with judging:
+            scores, cells = judge(folder)
+        return {"row": f"| {name} | {speed:.0f} | {cells} |"} | scores | {"photos_per_second": speed}
+
+    judging, places = Lock(), args.only or range(len(choices))
+    with ThreadPoolExecutor(args.together) as pool:
+        for place, row in zip(places, pool.map(measure, places), strict=True):
+            rows[list(choices)[place]] = row
+            lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(rows[known]["row"] for known in choices if known in rows)]
+            write_json(numbers, {"title": title, "rows": rows})
+            write_text(args.output_dir / f"{args.model}.md", "\n".join([title, "", *lines]) + "\n")
     print((args.output_dir / f"{args.model}.md").read_text())
 
 

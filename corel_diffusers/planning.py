@@ -53,7 +53,8 @@ def vae_recipe(args: TrainingArguments, pictures: float, size_px: tuple[int, int
 
 
 VAE_LADDER = Ladder(
-    (Rung("tiny", 64, 2), Rung("base", 128, 16, 20_000), Rung("large", 256, 16, 200_000, 5_000)),
+    # a base VAE is good sooner (benchmarks/results/choices.md), but the UNet that follows has four times the work at its size
+    (Rung("tiny", 64, 2), Rung("base", 128, 16, 40_000), Rung("large", 256, 16, 200_000, 5_000)),
     20,
     "held-out PSNR {:.1f} dB",
     ((3_800, 23.6), (27_000, 25.0)),

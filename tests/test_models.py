@@ -20,7 +20,7 @@ from corel_diffusers.models import (
 )
 
 
-@pytest.mark.parametrize(("preset", "latent_shape"), [("tiny", (4, 16, 24)), ("base", (8, 8, 12))])
+@pytest.mark.parametrize(("preset", "latent_shape"), [("tiny", (4, 16, 24)), ("base", (4, 16, 24))])
 def test_presets_run_forward_at_rectangular_sizes(preset, latent_shape):
     vae = build_vae(preset, (64, 96))
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_the_large_presets_build():
         vae = build_vae("large", (128, 128))
         unet = build_unet("large", (128, 128), vae, num_classes=6)
     assert unet.config.sample_size == 16
-    assert all(sum(p.numel() for p in model.parameters()) > 50e6 for model in (vae, unet))
+    assert [round(sum(p.numel() for p in model.parameters()) / 1e6) for model in (vae, unet)] == [21, 144]
 
 
 @pytest.mark.parametrize(("factor", "channels"), [(4, [16, 32, 64]), (8, [16, 32, 64, 64]), (16, [16, 32, 64, 64, 64])])
@@ -127,11 +127,11 @@ def test_downsample_is_the_factor_of_the_latents(factor, channels):
 
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do():
     with pytest.raises(UserError, match=r"--image-size 100x150: the VAE can take multiples of 8 px: give 96x144 or 104x152"):
-        build_vae("base", (100, 150))
+        build_vae("large", (100, 150))
     with pytest.raises(UserError, match=r"--image-size 5: .* give 8$"):
-        build_vae("base", (5, 5))
+        build_vae("large", (5, 5))
     with pytest.raises(UserError, match=r"--image-size 72: the VAE and the UNet can take multiples of 32 px: give 64 or 96"):
-        build_unet("base", (72, 72), build_vae("base", (72, 72)), None)
+        build_unet("base", (72, 72), build_vae("large", (72, 72)), None)
 
 
 def test_an_own_config_is_taken_and_its_faults_are_named(tmp_path):
@@ -151,9 +151,9 @@ def test_an_own_config_is_taken_and_its_faults_are_named(tmp_path):
 
 
 def test_group_norm_of_the_presets_keeps_brightness():
-    """A group of one channel, or two, forgets how bright the photo is: the tiny VAE lost 0.8 dB by it."""
-    for preset, channels in (("tiny", 8), ("base", 8), ("large", 4)):
+    """A group of one channel, or two, forgets how bright the photo is: the tiny VAE lost 0.8 dB by it, that of base 3 dB."""
+    for preset in ("tiny", "base", "large"):
         values = load_config("vae", preset)
-        assert min(values["block_out_channels"]) >= channels * values["norm_num_groups"]
+        assert min(values["block_out_channels"]) >= 8 * values["norm_num_groups"]
         values = load_config("unet", preset)
         assert min(values["block_out_channels"]) >= 2 * values["norm_num_groups"]

@@ -15,7 +15,10 @@ from typing import ClassVar
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
 
 
 class CorelPipeline(DiffusionPipeline):
@@ -102,6 +105,8 @@ class CorelPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
                 progress.update()
 
+        if not latents.isfinite().all():
+            logger.warning("the pictures are no numbers any more: half precision was too coarse, draw them in bfloat16 or float32")
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -141,7 +141,7 @@ def main(args: UNetArguments) -> None:
         clip_sample=False,  # latents are not bounded by 1
         timestep_spacing="trailing",  # few-step samplers then begin at pure noise (Lin et al. 2023, arXiv:2305.08891)
     )
-    views = Views.of(cache_large_pixels(photos, size_px, share)["train"], args.views, size_px[0]) if args.views else None
+    views = Views.of(cache_large_pixels(photos, size_px, share), args.views, size_px[0]) if args.views else None
     moments = {
         split: cache_moments(vae, part, device, views if split == "train" else None, args.batch_size, share)
         for split, part in pixels.items()

@@ -92,7 +92,7 @@ def main(args: VAEArguments) -> None:
     size_px = args.size_px
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
-    large = cache_large_pixels(photos, size_px, share) if args.crop_chance else pixels
+    large = cache_large_pixels(photos, size_px, share) if args.crop_chance else pixels["train"]
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
     settings = run_settings(args, photos, "vae", size_px=size_px, global_batch=plan.global_batch)
     checkpoint = find_resume(accelerator, args, settings)
@@ -128,7 +128,7 @@ def main(args: VAEArguments) -> None:
     length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, len(pixels["validation"]))
     compilation = Compilation(args, accelerator, model, state)
-    arrays = pixels["train"].values, large["train"].values
+    arrays = pixels["train"].values, large.values
     passes = batches(plan, state.step, length.steps, args.num_workers, *resident(arrays, device))
     with progress_bar(plan, state, length, accelerator) as bar:
         while not length.reached(state):

@@ -100,7 +100,7 @@ def main() -> None:
             pictures = plain_loop(pipe, labels, args, steps)
         else:
             pipe.scheduler = build_sampler(name, trained_with)
-            pictures = sample_pictures(pipe, drawing, labels, 0, num_inference_steps=steps)
+            pictures = list(sample_pictures(pipe, drawing, labels, 0, num_inference_steps=steps))
         seconds = time.monotonic() - began
         rows.append({"sampler": name, "steps": steps, "seconds": seconds} | compare(extract(network, as_array(pictures)), real))
         lines = ["| sampler | steps | seconds | times as fast | KID x1000 [95 %] | FD |", "|---|---|---|---|---|---|"]

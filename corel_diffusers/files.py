@@ -29,6 +29,11 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU, or on a CPU, where torch raises a plain RuntimeError."""
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, then renames it into place: a reader never sees half of a file."""

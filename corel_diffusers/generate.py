@@ -1,7 +1,8 @@
 """Pictures from a trained pipeline: `corel-diffusers generate`."""
 
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -19,18 +20,20 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from corel_diffusers.cli import Generate, Sampling
-from corel_diffusers.files import UserError, first_line, whole_file
+from corel_diffusers.files import UserError, first_line, is_out_of_memory, whole_file
 from corel_diffusers.latents import load_vae, weights_key
+from corel_diffusers.models import downsample_factor
 from corel_diffusers.plots import picture_grid, save_picture
 from corel_diffusers.precision import autocast, resolve_precision
 
 AUTO = "dpm-solver++"  # benchmarks/results/sampling.md: in 15 steps as near to the photos as DDIM in 50
 DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm-solver++": 15, "unipc": 15}
 INDIVIDUAL_UP_TO = 16
+LONGEST_SIDE_PX = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # what the formats can hold
 
 
 def generate(args: Generate, output: Path) -> None:
-    """Writes the grid to `output` and, where asked for, each picture to `<output>_individual/`.
+    """Writes each picture, where asked for, to `<output>_individual/` as it comes, and then the grid of all to `output`.
 
     Each picture has a generator of its own, seed + place: neither the batch size nor the number of pictures changes it, but for the
     rounding of half precision.
@@ -39,44 +42,71 @@ def generate(args: Generate, output: Path) -> None:
     args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
     pipe = load_pipeline(args.pipeline, device, args.vae_checkpoint)
     labels = pick_labels(pipe, args.class_, args.num_images)
+    refuse_too_large(pipe, args)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     sampler, steps = pick_sampler(args)
     print(f"{args.num_images} pictures, {sampler} with {steps} steps on {device}, seed {seed}")
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
-    pictures = sample_pictures(pipe, args, labels, seed, num_inference_steps=steps, eta=args.eta)
-
-    save_picture(picture_grid(pictures, args.nrow), output)
-    print(f"grid: {output}")
-    if args.individual or args.num_images <= INDIVIDUAL_UP_TO:
-        folder = output.with_name(f"{output.stem}_individual")
-        for place, picture in enumerate(pictures):
+    folder, pictures = output.with_name(f"{output.stem}_individual"), []
+    files = [folder / f"image_{place:04d}.png" for place in range(args.num_images)]
+    individual = args.individual or args.num_images <= INDIVIDUAL_UP_TO
+    for place, picture in enumerate(sample_pictures(pipe, args, labels, seed, num_inference_steps=steps, eta=args.eta)):
+        pictures.append(picture)
+        if individual:
             info = PngInfo()
             info.add_text("seed", str(seed + place))
             if labels:
                 info.add_text("class", pipe.config.class_names[str(labels[place])])
-            with whole_file(folder / f"image_{place:04d}.png") as beside:
+            with whole_file(files[place]) as beside:
                 picture.save(beside, pnginfo=info)
-        for earlier in set(folder.glob("image_*.png")) - {folder / f"image_{place:04d}.png" for place in range(len(pictures))}:
+
+    save_picture(picture_grid(pictures, args.nrow), output)
+    print(f"grid: {output}")
+    if individual:
+        for earlier in set(folder.glob("image_*.png")) - set(files):
             earlier.unlink()
         print(f"each picture: {folder}/")
 
 
-def sample_pictures(pipe: DiffusionPipeline, args: Sampling, labels: list[int] | None, seed: int, **options: object) -> list[Image.Image]:
-    """Pictures in batches, each from a generator of its own, seed + place. options: more for the pipeline."""
-    pictures = []
+def refuse_too_large(pipe: DiffusionPipeline, args: Generate) -> None:
+    """Refuses a grid that its format has no room for, before hours go into its pictures."""
+    longest = LONGEST_SIDE_PX.get(Path(args.output).suffix.lower(), math.inf)
+    height, width = picture_size_px(pipe)
+    rows, columns = math.ceil(args.num_images / args.nrow), min(args.nrow, args.num_images)
+    if max(rows * (height + 2), columns * (width + 2)) + 2 > longest:
+        raise UserError(f"--output {args.output}: the grid has a side of more than {longest} px, too long for its format: give .png")
+
+
+def picture_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """(height, width) of what the pipeline makes."""
+    size, factor = pipe.unet.config.sample_size, downsample_factor(pipe.vae)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * factor, width * factor
+
+
+def sample_pictures(
+    pipe: DiffusionPipeline, args: Sampling, labels: list[int] | None, seed: int, **options: object
+) -> Iterator[Image.Image]:
+    """Pictures in batches, each from a generator of its own, seed + place. options: more for the pipeline. Raises UserError where the
+    memory does not do for a batch."""
     for start in tqdm(range(0, args.num_images, args.batch_size), "generating", leave=False, disable=args.num_images <= args.batch_size):
         places = range(start, min(start + args.batch_size, args.num_images))
         pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
-        with autocast(args.mixed_precision, pipe.device.type):
-            pictures += pipe(
-                len(places),
-                [labels[place] for place in places] if labels else None,
-                generator=[torch.Generator().manual_seed(seed + place) for place in places],
-                guidance_scale=args.guidance_scale,
-                guidance_interval=guidance_interval(args, pipe),
-                **options,
-            ).images
-    return pictures
+        try:
+            with autocast(args.mixed_precision, pipe.device.type):
+                made = pipe(
+                    len(places),
+                    [labels[place] for place in places] if labels else None,
+                    generator=[torch.Generator().manual_seed(seed + place) for place in places],
+                    guidance_scale=args.guidance_scale,
+                    guidance_interval=guidance_interval(args, pipe),
+                    **options,
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"out of memory with --batch-size {args.batch_size}: give a smaller one") from None
+        yield from made.images
 
 
 def guidance_interval(args: Sampling, pipe: DiffusionPipeline) -> tuple[float, float]:
@@ -91,15 +121,19 @@ def pick_sampler(args: Sampling) -> tuple[str, int]:
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The sampler for a model trained with `scheduler`.
-
-    DPM-Solver++ leaves out the last timesteps of the cosine schedule, where a predicted noise has to be divided by almost 0
-    (log-SNR / 2 below -5.1, as diffusers advises); not of one that ends in pure noise, which the model was trained to begin with.
-    """
+    """The sampler for a model trained with `scheduler`."""
     if name == "dpm-solver++":
-        clip = {} if scheduler.config.get("rescale_betas_zero_snr") else {"lambda_min_clipped": -5.1}
-        return DPMSolverMultistepScheduler.from_config(scheduler.config, **clip)
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, **dpm_solver_options(scheduler.config))
     return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler}[name].from_config(scheduler.config)
+
+
+def dpm_solver_options(config: dict) -> dict[str, float]:
+    """What DPM-Solver++ has to be told for a model trained with a scheduler of that config.
+
+    It leaves out the last timesteps of the cosine schedule, where a predicted noise has to be divided by almost 0 (log-SNR / 2 below
+    -5.1, as diffusers advises); not of one that ends in pure noise, which the model was trained to begin with.
+    """
+    return {} if config.get("rescale_betas_zero_snr") or config["beta_schedule"] == "linear" else {"lambda_min_clipped": -5.1}
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -123,6 +157,8 @@ def load_pipeline(location: Path | str, device: torch.device, vae_location: Path
     except (OSError, ValueError, ImportError) as error:
         way_out = "give the --output-dir of a train_unet.py run, or a Hub id"
         raise UserError(f"--pipeline {location} cannot be loaded ({first_line(error)}): {way_out}") from None
+    if "class_names" not in pipe.config:
+        raise UserError(f"--pipeline {location} is a {type(pipe).__name__}: give one that train_unet.py wrote")
     if vae_location:
         vae = load_vae(vae_location)
         if weights_key(vae) != weights_key(pipe.vae):

@@ -7,6 +7,7 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 
 from corel_diffusers.evaluation.report import card_rows, heading
 from corel_diffusers.files import UserError, best_record, first_line, read_json, read_metrics, write_text
+from corel_diffusers.generate import dpm_solver_options
 
 PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
@@ -37,6 +38,8 @@ def card_text(folder: Path, repo_id: str) -> str:
         tags=["diffusers", "latent-diffusion", "autoencoder-kl", *(["class-conditional"] if names else [])],
     )
     label = f', class_labels="{names[0]}"' if names else ""
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    clip = "".join(f", {name}={value}" for name, value in dpm_solver_options(scheduler).items())
     lines = ["---", data.to_yaml(), "---", WRITTEN_BY, "", f"# {folder.resolve().name}", ""]
     lines += ["A latent diffusion model, VAE and UNet trained from scratch with corel_diffusers.", ""]
     if (folder / "grid.png").is_file():
@@ -48,7 +51,7 @@ def card_text(folder: Path, repo_id: str) -> str:
         "from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler",
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)',
-        "pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)",
+        f"pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config{clip})",
         f"images = pipe(num_images=4{label}, num_inference_steps=15).images",
         "```",
         "",
@@ -128,7 +131,8 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(f"--pipeline {folder} holds no pipeline (no model_index.json): give the --output-dir of train_unet.py")
-    write_card(folder, repo_id)
+    if not dry_run:
+        write_card(folder, repo_id)
     patterns = PIPELINE_FILES + (("guide/*",) if has_guide(folder) else ())
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     total = sum(file.stat().st_size for file in files) / 1e6
@@ -140,6 +144,8 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     require_token()
     api = HfApi()
     try:
+        if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:  # which create_repo would leave as it is
+            raise UserError("it exists and is public: make it private in its settings on the Hub, or leave out --private")
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message="Upload pipeline")
     except Exception as error:  # the client has many: refused, not found, no network, a name that the Hub does not take

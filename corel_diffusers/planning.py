@@ -18,10 +18,10 @@ from datasets import DatasetDict
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.transforms import native_side_px
-from corel_diffusers.files import UserError, read_json
+from corel_diffusers.files import UserError, is_out_of_memory, read_json
 from corel_diffusers.precision import resolve_precision, use
 from corel_diffusers.processes import of_main_process
-from corel_diffusers.training import device_name, is_out_of_memory
+from corel_diffusers.training import device_name
 
 
 class Rung(NamedTuple):

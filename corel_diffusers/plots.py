@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from corel_diffusers.files import best_record, whole_file, write_bytes
 
+SHEET_PX = 112  # the longer side of a picture of the contact sheet
+
 
 def save_picture(picture: Image.Image, path: Path, **options: object) -> None:
     """Writes a picture whole or not at all, in the format of the path's ending."""
@@ -43,8 +45,8 @@ def picture_grid(pictures: Sequence[Image.Image], nrow: int, row_labels: Sequenc
 
 
 def contact_sheet(groups: dict[str, list[Image.Image]], columns: int = 8) -> Image.Image:
-    """A row of pictures for each name, the name above its row."""
-    side, line = 112, 20
+    """A row of pictures, of at most SHEET_PX, for each name, the name above its row."""
+    side, line = SHEET_PX, 20
     rows = len(groups)
     canvas = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + line + 4) + 4), "white")
     draw = ImageDraw.Draw(canvas)
@@ -53,8 +55,6 @@ def contact_sheet(groups: dict[str, list[Image.Image]], columns: int = 8) -> Ima
         top = 4 + row * (side + line + 4)
         draw.text((6, top + line / 2), name, fill="black", font=font, anchor="lm")
         for column, picture in enumerate(pictures[:columns]):
-            picture = picture.copy()
-            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
             canvas.paste(picture, (4 + column * (side + 4), top + line))
     return canvas
 

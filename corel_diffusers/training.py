@@ -28,7 +28,7 @@ from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.batches import BatchPlan
 from corel_diffusers.checkpoints import RunState, find_checkpoints
 from corel_diffusers.data.cache import ALONE, Share
-from corel_diffusers.files import MARKERS, UserError, finish_publishing, first_line, read_metrics, write_json, write_text
+from corel_diffusers.files import MARKERS, UserError, finish_publishing, first_line, is_out_of_memory, read_metrics, write_json, write_text
 from corel_diffusers.precision import resolve_precision
 from corel_diffusers.processes import of_main_process
 from corel_diffusers.sharding import is_sharded, whole
@@ -420,17 +420,12 @@ class StopSignal:
             sys.exit(128 + self.number)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """On a GPU, or on a CPU, where torch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 @contextmanager
 def explained_failures(args: TrainingArguments) -> Iterator[None]:
     """Turns running out of memory into one line with the flags that help and what the run had asked for."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""

@@ -75,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
         siblings = [{"rfilename": p} for p in files]
         return self.answer(
-            {"id": name, "modelId": name, "sha": SHA, "siblings": siblings, "private": False, "tags": [], "downloads": 0, "likes": 0}
+            {"id": name, "modelId": name, "sha": SHA, "siblings": siblings, "private": hub.private, "tags": [], "downloads": 0, "likes": 0}
         )
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any

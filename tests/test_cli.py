@@ -1,14 +1,17 @@
 """`corel-diffusers generate`, and how fast the command answers."""
 
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import launch, tool
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
+
+from corel_diffusers import generate as generating
+from corel_diffusers.cli import Generate
+from corel_diffusers.files import UserError
 
 
 @pytest.fixture
@@ -66,17 +69,20 @@ def test_more_than_sixteen_pictures_make_a_grid_only_unless_asked(base):
         (["--output", "picture.doc"], "--output picture.doc: give a name ending in .png"),
     ],
 )
-def test_refused_flags_are_one_line_at_once(flags, expected, trained_unet):
-    began = time.monotonic()
+def test_refused_flags_are_one_line(flags, expected, trained_unet):
     done = tool("generate", "--pipeline", trained_unet, *flags, check=False)
     assert done.returncode == 2
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [(["--class", "moon"], "the classes are 0 sunset at sea"), (["--device", "cuda"], "there is no GPU here")]
+    ("flags", "expected"),
+    [
+        (["--class", "moon"], "the classes are 0 sunset at sea"),
+        (["--device", "cuda"], "there is no GPU here"),
+        (["--output", "a.webp", "--num-images", 1000, "--nrow", 1], "--output a.webp: the grid has a side of more than 16383 px"),
+    ],
 )
 def test_what_the_model_or_the_machine_refuses_is_one_line(flags, expected, trained_unet, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
@@ -86,6 +92,31 @@ def test_what_the_model_or_the_machine_refuses_is_one_line(flags, expected, trai
     assert expected in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_the_memory_has_no_room_for_is_refused_and_what_was_drawn_before_is_kept(trained_unet, tmp_path, monkeypatch):
+    args = Generate(pipeline=trained_unet, num_images=4, batch_size=2, sampler="ddim", steps=1, mixed_precision="no", seed=0)
+    pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
+    drawn, draw = [], type(pipe).__call__
+
+    def small(pipe, *what, **options):
+        drawn.append(what)
+        if len(drawn) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(pipe, *what, **options)
+
+    monkeypatch.setattr(type(pipe), "__call__", small)
+    monkeypatch.setattr(generating, "load_pipeline", lambda *location: pipe)
+    with pytest.raises(UserError, match="out of memory with --batch-size 2: give a smaller one"):
+        generating.generate(args, tmp_path / "grid.png")
+    assert len(pictures(tmp_path / "grid_individual")) == 2
+
+
+def test_another_kind_of_pipeline_is_refused(trained_unet, tmp_path):
+    parts = UNet2DModel.from_pretrained(trained_unet / "unet"), DDPMScheduler.from_pretrained(trained_unet / "scheduler")
+    DDPMPipeline(*parts).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a DDPMPipeline: give one that train_unet.py wrote"):
+        generating.load_pipeline(tmp_path, torch.device("cpu"))
 
 
 def test_help_imports_nothing_heavy():

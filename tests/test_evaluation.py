@@ -160,10 +160,12 @@ def test_planted_copies_are_found(pixels, plant):
         assert in_features.share_below(finder.feature_ratio) == 1
 
 
-def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels):
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, mirrored):
     photos = np.array(pixels["train"].values)
     saved_again = np.clip(photos[:1] + np.random.default_rng(0).normal(0, 2, photos[:1].shape), 0, 255).astype(np.uint8)
-    twice = Pixels(np.concatenate([photos, saved_again]), "twice")
+    saved_again = saved_again[:, :, ::-1] if mirrored else saved_again
+    twice = Pixels(np.concatenate([photos, saved_again]), f"twice-{mirrored}")
     finder = memorization.CopyFinder.of(twice, twice, CPU)
     in_pixels, in_features = finder.search(photos[:1])
     assert in_pixels.photo.tolist() == in_features.photo.tolist() == [0]

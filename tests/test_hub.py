@@ -5,12 +5,13 @@ import sys
 
 import pytest
 from conftest import launch, run_here, script, tool
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from corel_diffusers.files import UserError
+from corel_diffusers.generate import build_sampler
 from corel_diffusers.hub import WRITTEN_BY, write_card
 
 LOAD = """
@@ -62,6 +63,10 @@ def test_push_and_load_again(hub, trained_unet, tmp_path):
         env=hub.env(tmp_path / "another-cache"),
     )  # fmt: skip
     assert "grid: " in generated.stdout
+    hub.private = False
+    refused = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--private", env=hub.env(tmp_path / "home"), check=False)
+    assert refused.returncode == 2
+    assert "it exists and is public" in refused.stderr
     pipe.guide = None
     pipe.save_pretrained(guided)
     listed = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--dry-run").stdout
@@ -115,6 +120,12 @@ def test_the_card_says_what_was_measured_and_keeps_a_users_edits(trained_unet, t
     assert str(trained_vae.parent) not in card.text, "no folder of the user's machine"
     copy = tmp_path / "copy"
     shutil.copytree(trained_unet, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    assert "from_config(pipe.scheduler.config)\n" in card.text
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    scheduler.save_pretrained(copy / "scheduler")
+    write_card(copy)
+    assert "from_config(pipe.scheduler.config, lambda_min_clipped=-5.1)\n" in (copy / "README.md").read_text()
+    assert build_sampler("dpm-solver++", scheduler).config.lambda_min_clipped == -5.1
     (copy / "README.md").write_text("my own card")
     write_card(copy)
     assert (copy / "README.md").read_text() == "my own card"

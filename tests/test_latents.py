@@ -47,7 +47,7 @@ def test_a_draw_is_the_posteriors_own_sample(vae, pixels):
 
 
 def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_photos):
-    large = cache_large_pixels(load_photos(raw_photos), (32, 32))["train"]
+    large = cache_large_pixels(load_photos(raw_photos), (32, 32))
     assert large.values.shape[1:3] == (48, 48), "photos of 48 px have no more"
     views = Views.of(large, 3, 32)
     moments, changes = cache_moments(vae, pixels, torch.device("cpu"), views=views), views.changes()
@@ -69,7 +69,7 @@ def test_views_are_encoded_as_they_were_changed_and_told_so(vae, pixels, raw_pho
 
 
 def test_photos_without_more_pixels_are_not_said_to_be_cropped(raw_photos):
-    large = cache_large_pixels(load_photos(raw_photos), (48, 48))["train"]
+    large = cache_large_pixels(load_photos(raw_photos), (48, 48))
     assert not Views.of(large, 3, 48).changes()[..., :3].any()
 
 

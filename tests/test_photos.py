@@ -66,6 +66,18 @@ def test_class_folders_like_datasets_own_reader(raw_photos, tmp_path):
     assert labels_by_file(photos)["dog/2.png"] == "dog"
 
 
+def test_some_photos_beside_class_folders_do_not_hide_them(raw_photos, tmp_path, capsys):
+    shutil.copytree(raw_photos, tmp_path / "mine" / "sea")
+    shutil.copytree(raw_photos, tmp_path / "mine" / "snow")
+    shutil.copy(raw_photos / "0001_0001.png", tmp_path / "mine" / "cover.png")
+    (tmp_path / "mine" / "sea" / "0001_0099.heic").write_text("x")
+    photos = load_photos(tmp_path / "mine")
+    assert photos["train"].features["label"].names == ["sea", "snow"]
+    told = capsys.readouterr().out
+    assert "1 photos beside the class folders are left out" in told
+    assert "1 files are left out: sea/0001_0099.heic: not a picture (.heic)" in told
+
+
 def test_flat_folder_uses_captions_json(raw_photos, tmp_path):
     folder = flat_copies(raw_photos, tmp_path / "flat", ["a.png", "b.png", "c.png"])
     (folder / "captions.json").write_text(json.dumps({"b.png": "my cat"}))
@@ -115,6 +127,11 @@ def test_split_is_stratified_stable_and_keeps_groups_together():
     assert "validation" in grouped
     pairs = split_photos([0] * 6, [f"{n}.png" for n in range(6)], [0, 0, 1, 1, 2, 2])
     assert pairs.count("validation") == 2, "duplicates larger than the share still leave a class something to validate on"
+    for burst in range(6):  # whichever comes first: fifteen frames of one series and five photos
+        groups = [burst] * 15 + [n for n in range(6) if n != burst]
+        sides = split_photos([0] * 20, [f"{group}-{place}.png" for place, group in enumerate(groups)], groups)
+        assert sides[:15] == ["train"] * 15
+        assert sides.count("validation") == 2
 
 
 def test_prepared_folder_keeps_its_written_split(raw_photos, tmp_path):

@@ -202,6 +202,14 @@ def test_unconditional_rectangular_callback_and_output_types():
     assert isinstance(pipe(1, num_inference_steps=2, return_dict=False), tuple)
 
 
+def test_pictures_that_are_no_numbers_are_not_passed_over_in_silence(capfd):
+    pipe, lost = build(), {"latents": torch.full((1, 4, 8, 8), float("nan"))}
+    pipe(1, num_inference_steps=1)
+    assert "no numbers" not in capfd.readouterr().err
+    pipe(1, num_inference_steps=1, callback_on_step_end=lambda *step: lost)
+    assert "the pictures are no numbers any more" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_it_loads_where_the_package_is_not_and_saves_and_loads_again(guided, tmp_path):
     pipe = build()

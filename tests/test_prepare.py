@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_photos, tool
 from datasets import load_dataset
-from PIL import Image
+from PIL import Image, ImageOps
 
 from corel_diffusers.data.duplicates import duplicate_groups
 from corel_diffusers.data.photos import Photo, load_photos
@@ -136,18 +136,22 @@ def test_duplicates_are_listed_and_kept_on_one_side(tmp_path):
     raw = make_photos(tmp_path / "raw", each=10, size_px=(96, 96))
     shutil.copy(raw / "0001_0001.png", raw / "0001_0011.png")
     Image.open(raw / "0001_0002.png").crop((2, 2, 94, 95)).resize((80, 80)).save(raw / "0001_0012.jpg", quality=70)
+    ImageOps.mirror(Image.open(raw / "0002_0003.png")).save(raw / "0002_0013.png")
     corel = run(raw, tmp_path)
     listed = {frozenset(group["photos"]): group["kind"] for group in json.loads((corel / "duplicates.json").read_text())}
     assert listed[frozenset({"0001_0001.png", "0001_0011.png"})] == "exact"
     assert any({"0001_0002.png", "0001_0012.jpg"} <= group and kind == "near" for group, kind in listed.items())
+    assert any({"0002_0003.png", "0002_0013.png"} <= group and kind == "near" for group, kind in listed.items()), "a mirror image"
     split = json.loads((corel / "corel_all" / "split.json").read_text())
     for group in listed:
         assert len({name in split["validation"] for name in group}) == 1
 
 
 def test_groups_follow_chains():
-    assert duplicate_groups(["00", "ff" * 8, "01", "0f" * 8, "1ff"])[0:3:2] == [0, 0]
-    near = duplicate_groups([f"{(1 << bits) - 1:016x}" for bits in (0, 8, 16, 40)])
+    groups = duplicate_groups([(word, word) for word in ("00", "ff" * 8, "01", "0f" * 8, "1ff")])
+    assert groups[0] == groups[2]
+    assert len(set(groups)) == 3
+    near = duplicate_groups([(f"{(1 << bits) - 1:016x}",) * 2 for bits in (0, 8, 16, 40)])
     assert near[0] == near[1] == near[2] != near[3]
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from corel_diffusers.data import transforms
 from corel_diffusers.data.cache import Shards
@@ -58,6 +59,20 @@ def test_black_sixteen_bits_and_damaged_exif_are_no_reason_to_stop():
     assert np.asarray(black).max() == 0
     damaged = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     assert open_photo(damaged).size == (60, 40)
+
+
+def test_a_rotation_that_cannot_be_applied_refuses_the_photo_and_not_the_run(monkeypatch):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = encoded(Image.fromarray(RGB), "JPEG", exif=exif)
+    assert open_photo(turned).size == (40, 60)
+
+    def refuse(photo):  # as Pillow does where it cannot write the other fields again
+        raise struct.error("argument out of range")
+
+    monkeypatch.setattr(transforms.ImageOps, "exif_transpose", refuse)
+    with pytest.raises(PhotoError, match="damaged"):
+        open_photo(turned)
 
 
 def test_cmyk_palette_and_grey_become_rgb():
@@ -157,7 +172,7 @@ def test_unreadable_photos_are_left_out_and_named(raw_photos, tmp_path, capsys):
 @pytest.mark.parametrize(("size_px", "kept_px"), [(32, 48), (16, 40), (64, 64)])
 def test_crops_are_cut_from_no_more_pixels_than_the_photos_have(size_px, kept_px, raw_photos):
     large = transforms.cache_large_pixels(load_photos(raw_photos), (size_px, size_px))  # photos of 48 px
-    assert large["train"].values.shape[1:3] == (kept_px, kept_px)
+    assert large.values.shape[1:3] == (kept_px, kept_px)
 
 
 def test_random_views_crop_where_they_say_and_leave_the_rest_alone():

@@ -58,7 +58,9 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     }
     subfolders = {d: inside for d, inside in subfolders.items() if inside}
     if layout == "auto":
-        layout = "folders" if subfolders and not pictures else layout_by_names([f.stem for f in pictures], folder)
+        layout = layout_by_names([f.stem for f in pictures], folder)
+        if layout == "flat" and sum(map(len, subfolders.values())) > len(pictures):
+            layout = "folders"
     found = Found(layout, [], {}, {f.name: not_a_picture(f) for f in files if not is_named_photo(f)})
     if not (subfolders if layout == "folders" else pictures):
         raise UserError(f"No images found in {folder}: looked for {' '.join(PHOTO_ENDINGS)}; check --data-dir")
@@ -90,7 +92,9 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
             number = int(match[1]) // (1 if layout == "corel" else 100)
         found.photos.append(Photo(file, file.name, number, captions.get(file.name)))
     if layout == "corel-1k":
-        found.notices.append("names are 0 to 999: read as Corel-1K, class = number // 100 (--layout flat for photos without classes)")
+        found.notices.append(
+            "names are 0 to 999: read as Corel-1K, class = number // 100 (photos without classes: corel-diffusers prepare --layout flat)"
+        )
     present = sorted({p.number for p in found.photos if p.number is not None})
     found.classes = {n: names.get(n, str(n)) for n in present}
     if unnamed := [str(n) for n in present if n not in names]:
@@ -180,10 +184,11 @@ def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None
         label_groups.sort(key=lambda indices: hashlib.sha256(f"{SPLIT_SEED} {min(names[i] for i in indices)}".encode()).digest())
         photos = sum(map(len, label_groups))
         free = label_groups[:-1]  # the last one always trains
+        smallest = min(map(len, free), default=0)  # a long series is not held out, unless there is nothing else
         for side, wanted in (("validation", max(1, round(VALIDATION_FRACTION * photos))), ("test", round(test_fraction * photos))):
             taken, left = 0, []
             for indices in free:
-                if taken < wanted and (not taken or taken + len(indices) <= wanted):
+                if taken < wanted and taken + len(indices) <= max(wanted, smallest):
                     for index in indices:
                         sides[index] = side
                     taken += len(indices)
@@ -250,6 +255,9 @@ def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
     found = find_photos(folder)
     for notice in found.notices:
         print(notice)
+    if found.not_photos:
+        named = "; ".join(f"{name}: {reason}" for name, reason in list(found.not_photos.items())[:3])
+        print(f"{len(found.not_photos)} files are left out: {named}{' …' if len(found.not_photos) > 3 else ''}")
     names = list(found.classes.values()) or ["photo"]
     index = {number: place for place, number in enumerate(found.classes)}
     captions = [p.caption or default_caption(found.classes.get(p.number)) for p in found.photos]

@@ -15,16 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import imagehash
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from corel_diffusers.data.duplicates import duplicate_groups
+from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
 from corel_diffusers.data.photos import SPLITS, Found, Photo, default_caption, find_photos, split_photos
 from corel_diffusers.data.transforms import PhotoError, open_photo, orientation
 from corel_diffusers.files import UserError, read_json, whole_file, write_json, write_text
-from corel_diffusers.plots import contact_sheet, save_picture
+from corel_diffusers.plots import SHEET_PX, contact_sheet, save_picture
 
 DARK = 32  # a line whose 90th percentile of brightness is below this, of 255, is black film
 JUMP = 24  # and the film ends with a jump of at least this, where a dark picture grows lighter by and by
@@ -42,7 +41,7 @@ class Prepared:
     trim: bool
     file_name: str
     borders: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, top, right, bottom, px
-    phash: str = ""
+    phashes: tuple[str, str] = ("", "")  # of the photo and of its mirror image
     reason: str = ""  # why it was left out
 
 
@@ -67,7 +66,7 @@ def prepare(
     photos = [photo for photo in found.photos if not done[photo.file_name].reason]
     if len(photos) < 2:
         raise UserError(f"No images found in {data_dir} that can be used: {'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:3])}")
-    groups = duplicate_groups([done[photo.file_name].phash for photo in photos])
+    groups = duplicate_groups([done[photo.file_name].phashes for photo in photos])
     repeated = list_duplicates(corel, photos, groups)
     sides = split_photos([photo.number for photo in photos], [photo.file_name for photo in photos], groups, test_fraction)
     write_folders(corel, found, photos, [done[photo.file_name].file_name for photo in photos], sides)
@@ -146,7 +145,7 @@ def prepare_photo(photo: Photo, line: Prepared, folder: Path) -> Prepared:
         line.borders = black_borders(np.asarray(picture))
     left, top, right, bottom = line.borders
     trimmed = picture.crop((left, top, picture.width - right, picture.height - bottom))
-    line.phash = str(imagehash.phash(trimmed))
+    line.phashes = photo_hashes(trimmed)
     with Image.open(photo.path) as original:
         as_it_is = original.mode == "RGB" and original.format in ("PNG", "JPEG") and orientation(original) == 1 and not any(line.borders)
     line.file_name = line.file_name if as_it_is else str(Path(line.file_name).with_suffix(".png"))
@@ -165,7 +164,8 @@ def read_prepared(record: Path) -> Iterable[Prepared]:
             values = json.loads(line)
         except json.JSONDecodeError:
             continue
-        yield Prepared(**values | {"borders": tuple(values["borders"])})
+        if "phashes" in values:  # else it is an earlier version's, and the photo is prepared again
+            yield Prepared(**values | {name: tuple(values[name]) for name in ("borders", "phashes")})
 
 
 def output_names(photos: list[Photo], known: dict[str, str]) -> dict[str, str]:
@@ -263,5 +263,7 @@ def draw_sheet(path: Path, folder: Path, found: Found, photos: list[Photo], done
         of_class = [photo for photo in photos if photo.number == number]
         shown = of_class[:: max(1, len(of_class) // 8)][:8]
         pictures = [open_photo(folder / done[photo.file_name].file_name) for photo in shown]
+        for picture in pictures:  # those of all classes at their own size would fill the memory
+            picture.thumbnail((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS)
         rows[f"{found.classes.get(number, 'photos')} ({len(of_class)})"] = pictures
     save_picture(contact_sheet(rows), path)

@@ -42,18 +42,18 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         if frames > 1 and photo.format != "MPO":  # an MPO is a phone's JPEG with a preview behind it
             raise PhotoError(f"animated or multi-page ({frames} frames)")
         photo.load()
+        if orientation(photo) != 1:
+            photo = ImageOps.exif_transpose(photo)
     except UnidentifiedImageError:
         raise PhotoError("not a picture") from None
     except Image.DecompressionBombError:
         raise PhotoError("too many pixels to open safely") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error) as error:
         if getattr(error, "errno", None):
             raise UserError(f"{file} cannot be read ({error.strerror}): see to its disk and its rights, and start again") from None
         raise PhotoError("truncated" if "truncated" in str(error) else f"damaged ({error})") from None
     if min(photo.size) < MIN_SIDE_PX:
         raise PhotoError(f"tiny ({photo.width}x{photo.height} px)")
-    if orientation(photo) != 1:
-        photo = ImageOps.exif_transpose(photo)
     if photo.mode.startswith("I") or photo.mode == "F":
         photo = eight_bits(photo)
     if photo.has_transparency_data:
@@ -160,13 +160,13 @@ def readable(pixels: Pixels, good: list[int]) -> Pixels:
     return Pixels(cached_array(key, shape, np.uint8, lambda photos: pixels.values[good[photos]], "leaving out photos"), key)
 
 
-def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Share = ALONE) -> dict[str, Pixels]:
-    """The photos at more pixels than `size_px`, as far as they have them, for crops of them."""
+def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Share = ALONE) -> Pixels:
+    """The training photos at more pixels than `size_px`, as far as they have them, for crops of them."""
     factor = min(CROP_SCALE, max(1.0, native_side_px(photos) / min(size_px)))
-    kept, pixels = cache_pixels(photos, tuple(round(factor * side) for side in size_px), share)
-    if any(len(kept[split]) < len(part) for split, part in photos.items()):
+    kept, pixels = cache_pixels(DatasetDict(train=photos["train"]), tuple(round(factor * side) for side in size_px), share)
+    if len(kept["train"]) < len(photos["train"]):
         raise UserError("--data-dir: some photos could be read a moment ago and cannot be now: see that the disk is there, and start again")
-    return pixels
+    return pixels["train"]
 
 
 def native_side_px(photos: DatasetDict, looked_at: int = 16) -> float:

@@ -15,7 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from corel_diffusers.cli import Evaluate
 from corel_diffusers.data.cache import cached_array, digest
 from corel_diffusers.data.photos import is_named_photo, load_photos
-from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, fit_photo, open_photo, to_float
+from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, evenly, fit_photo, open_photo, to_float
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
@@ -28,11 +28,11 @@ from corel_diffusers.generate import (
     pick_device,
     pick_labels,
     pick_sampler,
+    picture_size_px,
     sample_pictures,
 )
 from corel_diffusers.hub import pipeline_digest, write_card
 from corel_diffusers.latents import weights_key
-from corel_diffusers.models import downsample_factor
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
 from corel_diffusers.precision import resolve_precision
@@ -40,7 +40,8 @@ from corel_diffusers.training import trained_on
 
 FEWEST = 4  # photos on either side; with fewer, no distance means anything
 POOR_PSNR_DB, POOR_KID_E3 = 20.0, 60.0  # at 64 px: faces and small things are gone below the one or above the other
-LOOKED_AT = 1000  # held-out photos, at most, that say what the VAE allows before the UNet trains
+LOOKED_AT = 1000  # photos of a split, at most, where more would hardly change a number: kernels grow with their square
+SEARCHED = 500  # held-out photos, at most, that are searched for as if they were copies
 PLANTED = 200  # training photos that are reconstructed and searched for, to see whether copies are found
 
 
@@ -58,8 +59,12 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     known = pixels["train"] if pipe else joined([pixels[split] for split in ("train", "validation") if split != held_out])
     network = load_network(args.features, device)
     real = {split: photo_features(network, part) for split, part in pixels.items()}
-    for parts, whole in ((real, torch.cat), (photo_labels, torch.cat), (pixels, joined)):
-        parts["all"] = whole(list(parts.values()))
+    some = {split: features[evenly(len(features), LOOKED_AT)] for split, features in real.items()}
+    colours = colour_statistics(joined([part.evenly(LOOKED_AT) for part in pixels.values()]).values)
+    for parts in (real, some, photo_labels):
+        parts["all"] = torch.cat(list(parts.values()))
+    if held_out == "all":
+        pixels["all"] = joined(list(pixels.values()))
 
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:
@@ -77,8 +82,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "size_px": list(size_px),
         "features": network.name,
         "generation": compare(features, real[held_out]),
-        "halves": halves(real["all"]),
-        "colours": {"pictures": colour_statistics(values), "photos": colour_statistics(pixels["all"].values)},
+        "halves": halves(some["all"]),
+        "colours": {"pictures": colour_statistics(values), "photos": colours},
         "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "features": finder.network.name},
     }
     results["copies"]["pictures"] = finder.shares(in_pixels, in_features)
@@ -86,10 +91,10 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     planted = reconstruct(pipe.vae, planted) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted))
     if held_out != "all":
-        results["train_against_held_out"] = compare(real["train"], real[held_out])
-        results["copies"]["held_out"] = finder.shares(*finder.search(as_rendered(pixels[held_out]).values[:]))
+        results["train_against_held_out"] = compare(some["train"], some[held_out])
+        results["copies"]["held_out"] = finder.shares(*finder.search(as_rendered(pixels[held_out]).evenly(SEARCHED).values[:]))
     if labels is not None:
-        made, real_of = (features, labels), {split: (real[split], photo_labels[split]) for split in pixels}
+        made, real_of = (features, labels), {split: (real[split], photo_labels[split]) for split in real}
         results["diversity"] = {"pictures": within_class_distance(*made), "photos": within_class_distance(*real_of["all"])}
         others = real_of[held_out] if held_out != "all" else None
         results["classes"] = class_scores(class_names, made, real_of["train"], real_of["all"], others)
@@ -124,7 +129,7 @@ def make_pictures(
     sampler, steps = pick_sampler(args)
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
     labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
-    pictures = sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps)
+    pictures = list(sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps))
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
     guide = getattr(pipe, "guide", None) is not None  # pipelines of an earlier version have none
     settings |= {
@@ -193,7 +198,7 @@ def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
 def read_pictures(folder: Path) -> list[Image.Image]:
     """Every picture below a folder, sorted by name, at the first one's size."""
     pictures = []
-    for file in sorted(file for file in folder.rglob("*") if is_named_photo(file)):
+    for file in sorted(file for file in folder.rglob("*") if is_named_photo(file) and not file.name.startswith(".")):
         try:
             pictures.append(open_photo(file))
         except PhotoError as error:
@@ -203,13 +208,6 @@ def read_pictures(folder: Path) -> list[Image.Image]:
             f"--pictures {folder} holds {len(pictures)} pictures: {FEWEST} or more are needed, some hundred to trust the numbers"
         )
     return [picture if picture.size == pictures[0].size else fit_photo(picture, pictures[0].size[::-1]) for picture in pictures]
-
-
-def picture_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
-    """(height, width) of what the pipeline makes."""
-    size, factor = pipe.unet.config.sample_size, downsample_factor(pipe.vae)
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * factor, width * factor
 
 
 def photos_to_compare(args: Evaluate, source: Path | str, pipe: DiffusionPipeline | None) -> DatasetDict:

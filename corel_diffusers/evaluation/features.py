@@ -3,7 +3,7 @@
 A number in one network's space says nothing beside a number in another's: every report names its features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from corel_diffusers.data.cache import cached_array
 from corel_diffusers.data.transforms import Pixels
-from corel_diffusers.files import UserError, first_line
+from corel_diffusers.files import UserError, first_line, is_out_of_memory
 from corel_diffusers.perceptual import load_efficientnet
 
 
@@ -37,6 +37,8 @@ def load_network(name: str, device: torch.device) -> Network:
     try:
         return loaders[name](device)
     except Exception as error:  # not installed, no network, not on the Hub
+        if is_out_of_memory(error):
+            raise
         way_out = "install it and connect once so that its weights are kept, or use --features efficientnet-lite0"
         raise UserError(f"--features {name} cannot be loaded ({first_line(error)}): {way_out}") from None
 
@@ -119,6 +121,6 @@ def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> 
     return torch.from_numpy(np.asarray(cached_array(key, (len(pixels), network.width), dtype, make, "looking at photos")))
 
 
-def as_array(pictures: Sequence[Image.Image]) -> np.ndarray:
+def as_array(pictures: Iterable[Image.Image]) -> np.ndarray:
     """Pictures of one size -> uint8 (N, H, W, 3)."""
     return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])

@@ -4,7 +4,7 @@ A copy is much nearer to one photo than to any other: the distance to the neares
 al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In the features of a network, where a shifted or recoloured
 copy still stands out, the ratio below which it counts is calibrated on the photos. The photos are taken as the VAE renders them: its
 blur moves features further than the way from one photo to the next, and a model that copies cannot copy what its VAE loses.
-Near duplicates among the photos count as one photo: a copy of one is as near to the other.
+Near duplicates among the photos, mirror images included, count as one photo: a copy of one is as near to the other.
 """
 
 import math
@@ -12,13 +12,12 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 
-import imagehash
 import numpy as np
 import torch
 from PIL import Image
 
 from corel_diffusers.data.cache import Shards
-from corel_diffusers.data.duplicates import duplicate_groups
+from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
 from corel_diffusers.data.transforms import Pixels, evenly
 from corel_diffusers.evaluation.features import Network, efficientnet_places, extract, photo_features
 
@@ -45,10 +44,14 @@ class Nearest:
         return float((self.ratio < ratio).double().mean())
 
 
-def pixel_views(photos: np.ndarray) -> list[torch.Tensor]:
+def pixel_views(photos: Shards | np.ndarray) -> list[torch.Tensor]:
     """uint8 (N, H, W, 3) -> uint8 (N, D) at COARSE_PX for each of CROPS and its mirror image."""
-    seen = [resize(photos, COARSE_PX, crop) for crop in CROPS]
-    return [torch.from_numpy(np.ascontiguousarray(side).reshape(len(photos), -1)) for part in seen for side in (part, part[:, :, ::-1])]
+
+    def views(photo: np.ndarray) -> np.ndarray:
+        seen = np.stack([cropped(photo, crop, (COARSE_PX, COARSE_PX)) for crop in CROPS])
+        return np.stack([seen, seen[:, :, ::-1]], 1).reshape(2 * len(CROPS), -1)
+
+    return list(torch.from_numpy(np.stack([views(photo) for photo in photos], 1)))  # one photo at a time: all would fill the memory
 
 
 def resize(pictures: np.ndarray, side_px: int, crop: Crop = CROPS[0]) -> np.ndarray:
@@ -141,10 +144,9 @@ class CopyFinder:
         In features a photo counts by itself and its mirror image; crops are searched for in pixels.
         """
         network = efficientnet_places(device)
-        hashes = [str(imagehash.phash(Image.fromarray(photo))) for photo in np.asarray(photos.values)]
-        groups = torch.tensor(duplicate_groups(hashes))
+        groups = torch.tensor(duplicate_groups([photo_hashes(Image.fromarray(photo)) for photo in photos.values]))
         features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
-        return cls(rendered.values, pixel_views(np.asarray(rendered.values)), network, features, groups, calibrated_ratio(features, groups))
+        return cls(rendered.values, pixel_views(rendered.values), network, features, groups, calibrated_ratio(features, groups))
 
     def search(self, pictures: np.ndarray) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3): in pixels, and in features."""

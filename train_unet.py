@@ -119,6 +119,8 @@ def main(args: UNetArguments) -> None:
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
+    with torch.device("meta"):  # what no model can be made for is refused before the photos are decoded
+        build_unet(args.config, size_px, vae, None, args.dropout)
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
@@ -184,10 +186,11 @@ def main(args: UNetArguments) -> None:
 
     # loop
     state = load_checkpoint(accelerator, checkpoint, trained, rate, ema)
+    length = RunLength.of(args, plan, accelerator, state, began)
     seen_by_vae = training_photos(args.vae_location)
     history = open_history(accelerator, args, state, "train_unet.py", photos, seen_by_vae, vae=hub.describe_vae(args.vae_location))
     state.stop_reason = stop_reason(args, state, history)
-    length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
+    means, stop = RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out.latents))
     compilation = Compilation(args, accelerator, model, state)
     pick = partial(pick_versions, seed=args.seed, global_batch=plan.global_batch, views=args.views, view_chance=args.view_chance)

@@ -90,6 +90,8 @@ def main(args: VAEArguments) -> None:
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px)
     size_px = args.size_px
+    with torch.device("meta"):  # what no model can be made for is refused before the photos are decoded
+        build_vae(args.config, size_px, args.latent_dim, args.downsample)
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     large = cache_large_pixels(photos, size_px, share) if args.crop_chance else pixels["train"]
@@ -123,9 +125,10 @@ def main(args: VAEArguments) -> None:
 
     # loop
     state = load_checkpoint(accelerator, checkpoint, trained, rate, ema)
+    length = RunLength.of(args, plan, accelerator, state, began)
     history = open_history(accelerator, args, state, "train_vae.py", photos)
     kl_weight = torch.tensor(state.kl_weight or args.kl_weight, device=device)
-    length, means, stop = RunLength.of(args, plan, began - state.seconds), RunningMean(state, device), StopSignal()
+    means, stop = RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, len(pixels["validation"]))
     compilation = Compilation(args, accelerator, model, state)
     arrays = pixels["train"].values, large.values
@@ -152,7 +155,7 @@ def main(args: VAEArguments) -> None:
                         critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
                         terms["adversarial"] = -critic(reconstruction).mean()
                         critic.requires_grad_(True)
-                        loss_scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+                        loss_scale = accelerator.scaler.scale(torch.ones((), device=device)) if accelerator.scaler else 1.0
                         pull = adaptive_weight(loss, terms["adversarial"], vae.decoder.conv_out.weight, loss_scale)
                         loss = loss + args.adversarial_weight * pull * terms["adversarial"]
                     loss = loss + kl_weight * terms["kl"]
@@ -231,7 +234,9 @@ def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_p
     model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample)).to(accelerator.device)
     if args.gradient_checkpointing:
         model.vae.enable_gradient_checkpointing()
-    perceptual = PerceptualLoss(args.perceptual_network).to(accelerator.device) if args.perceptual else None
+    perceptual = (
+        PerceptualLoss(args.perceptual_network).to(accelerator.device, memory_format=torch.channels_last) if args.perceptual else None
+    )
     optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
     latent_shape = (model.vae.config.latent_channels, *(side // downsample_factor(model.vae) for side in size_px))
     photos, noise = (torch.zeros(batch_size, *shape, device=accelerator.device) for shape in ((3, *size_px), latent_shape))

@@ -25,7 +25,7 @@ from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.evaluation.evaluate import reconstruct, reconstruction_scores
 from corel_diffusers.evaluation.features import load_network, photo_features
 from corel_diffusers.evaluation.report import with_interval
-from corel_diffusers.files import read_metrics, write_json, write_text
+from corel_diffusers.files import best_record, read_metrics, write_json, write_text
 from corel_diffusers.models import load_config, parameter_count
 
 Choices = dict[str, tuple[dict, list]]  # name: (changes to the preset, more flags)
@@ -132,7 +132,7 @@ def judge_vae(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
         vae = AutoencoderKL.from_pretrained(folder).eval()
         scores = reconstruction_scores(reconstruct(vae, pixels["validation"].values), pixels["validation"].values, network, real)
         values = vae.config.latent_channels * (args.image_size // 2 ** (len(vae.config.block_out_channels) - 1)) ** 2
-        nats = min(read_metrics(folder / "metrics.jsonl"), key=lambda record: record["val_loss"])["val_kl"] / values
+        nats = best_record(read_metrics(folder / "metrics.jsonl"))["val_kl"] / values
         cells = [parameter_count(vae).split()[0], f"{scores['psnr_db']:.2f}", f"{scores['ssim']:.3f}", f"{scores['perceptual']:.3f}"]
         return scores | {"nats_a_value": nats}, " | ".join([*cells, with_interval(scores), f"{nats:.2f}"])
 

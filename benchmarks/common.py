@@ -51,6 +51,8 @@ def record_steps(times: Path, script: str, flags: list[str], clock: Callable[[],
     ended, shown = [], training.show_progress
 
     def show_progress(*values: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         ended.append(clock())
         shown(*values)
 

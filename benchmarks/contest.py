@@ -6,7 +6,7 @@ One after the other, nothing else running: this toolkit (both models in the minu
 denoising-diffusion-pytorch with the steps of its own Trainer, and diffusers' pixel-space example. A sixth of each class is set aside
 first; nobody trains on it, and the same `corel-diffusers evaluate` compares everybody's pictures with it. The toolkit also
 keeps its validation photos from training; the peers, which have no use for them, train on those too, and their pictures are searched
-for copies of those too, and of photos as no VAE has rendered them. Drawing the pictures is outside the minutes: the toolkit takes 25
+for copies of those too, and of photos as no VAE has rendered them. Drawing the pictures is outside the minutes: the toolkit takes 15
 steps of DPM-Solver++, the peers 50 of DDIM. A VAE's reconstruction is not counted with its own photo, in brackets with it.
 
 What an earlier call has measured in the folder, with these minutes, size and number of pictures, stands.

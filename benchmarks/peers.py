@@ -85,14 +85,15 @@ def diffusers_pixels(photos: Path, seconds: float, num_images: int, steps: int) 
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pictures = torch.stack(
         [torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1).float() / 127.5 - 1 for f in sorted(photos.glob("*.png"))]
-    )
+    ).to(device)
     unet = UNet2DModel(
         sample_size=pictures.shape[-1], layers_per_block=2, block_out_channels=(32, 32, 64, 64, 128, 128), norm_num_groups=8,
         down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=500)  # its cosine needs the number of steps
@@ -100,8 +101,8 @@ def diffusers_pixels(photos: Path, seconds: float, num_images: int, steps: int) 
     step = 0
     while time.monotonic() < BEGAN + seconds:
         clean = pictures[torch.randint(len(pictures), (16,))]
-        clean = torch.where(torch.rand(16, 1, 1, 1) < 0.5, clean.flip(-1), clean)
-        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (16,))
+        clean = torch.where(torch.rand(16, 1, 1, 1, device=device) < 0.5, clean.flip(-1), clean)
+        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (16,), device=device)
         loss = nn.functional.mse_loss(unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample, noise)
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -116,7 +117,7 @@ def diffusers_pixels(photos: Path, seconds: float, num_images: int, steps: int) 
     sampler.set_timesteps(steps)
     with torch.inference_mode():
         for part in torch.arange(num_images).split(25):
-            x = torch.randn(len(part), *pictures.shape[1:])
+            x = torch.randn(len(part), *pictures.shape[1:], device=device)
             for timestep in sampler.timesteps:
                 x = sampler.step(unet(x, timestep).sample, timestep, x).prev_sample
             made.append((x.clamp(-1, 1) + 1) / 2)
@@ -139,7 +140,7 @@ if __name__ == "__main__":
     made, trained = PEERS[args.peer](args.photos, args.seconds, args.num_images, args.steps)
     args.pictures.mkdir(parents=True, exist_ok=True)
     digits = math.ceil(math.log10(len(made) + 1))
-    for place, picture in enumerate(made):
+    for place, picture in enumerate(made.cpu()):
         Image.fromarray((picture.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()).save(args.pictures / f"{place:0{digits}d}.png")
     write_json(args.pictures.with_suffix(".json"), trained)
     print(f"{args.peer}: {trained['steps']} steps of {trained['batch']}, {trained['parameters']}")

@@ -43,6 +43,7 @@ def main() -> None:
                 AcceleratorState._reset_state(True)
                 accelerator = Accelerator(mixed_precision=precision)
                 use(accelerator, precision, attention)
+                step = vae = None  # the one before takes no memory any more
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
                 vae = [build_vae(rung.config, size_px).to(accelerator.device)] if script is train_unet else []

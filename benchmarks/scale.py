@@ -2,8 +2,9 @@
 
 python benchmarks/scale.py --photos 300 1000000
 
-Makes up latents of so many photos (the posterior of a photo and its mirror image), writes them to a cache of its own as encoding would,
-and runs UNet steps on them, each count in a process of its own. A million of 4x8x8 take 4 GB of disk while it runs.
+Makes up latents of so many photos (the posterior of a photo and its mirror image) and the features that a UNet is aligned with, writes
+them to a cache of its own as encoding would, and runs UNet steps on them, each count in a process of its own, read as train_unet.py reads
+them: few from memory, many from the disk. A million of 4x8x8, with features of 112x4x4, take 18 GB of disk while it runs.
 """
 
 import argparse
@@ -18,29 +19,35 @@ from pathlib import Path
 import numpy as np
 from common import machine
 
+FEATURES = 112  # of EfficientNet-Lite0 at 1/16, as alignment.py has them
+
 
 def measure(count: int, steps: int, batch_size: int, side: int) -> dict[str, float]:
     """The median step's milliseconds, and the process's memory at the end, in MB."""
     import torch
 
-    from corel_diffusers.batches import BatchPlan, StepRandom, batches
-    from corel_diffusers.data.cache import cached_array
+    from corel_diffusers.batches import CPU, BatchPlan, StepRandom, batches, resident
+    from corel_diffusers.data.cache import Shards, cached_array
     from corel_diffusers.data.views import pick_versions
     from corel_diffusers.latents import draw
     from corel_diffusers.losses import denoising_loss
     from corel_diffusers.models import build_unet, build_vae
 
     random = np.random.default_rng(0)
-    pattern = random.normal(size=(257, 2, 8, side, side)).astype(np.float32)
-    make = lambda photos: pattern[np.arange(photos.start, photos.stop) % 257]  # noqa: E731
-    moments = cached_array(f"made-up-{count}", (count, 2, 8, side, side), np.float32, make, "writing", at_once=4096)
+
+    def made_up(*shape: int) -> Shards:
+        pattern = random.normal(size=(257, *shape)).astype(np.float32)
+        make = lambda photos: pattern[np.arange(photos.start, photos.stop) % 257]  # noqa: E731
+        return cached_array(f"made-up-{count}-{shape[1]}", (count, *shape), np.float32, make, "writing", at_once=4096)
+
+    moments, features = made_up(2, 8, side, side), made_up(2, FEATURES, side // 2, side // 2)
     torch.manual_seed(0)
     unet = build_unet("tiny", (4 * side, 4 * side), build_vae("tiny", (4 * side, 4 * side)), None)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     plan = BatchPlan(count, batch_size, 1, 1, 0, seed=0)
     versions = lambda step: pick_versions(step, 0, batch_size, 0, 0.0)  # noqa: E731
     times = [time.monotonic()]
-    for step, (values,) in enumerate(batches(plan, 0, steps, 0, moments, versions=versions)):
+    for step, (values, _) in enumerate(batches(plan, 0, steps, 0, *resident([moments, features], CPU), versions=versions)):
         draws = StepRandom(0, step, batch_size, slice(0, batch_size))
         latents = draw(values, draws.normal(4, side, side))
         denoising_loss(unet(latents, draws.integers(1000)).sample, latents).mean().backward()

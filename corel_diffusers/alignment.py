@@ -23,11 +23,13 @@ def cache_features(
     batch_size: int = 32,
     share: Share = ALONE,
 ) -> Shards:
-    """EfficientNet-Lite0's features at 1/16 of each version of each photo, on the grid: cached, float32 (N, 2 + 2V, F, h, w)."""
+    """EfficientNet-Lite0's features at 1/16 of each version of each photo, on the grid or, where it is finer, as they are: cached, float32
+    (N, 2 + 2V, F, h, w)."""
     network = EfficientNetLiteFeatures().eval().requires_grad_(False).to(device)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
-        return F.adaptive_avg_pool2d(network(enlarged(pictures, LOOKED_AT_PX))[-1], grid)
+        seen = network(enlarged(pictures, LOOKED_AT_PX))[-1]
+        return F.adaptive_avg_pool2d(seen, [min(sides) for sides in zip(grid, seen.shape[-2:], strict=True)])
 
     return cache_versions(f"features-{'x'.join(map(str, grid))}", features, pixels, views, device, batch_size, share)
 
@@ -40,5 +42,6 @@ def feature_scale(features: Shards, device: torch.device) -> tuple[torch.Tensor,
 
 
 def misalignment(guess: torch.Tensor, features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of the guess and the standardised features, both (B, F, h, w), averaged over positions -> (B,)."""
-    return 1 - F.cosine_similarity(guess.float(), (features - mean) / std, dim=1).mean((1, 2))
+    """1 - cosine of the guess (B, F, h, w) and the standardised features, repeated where coarser, averaged over positions -> (B,)."""
+    wanted = F.interpolate((features - mean) / std, guess.shape[-2:])
+    return 1 - F.cosine_similarity(guess.float(), wanted, dim=1).mean((1, 2))

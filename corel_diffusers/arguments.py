@@ -109,7 +109,7 @@ class TrainingArguments:
     sample_every: int | None = None
     """Epochs between pictures (default: 10; a run of minutes has them ten times)."""
     checkpoint_every: int | None = None
-    """Epochs between checkpoints (default: 20 for a VAE, 10 for a UNet; a run of minutes writes one each tenth of it, or ten minutes)."""
+    """Epochs between checkpoints (default: 20 for a VAE, 10 for a UNet, a tenth of a run of minutes; after ten minutes in any case)."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep (0 keeps all)."""
     resume: str | None = None
@@ -295,8 +295,7 @@ class VAEArguments(TrainingArguments):
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start", "kl_warmup"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "give 0 or more")
-        if self.compile and self.adversarial_weight:
-            raise UserError("--compile: a compiled VAE has no gradient at its last layer alone, which --adversarial-weight needs: give one")
+        self.check_compile()
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a share from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")
@@ -307,6 +306,11 @@ class VAEArguments(TrainingArguments):
         for name, value in {"perceptual_weight": 0.3, "adversarial_weight": 0.0, "kl_weight": 0.4 / math.prod(self.size_px)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.check_compile()
+
+    def check_compile(self) -> None:
+        if self.compile and self.adversarial_weight:
+            raise UserError("--compile: a compiled VAE has no gradient at its last layer alone, which --adversarial-weight needs: give one")
 
 
 @dataclass(kw_only=True)
@@ -347,7 +351,7 @@ class UNetArguments(TrainingArguments):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the UNet predicts."""
     zero_terminal_snr: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let the last timestep be pure noise (Lin et al. 2023); not with --prediction-type epsilon."""
+    """Let the last timestep be pure noise (Lin et al. 2023); not with --prediction-type epsilon. --min-snr-gamma weighs it by 0."""
     min_snr_gamma: float = 5.0
     """Weight the loss by min(SNR, gamma), which favours the noise levels at which pictures take shape (0: every timestep alike)."""
     timesteps: Literal["uniform", "log-normal"] = "uniform"

@@ -136,12 +136,12 @@ class ArrayBatches(Dataset):
         self.arrays = arrays
 
     def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
-        return [self.read(array, indices) for array in self.arrays]
-
-    def read(self, array: Array, indices: tuple[np.ndarray, ...]) -> torch.Tensor:
-        if isinstance(array, torch.Tensor):
-            return array[tuple(to_device(torch.from_numpy(places), array.device) for places in indices)]
-        return torch.from_numpy(np.ascontiguousarray(array[indices]))
+        device = next((array.device for array in self.arrays if isinstance(array, torch.Tensor)), None)
+        there = tuple(to_device(torch.from_numpy(places), device) for places in indices) if device else ()
+        return [
+            array[there] if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array[indices]))
+            for array in self.arrays
+        ]
 
 
 def resident(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:

@@ -131,6 +131,7 @@ def save_checkpoint(
         values = {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()}
         values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
         write_json(beside / "state.json", values)
+        os.sync()  # after a power cut, the newest checkpoint must not be one of empty files
         remove_folder(path)
         os.replace(beside, path)
         for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():

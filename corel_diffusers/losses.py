@@ -28,7 +28,7 @@ def discriminator_loss(on_photos: torch.Tensor, on_reconstructions: torch.Tensor
 
 
 def adaptive_weight(
-    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, loss_scale: float = 1.0
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, loss_scale: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
     """|grad reconstruction| / |grad adversarial| at the decoder's last weights (Esser et al. 2021, arXiv:2012.09841, eq. 7) -> scalar.
 

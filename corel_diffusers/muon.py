@@ -33,7 +33,10 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     by_shape[weight.shape].append(weight)
             for weights in by_shape.values():
-                momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+                for weight in weights:
+                    if "momentum" not in self.state[weight]:
+                        self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momenta = [self.state[weight]["momentum"] for weight in weights]
                 gradients = [w.grad for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])

@@ -70,7 +70,7 @@ VIEWS, VIEWS_FROM = 16, 300  # changed views of each photo, where a run would se
 # benchmarks/results/choices.md, "Two hours"
 ADVERSARIAL_FROM, WITH_DISCRIMINATOR = 30_000, 0.75  # and the share of a run's pictures that the discriminator leaves time for
 CLEARLY = 1.05  # times as fast: timings of a quiet machine differ by less
-STEEPNESS = 3  # a rung is at least so many times as slow as the one below: one that this rules out is not tried
+STEEPNESS = 3  # on a CPU, a rung is at least so many times as slow as the one below: one that this rules out is not tried
 
 # config, size (height, width), batch size -> a training step of such a model, on noise
 TrialStep = Callable[[str, tuple[int, int], int], Callable[[], None]]
@@ -102,6 +102,9 @@ def settle(
         _, args.mixed_precision, args.attention = of_main_process(accelerator, fastest(args, accelerator, step, args.batch_size))
     resolve_precision(args.mixed_precision, accelerator.device.type)  # a run begun on a GPU does not go on without one
     use(accelerator, args.mixed_precision, args.attention)
+    if accelerator.device.type == "cuda":  # what was tried is neither in the run's way nor counted as its own
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if args.plan:
         accelerator.end_training()
         sys.exit(0)
@@ -128,7 +131,9 @@ def choose(
     matters = len(rungs) > 1 or (timed and recipe_open)
     for rung in rungs if args.plan or matters else ():
         higher = rung is not rungs[0]
-        if higher and (asked_for(args, rung, accelerator, count) < rung.pictures or 60 * minutes * rate < STEEPNESS * rung.pictures):
+        # a GPU waits for the CPU in small models, so that a larger one in larger batches may be the faster
+        too_steep = higher and accelerator.device.type == "cpu" and 60 * minutes * rate < STEEPNESS * rung.pictures
+        if higher and (too_steep or asked_for(args, rung, accelerator, count) < rung.pictures):
             break
         batch_size = args.batch_size or rung.batch_size
         try:

@@ -34,6 +34,8 @@ from corel_diffusers.processes import of_main_process
 from corel_diffusers.sharding import is_sharded, whole
 
 TRAINING_PHOTOS = "training_photos.txt"  # in a run's folder: the files that it trains on
+SLOW_START = 0.2  # of a run's minutes: so much for preparing the photos is worth a word
+CHECKPOINT_SECONDS = 600  # what a crash may cost
 SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
 
 
@@ -108,15 +110,22 @@ class RunLength:
     before: float = math.inf  # the state's seconds before the last tick
 
     @classmethod
-    def of(cls, args: TrainingArguments, plan: BatchPlan, began: float) -> "RunLength":
-        if args.max_train_minutes:
-            return cls(None, 60 * args.max_train_minutes, began)
-        return cls(args.max_train_steps or args.epochs * plan.steps_per_epoch, None, began)
+    def of(cls, args: TrainingArguments, plan: BatchPlan, accelerator: Accelerator, state: "RunState", began: float) -> "RunLength":
+        """began: time.monotonic() of this process's beginning. Raises UserError where its minutes are over before its first step."""
+        if not args.max_train_minutes:
+            return cls(args.max_train_steps or args.epochs * plan.steps_per_epoch, None, began - state.seconds)
+        seconds, spent = 60 * args.max_train_minutes, of_main_process(accelerator, time.monotonic() - began)
+        told = f"decoding and encoding the photos took {spent / 60:.1f} of the {args.max_train_minutes:g} minutes"
+        if not state.step and spent >= seconds:
+            raise UserError(f"--max-train-minutes {args.max_train_minutes:g}: {told}; it is done and kept: start the same command again")
+        if not state.step and spent > SLOW_START * seconds:
+            accelerator.print(f"notice: {told}; it is done and kept: the same command started again has them for training")
+        return cls(None, seconds, began - state.seconds)
 
     def tick(self, state: "RunState", accelerator: Accelerator) -> None:
-        """Books the time; where it decides when the run ends, every rank gets the first one's, now and then."""
+        """Books the time; every rank gets the first one's, now and then, as it decides on checkpoints and on the end."""
         self.before = state.seconds
-        if not self.seconds or accelerator.num_processes == 1:
+        if accelerator.num_processes == 1:
             state.seconds = time.monotonic() - self.began
         elif state.step % SYNC_EVERY == 0:
             state.seconds = of_main_process(accelerator, time.monotonic() - self.began)
@@ -134,11 +143,13 @@ class RunLength:
 
 
 def checkpoint_due(args: TrainingArguments, plan: BatchPlan, state: "RunState", length: RunLength) -> bool:
-    """Whether this step ends as many epochs as --checkpoint-every says; a run of minutes left open: a tenth of it, or ten minutes."""
-    if args.checkpoint_every or not length.seconds:
-        return plan.ends_epoch(state.step, args.checkpoint_every or args.CHECKPOINT_EVERY)
-    interval = min(length.seconds / 10, 600)
-    return state.seconds // interval > length.before // interval
+    """Whether this step ends as many epochs as --checkpoint-every says. Left open: every ten minutes, and a tenth of a run of minutes, or
+    CHECKPOINT_EVERY epochs."""
+    if args.checkpoint_every:
+        return plan.ends_epoch(state.step, args.checkpoint_every)
+    interval = min(length.seconds / 10, CHECKPOINT_SECONDS) if length.seconds else CHECKPOINT_SECONDS
+    passed = state.seconds // interval > length.before // interval
+    return passed or (not length.seconds and plan.ends_epoch(state.step, args.CHECKPOINT_EVERY))
 
 
 def pictures_due(

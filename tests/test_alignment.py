@@ -24,6 +24,16 @@ def test_cached_features_are_the_networks_own(raw_photos):
     assert np.allclose(features[:3, 1], expected, atol=1e-4)
 
 
+def test_a_grid_finer_than_the_networks_takes_no_more_room_and_repeats_it(raw_photos):
+    pixels = cache_pixels(load_photos(raw_photos), (32, 32))[1]["train"]
+    features = torch.from_numpy(cache_features(pixels, None, (16, 16), CPU)[:3, 0])
+    assert features.shape == (3, 112, 8, 8)
+    mean, std = feature_scale(features[:, None].numpy(), CPU)
+    guess = torch.randn(3, 112, 16, 16, generator=torch.Generator().manual_seed(0))
+    repeated = F.adaptive_avg_pool2d(features, (16, 16))  # each value four times
+    assert torch.allclose(misalignment(guess, features, mean, std), misalignment(guess, repeated, mean, std), atol=1e-6)
+
+
 def test_misalignment_is_one_minus_the_cosine_of_standardised_features():
     generator = torch.Generator().manual_seed(0)
     features = 5 + 3 * torch.randn(50, 2, 6, 2, 3, generator=generator)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
@@ -86,6 +88,24 @@ def test_epochs_without_flags_have_the_guides_rhythm():
         args = kind(epochs=40)
         assert [step for step in range(1, 41) if checkpoint_due(args, plan, RunState(step=step), length)] == expected
         assert [epoch for epoch in range(1, 41) if pictures_due(args, epoch, 1, length, state, [])] == [10, 20, 30, 40]
+
+
+def test_of_long_epochs_no_more_than_ten_minutes_are_lost():
+    length, plan, args = RunLength(10**6, None, 0.0, before=599.0), BatchPlan(10**6, 4, 1, 1, 0, seed=0), VAEArguments(epochs=4)
+    assert checkpoint_due(args, plan, RunState(step=1, seconds=600.5), length)
+    assert not checkpoint_due(args, plan, RunState(step=1, seconds=599.5), length)
+
+
+@pytest.mark.parametrize(("began", "told"), [(-10, ""), (-200, "took 3.3 of the 10 minutes"), (-600, "start the same command again")])
+def test_minutes_that_went_into_preparing_the_photos_are_told(began, told, monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    plan, args, state = BatchPlan(20, 4, 1, 1, 0, seed=0), VAEArguments(max_train_minutes=10), RunState()
+    with pytest.raises(UserError, match=told) if began == -600 else nullcontext():
+        length = RunLength.of(args, plan, Accelerator(cpu=True), state, began)
+        assert length.began == began
+        out = capsys.readouterr().out
+        assert told in out
+        assert bool(out) == bool(told)
 
 
 def test_validation_takes_its_share_of_the_time_however_many_processes_there_are():

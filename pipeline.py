@@ -7,6 +7,7 @@ pipe(num_images=4, class_labels="sunset", num_inference_steps=50).images[0].save
 import inspect
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,10 +16,7 @@ from typing import ClassVar
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-
-logger = logging.get_logger(__name__)
 
 
 class CorelPipeline(DiffusionPipeline):
@@ -106,7 +104,7 @@ class CorelPipeline(DiffusionPipeline):
                 progress.update()
 
         if not latents.isfinite().all():
-            logger.warning("the pictures are no numbers any more: half precision was too coarse, draw them in bfloat16 or float32")
+            warnings.warn("the pictures are no numbers any more: half precision was too coarse, draw them in another", stacklevel=2)
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

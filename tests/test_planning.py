@@ -57,6 +57,7 @@ def with_device(machine: dict) -> SimpleNamespace:
 def test_the_largest_model_that_sees_enough_in_its_time(machine, count, side_px, flags, expected, monkeypatch):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: side_px)
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: machine[config])
+    monkeypatch.setattr(planning, "device_name", lambda accelerator: "a GPU")
     args = VAEArguments(**DECIDED, **flags)
     args.check()
     plan = choose(args, with_device(machine), {"train": range(count)}, VAE_LADDER, lambda config, size_px, batch_size: config, args.size_px)

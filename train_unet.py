@@ -119,8 +119,10 @@ def main(args: UNetArguments) -> None:
         photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
-    with torch.device("meta"):  # what no model can be made for is refused before the photos are decoded
-        build_unet(args.config, size_px, vae, None, args.dropout)
+    class_names = photos["train"].features["label"].names
+    class_names = None if args.unconditional or len(class_names) < 2 else class_names
+    torch.manual_seed(args.seed)  # the model comes before the decoding: a size that it cannot take is refused at once
+    unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None, args.dropout)
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
@@ -128,12 +130,8 @@ def main(args: UNetArguments) -> None:
         args, photos, "unet", size_px=size_px, global_batch=plan.global_batch, vae=weights_key(vae), scale=scale_key(vae)
     )
     checkpoint = find_resume(accelerator, args, settings)
-    class_names = photos["train"].features["label"].names
-    class_names = None if args.unconditional or len(class_names) < 2 else class_names
 
     # model
-    torch.manual_seed(args.seed)
-    unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None, args.dropout)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     noise_scheduler = DDPMScheduler(

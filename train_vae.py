@@ -90,8 +90,8 @@ def main(args: VAEArguments) -> None:
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, VAE_LADDER, partial(trial_step, args, accelerator), args.size_px)
     size_px = args.size_px
-    with torch.device("meta"):  # what no model can be made for is refused before the photos are decoded
-        build_vae(args.config, size_px, args.latent_dim, args.downsample)
+    torch.manual_seed(args.seed)  # the model comes before the decoding: a size that it cannot take is refused at once
+    vae = build_vae(args.config, size_px, args.latent_dim, args.downsample)
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     large = cache_large_pixels(photos, size_px, share) if args.crop_chance else pixels["train"]
@@ -100,8 +100,6 @@ def main(args: VAEArguments) -> None:
     checkpoint = find_resume(accelerator, args, settings)
 
     # model
-    torch.manual_seed(args.seed)
-    vae = build_vae(args.config, size_px, args.latent_dim, args.downsample)
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     perceptual = PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last) if args.perceptual else None
     if args.gradient_checkpointing:

@@ -136,12 +136,10 @@ class ArrayBatches(Dataset):
         self.arrays = arrays
 
     def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
-        device = next((array.device for array in self.arrays if isinstance(array, torch.Tensor)), None)
-        there = tuple(to_device(torch.from_numpy(places), device) for places in indices) if device else ()
-        return [
-            array[there] if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array[indices]))
-            for array in self.arrays
-        ]
+        if isinstance(self.arrays[0], torch.Tensor):  # and so are the others
+            indices = tuple(to_device(torch.from_numpy(places), self.arrays[0].device) for places in indices)
+            return [array[indices] for array in self.arrays]
+        return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
 
 
 def resident(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
@@ -174,6 +172,6 @@ def batches(
     """
     order = BatchOrder(plan, first_step, last_step or sys.maxsize // plan.grad_accum, versions)
     read = ArrayBatches(*arrays)
-    if not num_workers or any(isinstance(array, torch.Tensor) for array in arrays):
+    if not num_workers or isinstance(arrays[0], torch.Tensor):
         return map(read.__getitem__, order)
     return iter(DataLoader(read, sampler=order, batch_size=None, num_workers=num_workers))

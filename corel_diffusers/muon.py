@@ -5,7 +5,7 @@ slower than float32 there, more than the whole training step takes.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
 
     W <- W (1 - lr wd) - lr 0.2 sqrt(max(rows, columns)) O, where O is the nearest semi-orthogonal matrix to the Nesterov momentum:
     the factor gives the step the size that AdamW's has (arXiv:2502.16982, eq. 4). A convolution's weight (out, in, h, w) counts as
-    a matrix (out, h w in), as it lies in memory with channels last. Weights of one shape are treated in one batch.
+    a matrix (out, h w in), as it lies in memory with channels last.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            by_shape = defaultdict(list)
+            by_shape, matrices = defaultdict(list), []
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape[weight.shape].append(weight)
@@ -40,7 +40,8 @@ class Muon(torch.optim.Optimizer):
                 gradients = [w.grad for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                steps = orthogonal(torch.stack([step.movedim(1, -1) for step in ahead]).flatten(2))
+                matrices.append(torch.stack([step.movedim(1, -1) for step in ahead]).flatten(2))
+            for weights, steps in zip(by_shape.values(), orthogonal(matrices), strict=True):
                 size = 0.2 * max(steps.shape[1:]) ** 0.5
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 inner = [w.movedim(1, -1) for w in weights]
@@ -60,18 +61,28 @@ def float32_products() -> Iterator[None]:
 
 
 @float32_products()
-def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """(B, rows, columns) -> about the nearest semi-orthogonal matrices: singular values between 0.7 and 1.2, by Newton-Schulz.
+def orthogonal(batches: Sequence[torch.Tensor], iterations: int = 5) -> list[torch.Tensor]:
+    """Each (B, rows, columns) -> about the nearest semi-orthogonal matrices: singular values between 0.7 and 1.2, by Newton-Schulz.
 
-    Each iteration multiplies by a polynomial of the Gram matrix, and those commute: so the iterations run on the Gram matrix,
-    on the shorter side, and the matrices themselves are touched twice.
+    Each iteration multiplies by a polynomial of the Gram matrix, and those commute: so the iterations run on the Gram matrix, on the
+    shorter side, and the matrices themselves are touched twice. Gram matrices of one size are one batch, whatever the longer sides.
     """
+    wide = [batch.mT if batch.shape[1] > batch.shape[2] else batch for batch in batches]
+    wide = [batch / batch.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7) for batch in wide]
+    by_side = defaultdict(list)
+    for place, batch in enumerate(wide):
+        by_side[batch.shape[1]].append(place)
+    for places in by_side.values():
+        products = newton_schulz(torch.cat([wide[place] @ wide[place].mT for place in places]), iterations)
+        for place, product in zip(places, products.split([len(wide[place]) for place in places]), strict=True):
+            wide[place] = product @ wide[place]
+    return [there.mT if batch.shape[1] > batch.shape[2] else there for batch, there in zip(batches, wide, strict=True)]
+
+
+def newton_schulz(gram: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Gram matrices (B, n, n) of matrices with singular values up to 1 -> what those are multiplied by, (B, n, n)."""
     a, b, c = COEFFICIENTS
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    gram = x @ x.mT
-    identity = torch.eye(gram.shape[1], device=x.device)
+    identity = torch.eye(gram.shape[1], device=gram.device)
 
     def factor() -> torch.Tensor:
         return a * identity + b * gram + c * gram @ gram
@@ -81,8 +92,7 @@ def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
         gram = step @ gram @ step
         step = factor()
         product = step @ product
-    x = product @ x
-    return x.mT if tall else x
+    return product
 
 
 class Together(torch.optim.Optimizer):

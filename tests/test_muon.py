@@ -29,9 +29,17 @@ def test_steps_are_torchs_own_on_matrices():
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
 def test_orthogonal_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+    values = torch.linalg.svdvals(orthogonal([torch.randn(shape)])[0])
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+def test_matrices_of_other_shapes_beside_them_change_nothing():
+    torch.manual_seed(0)
+    batches = [torch.randn(shape) for shape in ((3, 8, 20), (2, 30, 8), (1, 8, 8), (2, 4, 4))]
+    for together, batch in zip(orthogonal(batches), batches, strict=True):
+        assert together.shape == batch.shape
+        torch.testing.assert_close(together, orthogonal([batch])[0])
 
 
 def test_gram_matrices_are_multiplied_in_float32(monkeypatch):
@@ -39,7 +47,7 @@ def test_gram_matrices_are_multiplied_in_float32(monkeypatch):
     monkeypatch.setattr(torch, "eye", lambda *a, **k: seen.append(torch.backends.cuda.matmul.allow_tf32) or eye(*a, **k))
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     try:
-        orthogonal(torch.ones(1, 2, 3))
+        orthogonal([torch.ones(1, 2, 3)])
         assert [*seen, torch.backends.cuda.matmul.allow_tf32] == [False, True]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed

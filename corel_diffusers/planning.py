@@ -41,12 +41,12 @@ class Ladder(NamedTuple):
     minutes: float
     measure: str
     reached: tuple[tuple[int, float], ...]  # pictures seen -> the measure; benchmarks/contest.py, 221 Corel photos at 64 px
-    recipe: Callable[[TrainingArguments, float, tuple[int, int]], dict] | None = None  # pictures, size (height, width) -> more flags
+    recipe: Callable[[TrainingArguments, float, tuple[int, int]], dict] | None = None  # steps, size (height, width) -> more flags
 
 
-def vae_recipe(args: TrainingArguments, pictures: float, size_px: tuple[int, int]) -> dict:
-    """What a VAE gains from once it sees so many pictures; before, these cost more than they give."""
-    if pictures < ADVERSARIAL_FROM:
+def vae_recipe(args: TrainingArguments, steps: float, size_px: tuple[int, int]) -> dict:
+    """What a VAE gains from once it trains for so many steps; before, these cost more than they give."""
+    if steps < ADVERSARIAL_FROM:
         return {}
     adversarial = {} if args.compile else {"adversarial_weight": 0.3}
     return {"perceptual_weight": 1.0, "kl_weight": 0.2 / math.prod(size_px)} | adversarial
@@ -68,7 +68,10 @@ UNET_LADDER = Ladder(
 )
 VIEWS, VIEWS_FROM = 16, 300  # changed views of each photo, where a run would see each photo more often; benchmarks/overfitting.py
 # benchmarks/results/choices.md, "Two hours"
-ADVERSARIAL_FROM, WITH_DISCRIMINATOR = 30_000, 0.75  # and the share of a run's pictures that the discriminator leaves time for
+ADVERSARIAL_FROM, WITH_DISCRIMINATOR = 15_000, 0.75  # steps, and the share of a run's pictures that the discriminator leaves time for
+# photos a step at least: starting a small model's work is what a GPU's step takes, and no fewer steps are made of more photos each
+# (benchmarks/results/choices.md, "The presets for GPUs")
+GPU_BATCH = 16
 CLEARLY = 1.05  # times as fast: timings of a quiet machine differ by less
 STEEPNESS = 3  # on a CPU, a rung is at least so many times as slow as the one below: one that this rules out is not tried
 
@@ -124,6 +127,8 @@ def choose(
     side_px = math.inf if size_px else native_side_px(photos)
     rungs = [rung for rung in ladder.rungs if args.config in (None, rung.config)] or [ladder.rungs[0]]  # a JSON's size: anyone's guess
     rungs = [rung for rung in rungs if rung.photos <= count and rung.side_px <= side_px] or rungs[:1]
+    if accelerator.device.type == "cuda":
+        rungs = [rung._replace(batch_size=max(rung.batch_size, GPU_BATCH)) for rung in rungs]
 
     chosen, rate, way = rungs[0], None, {}
     timed = not (args.epochs or args.max_train_steps)
@@ -150,8 +155,8 @@ def choose(
     seen = 60 * minutes * rate if timed and rate else asked_for(args, chosen, accelerator, count)
     plan = {"config": chosen.config, "image_size": str(chosen.side_px), "batch_size": chosen.batch_size, "max_train_minutes": minutes}
     plan["views"] = VIEWS if seen > VIEWS_FROM * count else 0
-    if ladder.recipe and chosen is ladder.rungs[0] and args.config in (None, chosen.config):
-        plan |= ladder.recipe(args, seen, size_px or (chosen.side_px,) * 2)
+    if ladder.recipe and chosen.config == ladder.rungs[0].config and args.config in (None, chosen.config):
+        plan |= ladder.recipe(args, seen / photos_a_step(args, chosen, accelerator), size_px or (chosen.side_px,) * 2)
     adversarial = args.planned.get("adversarial_weight", 0)
     if rate and (plan.get("adversarial_weight") if adversarial is None else adversarial):
         rate *= WITH_DISCRIMINATOR
@@ -196,13 +201,18 @@ def fastest(
 def asked_for(args: TrainingArguments, rung: Rung, accelerator: Accelerator, count: int) -> float:
     """The pictures that --epochs or --max-train-steps ask for; no end of them where the time decides."""
     if args.max_train_steps:
-        return args.max_train_steps * (args.batch_size or rung.batch_size) * args.grad_accum * accelerator.num_processes
+        return args.max_train_steps * photos_a_step(args, rung, accelerator)
     return args.epochs * count if args.epochs else math.inf
+
+
+def photos_a_step(args: TrainingArguments, rung: Rung, accelerator: Accelerator) -> int:
+    """The global batch of a run with that rung."""
+    return (args.batch_size or rung.batch_size) * args.grad_accum * accelerator.num_processes
 
 
 def speed_line(accelerator: Accelerator, args: TrainingArguments, rung: Rung, count: int, pictures: float, rate: float) -> str:
     """What the machine does in the time, for people."""
-    steps = pictures / ((args.batch_size or rung.batch_size) * args.grad_accum * accelerator.num_processes)
+    steps = pictures / photos_a_step(args, rung, accelerator)
     looks = f"{pictures:,.0f} pictures in {steps:,.0f} steps: each of the {count:,} photos {pictures / count:,.0f} times"
     return f"{device_name(accelerator)} does about {rate:,.0f} photos/s: {pictures / rate / 60:,.0f} minutes, {looks}"
 
@@ -210,7 +220,7 @@ def speed_line(accelerator: Accelerator, args: TrainingArguments, rung: Rung, co
 def expectation(args: TrainingArguments, ladder: Ladder, rung: Rung, size_px: tuple[int, int] | None, pictures: float) -> str:
     """What a run of that length was measured to reach; only the first rung was."""
     reached = [(seen, value) for seen, value in ladder.reached if seen <= 1.2 * pictures]
-    other_model = rung is not ladder.rungs[0] or args.config not in (None, rung.config) or getattr(args, "downsample", None)
+    other_model = rung != ladder.rungs[0] or args.config not in (None, rung.config) or getattr(args, "downsample", None)
     if other_model or size_px not in (None, (rung.side_px, rung.side_px)) or not reached:
         return "expect: no run like this has been measured; --evaluate-every and `corel-diffusers evaluate` tell"
     seen, value = reached[-1]

@@ -75,6 +75,7 @@ LARGE_VAE: Choices = {
         {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 1, "norm_num_groups": 4},
         [],
     ),
+    "[64, 128, 256, 256], 1 layer, 8 norm groups": ({"layers_per_block": 1}, []),
 }
 TINY_UNET: Choices = {
     "tiny: [32, 64, 128], batch 16": ({}, []),
@@ -109,12 +110,20 @@ BASE_UNET: Choices = {
     "a fifth of the learning rate": ({}, ["--lr", 1e-4]),
     "batch 32": ({}, ["--batch-size", 32]),
 }
+LARGE_UNET: Choices = {
+    "large: [192, 384, 768]": ({}, []),
+    "[128, 256, 512]": ({"block_out_channels": [128, 256, 512]}, []),
+    "base's [128, 192, 256]": ({"block_out_channels": [128, 192, 256], "attention_head_dim": 32}, []),
+    "one layer a stage": ({"layers_per_block": 1}, []),
+    "five times the learning rate": ({}, ["--lr", 5e-4]),
+}
 CHOICES = {
     ("vae", "tiny"): (TINY_VAE, ["--batch-size", 2, "--lr", 1e-4]),
     ("vae", "base"): (BASE_VAE, ["--batch-size", 16, "--lr", 1e-4]),
     ("vae", "large"): (LARGE_VAE, ["--batch-size", 16, "--lr", 1e-4]),
     ("unet", "tiny"): (TINY_UNET, ["--batch-size", 16, "--lr", 2e-3]),
     ("unet", "base"): (BASE_UNET, ["--batch-size", 16, "--lr", 5e-4, "--views", 0]),
+    ("unet", "large"): (LARGE_UNET, ["--batch-size", 32, "--lr", 1e-4, "--views", 0]),
 }
 JUDGED_BY = {
     "vae": ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats a value"],

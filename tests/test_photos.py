@@ -1,6 +1,7 @@
 """Any source -> DatasetDict: the layouts, the split, the choice of classes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,48 @@ def test_some_photos_beside_class_folders_do_not_hide_them(raw_photos, tmp_path,
     told = capsys.readouterr().out
     assert "1 photos beside the class folders are left out" in told
     assert "1 files are left out: sea/0001_0099.heic: not a picture (.heic)" in told
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "expected"),
+    [
+        (("beach", "sunset"), "1 sunset\n2 beach\n", {"beach": 2, "sunset": 1}),
+        (("cats", "dogs"), "0 cats\n1 dogs\n", {"cats": 0, "dogs": 1}),
+        (("cats", "dogs"), "1 sunset\n2 beach\n", {"cats": 1, "dogs": 2}),
+        (("class_0002", "class_0007"), "2 beach\n9 sunset\n", {"beach": 2, "class_0007": 7}),
+    ],
+)
+def test_class_folders_are_called_by_themselves_whatever_classes_txt_says_beside_them(folders, classes, expected, raw_photos, tmp_path):
+    for place, name in enumerate(folders, 1):
+        (tmp_path / name).mkdir()
+        for file in raw_photos.glob(f"000{place}_*.png"):
+            shutil.copy(file, tmp_path / name)
+    (tmp_path / "classes.txt").write_text(classes)
+    found = find_photos(tmp_path)
+    assert {name: number for number, name in found.classes.items()} == expected
+    assert {photo.path.parent.name: photo.number for photo in found.photos} == dict(zip(folders, expected.values(), strict=True))
+    assert load_photos(tmp_path)["train"].features["label"].names == list(found.classes.values())
+
+
+def test_photos_further_down_are_told_of_and_the_toolkits_own_folders_are_none_of_them(raw_photos, tmp_path, capsys):
+    for name in ("sea", "snow", "vae_models", "figs"):
+        shutil.copytree(raw_photos, tmp_path / name)
+    (tmp_path / "vae_models" / "run.json").write_text("{}")
+    (tmp_path / "figs" / "corel_dataset_samples.png").write_bytes(b"")
+    assert load_photos(tmp_path)["train"].features["label"].names == ["sea", "snow"]
+    assert "further down" not in capsys.readouterr().out
+    shutil.copytree(raw_photos, tmp_path / "snow" / "2020" / "may")
+    assert load_photos(tmp_path)["train"].features["label"].names == ["sea", "snow"]
+    assert "photos further down are left out, as in snow/2020/" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of any bytes are a matter of POSIX")
+def test_a_name_that_is_not_utf_8_is_left_out_and_told_of(raw_photos, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    shutil.copytree(raw_photos, folder)
+    shutil.copy(raw_photos / "0001_0001.png", os.fsencode(folder) + b"/caf\xe9.png")
+    assert len(labels_by_file(load_photos(folder))) == 18
+    assert "1 files are left out: caf\ufffd.png: its name is not UTF-8: rename it" in capsys.readouterr().out
 
 
 def test_flat_folder_uses_captions_json(raw_photos, tmp_path):
@@ -186,6 +229,15 @@ def test_a_hub_split_without_labels_is_not_held_out(raw_photos, tmp_path, monkey
     unlabelled = loaded["train"].map(lambda row: {"label": -1})
     monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: DatasetDict(train=loaded["train"], test=unlabelled))
     assert {split: len(part) for split, part in load_photos("somebody/photos").items()} == {"train": 8, "validation": 2}
+
+
+def test_a_hub_dataset_with_photos_of_no_class_is_refused(raw_photos, tmp_path, monkeypatch):
+    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(4)])
+    train = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))["train"]
+    some = train.map(lambda row, place: {"label": -1 if place == 3 else row["label"]}, with_indices=True)
+    monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: DatasetDict(train=some))
+    with pytest.raises(UserError, match="some photos of its train split have no label"):
+        load_photos("user/photos")
 
 
 def test_make_photos_is_what_the_other_tests_think_it_is(tmp_path):

@@ -147,6 +147,25 @@ def test_duplicates_are_listed_and_kept_on_one_side(tmp_path):
         assert len({name in split["validation"] for name in group}) == 1
 
 
+def test_what_prepare_writes_loads_whatever_the_captions_and_names_hold(tmp_path):
+    raw = make_photos(tmp_path / "raw", classes=1)
+    (raw / "0001_0001.png").rename(raw / f"0001_{'7' * 240}.png")
+    captions = {"0001_0002.png": "two lines\u2028of one caption\x85"}
+    (raw / "captions.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(captions).encode())  # with the mark that Windows' editors write
+    photos = load_photos(run(raw, tmp_path) / "corel_all")
+    assert sum(map(len, photos.values())) == 6
+    assert captions["0001_0002.png"] in [caption for part in photos.values() for caption in part["caption"]]
+
+
+def test_a_border_is_not_trimmed_where_too_little_would_be_left(tmp_path):
+    raw = make_photos(tmp_path / "raw", classes=1)
+    small = Image.fromarray(np.full((30, 60, 3), 200, np.uint8))
+    ImageOps.expand(small, 3, "black").save(raw / "0001_0009.png")
+    corel = run(raw, tmp_path)
+    assert Image.open(corel / "corel_all" / "0001_0009.png").size == (66, 36)
+    assert json.loads((corel / "skipped.json").read_text()) == {}
+
+
 def test_groups_follow_chains():
     groups = duplicate_groups([(word, word) for word in ("00", "ff" * 8, "01", "0f" * 8, "1ff")])
     assert groups[0] == groups[2]

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,8 @@ from corel_diffusers.files import UserError, first_line, read_json
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FOLDER_FILES = {"classes.txt", "captions.json", "metadata.jsonl", "split.json", "skipped.json"}
 VALIDATION_FRACTION = 0.1
+SHEET = "corel_dataset_samples.png"  # that `prepare` draws
+OURS = ("run.json", "model_index.json", SHEET)  # tell folders that the toolkit has written pictures to
 SPLITS = ("train", "validation", "test")  # seen, chosen by, only reported on
 SPLIT_SEED = 0  # not the training seed: both scripts must hold out the same photos whatever seed they train with
 
@@ -51,28 +54,27 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     `folders` (one folder a class), `flat` (no classes). `auto` tells them apart by the names.
     Raises UserError where there is no photo, and on a classes.txt or captions.json that cannot be read.
     """
-    files = visible_files(folder)
+    files, folders = visible_files(folder), [d for d in visible_folders(folder) if not any((d / name).exists() for name in OURS)]
     pictures = [f for f in files if is_named_photo(f)]
-    subfolders = {
-        d: [f for f in visible_files(d) if is_named_photo(f)] for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")
-    }
+    subfolders = {d: [f for f in visible_files(d) if is_named_photo(f)] for d in folders}
     subfolders = {d: inside for d, inside in subfolders.items() if inside}
     if layout == "auto":
         layout = layout_by_names([f.stem for f in pictures], folder)
         if layout == "flat" and sum(map(len, subfolders.values())) > len(pictures):
             layout = "folders"
-    found = Found(layout, [], {}, {f.name: not_a_picture(f) for f in files if not is_named_photo(f)})
+    found = Found(layout, [], {}, {shown(f.name): not_a_picture(f) for f in files if not is_named_photo(f)})
     if not (subfolders if layout == "folders" else pictures):
         raise UserError(f"No images found in {folder}: looked for {' '.join(PHOTO_ENDINGS)}; check --data-dir")
     captions = read_captions(folder / "captions.json")
     names = read_classes(folder / "classes.txt")
 
     if layout == "folders":
-        numbers = folder_numbers([d.name for d in subfolders])
-        found.classes = {numbers[d.name]: names.get(numbers[d.name], d.name) for d in subfolders}
+        if unreadable := [d for d in subfolders if not is_utf8(d.name)]:
+            raise UserError(f"--data-dir {folder}: the name of the folder {shown(unreadable[0].name)} is not UTF-8: rename it")
+        numbers, found.classes = folder_classes([d.name for d in subfolders], names)
         for directory, inside in subfolders.items():
             others = [f for f in visible_files(directory) if not is_named_photo(f)]
-            found.not_photos |= {f"{directory.name}/{f.name}": not_a_picture(f) for f in others}
+            found.not_photos |= {f"{directory.name}/{shown(f.name)}": not_a_picture(f) for f in others}
             inside_captions = read_captions(directory / "captions.json")
             for file in inside:
                 name = f"{directory.name}/{file.name}"
@@ -80,6 +82,9 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
                 found.photos.append(Photo(file, name, numbers[directory.name], caption))
         if pictures:
             found.notices.append(f"{len(pictures)} photos beside the class folders are left out")
+        deeper = [inner for d in folders for inner in visible_folders(d) if any(is_named_photo(f) for f in inner.rglob("*"))]
+        if deeper:
+            found.notices.append(f"photos further down are left out, as in {shown(str(deeper[0].relative_to(folder)))}/")
         return found
 
     for file in pictures:
@@ -106,7 +111,17 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
 
 def is_named_photo(file: Path) -> bool:
     """Whether a file's name says that it is a photo."""
-    return file.suffix.lower() in PHOTO_ENDINGS
+    return file.suffix.lower() in PHOTO_ENDINGS and is_utf8(file.name)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down: Linux allows others, which archives from other systems have."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def shown(name: str) -> str:
+    """A name of a file for people, whatever bytes it consists of."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -114,8 +129,14 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name not in FOLDER_FILES)
 
 
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders directly in a folder, by name, but for hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
 def not_a_picture(file: Path) -> str:
-    return f"not a picture ({file.suffix or 'no ending'})"
+    return f"not a picture ({file.suffix or 'no ending'})" if is_utf8(file.name) else "its name is not UTF-8: rename it"
 
 
 def layout_by_names(stems: Sequence[str], folder: Path) -> str:
@@ -131,12 +152,19 @@ def layout_by_names(stems: Sequence[str], folder: Path) -> str:
     return "flat"
 
 
-def folder_numbers(names: Sequence[str]) -> dict[str, int]:
-    """Class folder -> class number: the one in `class_0003`, or else the place in the sorted list, from 1."""
-    matches = {name: re.fullmatch(r"class_(\d+)", name) for name in names}
+def folder_classes(folders: Sequence[str], named: dict[int, str]) -> tuple[dict[str, int], dict[int, str]]:
+    """Class folder -> class number, and class number -> name. named: what classes.txt says.
+
+    `class_0003` is of class 3 and called as classes.txt calls that. Other folders are called by themselves, and have the numbers of
+    classes.txt where it has all of them, or else their places in the sorted list, from 1.
+    """
+    matches = {folder: re.fullmatch(r"class_(\d+)", folder) for folder in folders}
     if all(matches.values()):
-        return {name: int(match[1]) for name, match in matches.items()}
-    return {name: place for place, name in enumerate(sorted(names), 1)}
+        numbers = {folder: int(match[1]) for folder, match in matches.items()}
+        return numbers, {number: named.get(number, folder) for folder, number in numbers.items()}
+    known = {name: number for number, name in named.items()}
+    numbers = {folder: known[folder] if set(folders) <= set(known) else place for place, folder in enumerate(sorted(folders), 1)}
+    return numbers, {number: folder for folder, number in sorted(numbers.items(), key=lambda item: item[1])}
 
 
 def read_classes(file: Path) -> dict[int, str]:
@@ -273,12 +301,12 @@ def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
 
 def load_prepared(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
     """An imagefolder with metadata.jsonl; its split.json and classes.txt are used where they exist."""
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     try:
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")  # splitlines knows more ends of lines than JSON
         rows = [json.loads(line) for line in lines if line.strip()]
         file_names = [row["file_name"] for row in rows]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{folder / 'metadata.jsonl'}: each line must be a JSON object with file_name") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{folder / 'metadata.jsonl'}: each line must be a JSON object with file_name, in UTF-8") from None
     if missing := [name for name in file_names if not (folder / name).is_file()]:
         raise UserError(f"{folder / 'metadata.jsonl'} names {missing[0]}, which is not there: run prepare again")
     named = read_classes(folder / "classes.txt")
@@ -319,6 +347,8 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
         return features[label].int2str(values) if isinstance(features[label], ClassLabel) else [str(v) for v in values]
 
     train = "train" if "train" in loaded else next(iter(loaded))
+    if not has_labels(loaded[train], label):
+        raise UserError(f"--dataset-name {repo_id}: some photos of its {train} split have no {label}: give a dataset that has them all")
     held_out = [split for split in ("validation", "test") if split in loaded and split != train and has_labels(loaded[split], label)]
     splits = {"train": train} | ({"validation": held_out[0]} if held_out else {}) | ({"test": held_out[1]} if held_out[1:] else {})
     ordered = getattr(features.get(label), "names", None) or sorted({n for split in splits.values() for n in names_of(loaded[split])})

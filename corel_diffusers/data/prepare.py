@@ -20,14 +20,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
-from corel_diffusers.data.photos import SPLITS, Found, Photo, default_caption, find_photos, split_photos
-from corel_diffusers.data.transforms import PhotoError, open_photo, orientation
+from corel_diffusers.data.photos import SHEET, SPLITS, Found, Photo, default_caption, find_photos, split_photos
+from corel_diffusers.data.transforms import MIN_SIDE_PX, PhotoError, open_photo, orientation
 from corel_diffusers.files import UserError, read_json, whole_file, write_json, write_text
 from corel_diffusers.plots import SHEET_PX, contact_sheet, save_picture
 
 DARK = 32  # a line whose 90th percentile of brightness is below this, of 255, is black film
 JUMP = 24  # and the film ends with a jump of at least this, where a dark picture grows lighter by and by
 MAX_BORDER = 0.1  # of the side; more black than this is the picture's own
+LONGEST_NAME = 200  # bytes; file systems allow 255, and files grow endings
 AT_ONCE = 64  # photos are given to the threads: so many at most are done in vain when the user interrupts
 
 
@@ -71,7 +72,7 @@ def prepare(
     sides = split_photos([photo.number for photo in photos], [photo.file_name for photo in photos], groups, test_fraction)
     write_folders(corel, found, photos, [done[photo.file_name].file_name for photo in photos], sides)
     if figs_dir:
-        draw_sheet(figs_dir / "corel_dataset_samples.png", corel / "corel_all", found, photos, done)
+        draw_sheet(figs_dir / SHEET, corel / "corel_all", found, photos, done)
 
     for notice in found.notices:
         print(f"notice: {notice}")
@@ -101,7 +102,10 @@ def refuse_bad_photos(found: Found) -> None:
 def check_same_source(corel: Path, data_dir: Path) -> None:
     """Refuses to mix the photos of two sources in one output folder."""
     record = corel / "source.json"
-    source = {"data_dir": os.path.relpath(data_dir.resolve(), corel.resolve())}
+    try:
+        source = {"data_dir": os.path.relpath(data_dir.resolve(), corel.resolve())}
+    except ValueError:  # on another drive
+        source = {"data_dir": str(data_dir.resolve())}
     if record.is_file() and read_json(record) != source:
         raise UserError(f"--output-dir {corel.parent} holds photos prepared from another folder (see {record}): give another one")
     write_json(record, source)
@@ -141,10 +145,12 @@ def prepare_photo(photo: Photo, line: Prepared, folder: Path) -> Prepared:
     except PhotoError as error:
         line.reason = str(error)
         return line
-    if line.trim:
-        line.borders = black_borders(np.asarray(picture))
-    left, top, right, bottom = line.borders
+    left, top, right, bottom = black_borders(np.asarray(picture)) if line.trim else line.borders
     trimmed = picture.crop((left, top, picture.width - right, picture.height - bottom))
+    if min(trimmed.size) < MIN_SIDE_PX:
+        trimmed = picture
+    else:
+        line.borders = left, top, right, bottom
     line.phashes = photo_hashes(trimmed)
     with Image.open(photo.path) as original:
         as_it_is = original.mode == "RGB" and original.format in ("PNG", "JPEG") and orientation(original) == 1 and not any(line.borders)
@@ -175,6 +181,8 @@ def output_names(photos: list[Photo], known: dict[str, str]) -> dict[str, str]:
         if photo.file_name in names:
             continue
         flat = Path(photo.file_name.replace("/", "_"))
+        if len(flat.name.encode()) > LONGEST_NAME:
+            flat = Path(hashlib.sha256(flat.name.encode()).hexdigest() + flat.suffix)
         while flat.stem in taken:
             flat = flat.with_stem(f"{flat.stem}_{flat.suffix[1:]}")
         taken.add(flat.stem)

@@ -116,7 +116,8 @@ def save_checkpoint(
     path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
     beside = path.with_name(f".{path.name}.partial")
     if accelerator.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
+        for half in path.parent.glob(".step-*"):  # whose writing or removal was cut off
+            shutil.rmtree(half)
         beside.mkdir(parents=True)
     for part in trained:
         part.save(accelerator, beside)
@@ -131,7 +132,8 @@ def save_checkpoint(
         values = {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()}
         values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
         write_json(beside / "state.json", values)
-        os.sync()  # after a power cut, the newest checkpoint must not be one of empty files
+        if hasattr(os, "sync"):  # as Windows has not
+            os.sync()  # after a power cut, the newest checkpoint must not be one of empty files
         remove_folder(path)
         os.replace(beside, path)
         for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
@@ -187,8 +189,9 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
             return None
         checkpoint = known[-1]
     else:
-        checkpoint = args.path(args.resume).resolve()
-        if checkpoint not in [path.resolve() for path in known]:
+        wanted = args.path(args.resume).resolve()
+        checkpoint = next((path for path in known if path.resolve() == wanted), None)
+        if checkpoint is None:
             there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
             raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
     fresh = type(args)(config=args.config, image_size=args.image_size)
@@ -216,10 +219,6 @@ def load_checkpoint(
     if checkpoint is None:
         return RunState()
     reads, several = accelerator.is_main_process, accelerator.num_processes > 1
-    if reads:
-        known = [path.name for path in find_checkpoints(checkpoint.parent.parent)]
-        for newer in known[known.index(checkpoint.name) + 1 :]:
-            remove_folder(checkpoint.with_name(newer))
     saved = of_main_process(accelerator, read_json(checkpoint / "state.json") if reads else None)
     if "scaler" in saved:
         for part in trained:
@@ -236,4 +235,8 @@ def load_checkpoint(
             value = values[str(place)] if reads else torch.empty(parameter.shape, dtype=parameter.dtype)
             parameter.copy_(from_first(value.to(parameter.device), parameter, several))
         ema.optimization_step = state.step
+    if reads:
+        for newer in find_checkpoints(checkpoint.parent.parent):
+            if step_of(newer) > step_of(checkpoint):
+                remove_folder(newer)
     return state

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from corel_diffusers.arguments import SCENES, check_repo_id, model_location, require
-from corel_diffusers.files import UserError, one_line_errors
+from corel_diffusers.files import UserError, one_line_errors, require_writable
 
 
 @dataclass(kw_only=True)
@@ -38,9 +38,12 @@ class Prepare:
         if not (base / self.data_dir).is_dir():
             raise UserError(f"--data-dir {base / self.data_dir} is no folder: check the path (relative ones start at --base-dir)")
         require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a share from 0 to 0.5")
+        figs_dir = base / self.figs_dir if self.visualize else None
+        require_writable(base / self.output_dir, "--output-dir")
+        if figs_dir:
+            require_writable(figs_dir, "--figs-dir")
         from corel_diffusers.data.prepare import prepare
 
-        figs_dir = base / self.figs_dir if self.visualize else None
         prepare(base / self.data_dir, base / self.output_dir, figs_dir, self.layout, self.trim_borders, self.strict, self.test_fraction)
 
 
@@ -119,6 +122,7 @@ class Generate(Sampling):
             self.vae_checkpoint = model_location(self.vae_checkpoint, base, "--vae-checkpoint")
         if (base / self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
+        require_writable((base / self.output).parent, "--output")
         from corel_diffusers.generate import generate
 
         generate(self, base / self.output)
@@ -159,10 +163,12 @@ class Evaluate(Sampling):
         source = self.dataset_name or (SCENES if self.data_dir == SCENES else base / self.data_dir)
         if isinstance(source, Path) and not source.is_dir():
             raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
+        own = self.pipeline if isinstance(self.pipeline, Path) else base / "evaluation"
+        output_dir = base / self.output_dir if self.output_dir else own
+        require_writable(output_dir, "--output-dir")
         from corel_diffusers.evaluation.evaluate import evaluate
 
-        own = self.pipeline if isinstance(self.pipeline, Path) else base / "evaluation"
-        evaluate(self, source, base / self.output_dir if self.output_dir else own)
+        evaluate(self, source, output_dir)
 
 
 @dataclass(kw_only=True)

@@ -34,11 +34,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
+def require_writable(folder: Path, flag: str) -> None:
+    """Raises UserError where `folder` cannot be written to, or not be made; writes nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{flag}: {there} is a file, and no folder can be made there: give another place")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{flag}: {there} cannot be written to: give another place")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, then renames it into place: a reader never sees half of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")  # containers on one disk may share process ids
+    beside = path.with_name(f".{uuid4().hex}{path.suffix}")  # containers on one disk may share process ids
     try:
         yield beside
         os.replace(beside, path)
@@ -129,6 +138,6 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> object:
     """Reads a JSON file that a user may have written: what is wrong with it becomes a UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): correct it or remove it") from None

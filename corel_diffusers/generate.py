@@ -143,9 +143,12 @@ def pick_device(wanted: str) -> torch.device:
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {wanted}: there is no GPU here; give cpu or auto")
     try:
-        return torch.device(wanted)
+        device = torch.device(wanted)
     except RuntimeError:
         raise UserError(f"--device {wanted} is unknown: give auto, cuda or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {wanted}: there are {torch.cuda.device_count()} GPUs here, from cuda:0 on")
+    return device
 
 
 def load_pipeline(location: Path | str, device: torch.device, vae_location: Path | str | None = None) -> DiffusionPipeline:

@@ -28,7 +28,17 @@ from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.batches import BatchPlan
 from corel_diffusers.checkpoints import RunState, find_checkpoints
 from corel_diffusers.data.cache import ALONE, Share
-from corel_diffusers.files import MARKERS, UserError, finish_publishing, first_line, is_out_of_memory, read_metrics, write_json, write_text
+from corel_diffusers.files import (
+    MARKERS,
+    UserError,
+    finish_publishing,
+    first_line,
+    is_out_of_memory,
+    read_metrics,
+    require_writable,
+    write_json,
+    write_text,
+)
 from corel_diffusers.precision import resolve_precision
 from corel_diffusers.processes import of_main_process
 from corel_diffusers.sharding import is_sharded, whole
@@ -51,6 +61,7 @@ def start_run(args: TrainingArguments) -> Accelerator:
         args.mixed_precision = precision
     if not timed and args.attention == "auto":
         args.attention = "fused"
+    require_writable(args.run_dir, "--output-dir")
     begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
     if begun and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
@@ -331,15 +342,17 @@ def open_history(
 
     seen_before: files that a part of the model was trained on already; they count as this run's own.
 
-    Lines after that step, which a resumed run writes again, are dropped. Returns those that stay. Where an older checkpoint than the
-    latest was asked for, and a line of a published model goes, the next validation publishes: no log would tell of the folder's model.
+    Lines after that step, which a resumed run writes again, are dropped. Returns those that stay. Where a line of a published model goes
+    that may not come again, as from an older checkpoint than the latest or in a run of minutes, the next validation publishes: no log
+    would tell of the folder's model.
     """
     path = args.run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         finish_publishing(args.run_dir)
     known = of_main_process(accelerator, read_metrics(path))
     history = [record for record in known if record["step"] <= state.step]
-    if args.resume not in (None, "latest") and any(record.get("published") for record in known[len(history) :]):
+    again = args.resume == "latest" and not args.max_train_minutes  # each step as it was
+    if args.resume and not again and any(record.get("published") for record in known[len(history) :]):
         state.best = math.inf
     if accelerator.is_main_process:
         write_text(path, "".join(json.dumps(record) + "\n" for record in history))

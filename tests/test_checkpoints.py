@@ -40,6 +40,9 @@ def test_a_half_written_checkpoint_is_never_found(tmp_path):
         save_checkpoint(accelerator, args, RunState(step=step), {}, trained, rate, None)
     (tmp_path / "checkpoints" / ".step-000004.partial").mkdir()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    (tmp_path / "checkpoints" / ".step-000001.removed").mkdir()
+    save_checkpoint(accelerator, args, RunState(step=5), {}, trained, rate, None)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000005"], "no halves stay"
     assert {file.suffix for file in (tmp_path / "checkpoints").rglob("*.*") if file.is_file()} == {".safetensors", ".json"}, "no pickle"
 
 
@@ -52,6 +55,9 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
         output_dir=str(tmp_path), config="tiny", learning_rate=1e-4, epochs=900, early_stopping_patience=99, resume="latest"
     )
     assert resumed_checkpoint(same, same.settings()) == checkpoint
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoints")
+    linked = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=1e-4, resume=str(tmp_path / "link" / "step-000001"))
+    assert resumed_checkpoint(linked, linked.settings()) == checkpoint, "by its own name, which those beside it are found by"
     other = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=2e-4, schedule="cosine", resume="latest")
     with pytest.raises(UserError, match=r"learning-rate was 0.0001, is 0.0002; schedule was linear, is cosine"):
         resumed_checkpoint(other, other.settings())
@@ -115,5 +121,11 @@ def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(tmp_path):
     saved = json.loads((first / "state.json").read_text())
     saved["state"]["given_up"] = True  # as a version might write that still knew such a value
     (first / "state.json").write_text(json.dumps(saved))
+    weights = first / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(accelerator, first, trained, rate, None)
+    assert len(find_checkpoints(tmp_path)) == 3, "what cannot be gone back to costs nothing"
+    (tmp_path / "elsewhere").rename(weights)
     assert load_checkpoint(accelerator, first, trained, rate, None).step == 1
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000001"]

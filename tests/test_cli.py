@@ -66,6 +66,7 @@ def test_more_than_sixteen_pictures_make_a_grid_only_unless_asked(base):
         (["--pipeline", "nowhere"], "--pipeline nowhere is no folder: train with train_unet.py first"),
         (["--pipeline", "somebody/model"], "read its pipeline.py, then give --trust-remote-code"),
         (["--ddim-steps", 5, "--sampler", "unipc"], "--ddim-steps is short for"),
+        (["--output", "setup.cfg/picture.png"], "setup.cfg is a file, and no folder can be made there: give another place"),
         (["--output", "picture.doc"], "--output picture.doc: give a name ending in .png"),
     ],
 )

@@ -450,6 +450,7 @@ def test_what_the_photos_or_the_run_refuse_is_said_before_anything_is_written(va
     for name, flags, expected in (
         ("train_vae", ["--data-dir", tmp_path / "empty", *out], "No images found in"),
         ("train_vae", [*vae_flags, "--image-size", 30, *out], "--image-size 30: the VAE can take multiples of 4 px: give 28 or 32"),
+        ("train_vae", [*vae_flags, "--output-dir", trained_vae / "run.json" / "a"], "run.json is a file, and no folder can be made there"),
         ("train_vae", [*vae_flags, "--output-dir", trained_vae], "already holds a run: give --resume latest"),
         ("train_vae", [*vae_flags, "--output-dir", trained_vae, "--resume", "latest", "--lr", 0.5], "learning-rate was 0.001, is 0.5"),
         ("train_unet", [*unet_flags, "--vae-checkpoint", tmp_path / "empty", *out], "no VAE can be loaded"),

@@ -72,6 +72,9 @@ class CorelPipeline(DiffusionPipeline):
         callback_on_step_end(pipe, step, timestep, {"latents": ...}) may return a dict with new latents.
         """
         labels = self.label_ids(num_images, class_labels)
+        if isinstance(generator, (list, tuple)) and len(generator) != num_images:
+            raise ValueError(f"{len(generator)} generators for num_images={num_images}: give one, or one a picture")
+        generator = list(generator) if isinstance(generator, tuple) else generator
         has_class = labels is not None and bool((labels != self.null_label).any())
         guided = guidance_scale != 1 and (self.guide is not None or has_class)
         device, dtype = self._execution_device, self.unet.dtype
@@ -125,6 +128,8 @@ class CorelPipeline(DiffusionPipeline):
         else:
             mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
             latents = latents * std + mean
+        if config.force_upcast and self.vae.dtype == torch.float16:  # it overflows
+            self.vae.to(torch.float32)
         with torch.autocast(latents.device.type, enabled=False) if config.force_upcast else nullcontext():
             pictures = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in latents.split(16)])
         return self.image_processor.postprocess(pictures, output_type=output_type)
@@ -147,7 +152,10 @@ class CorelPipeline(DiffusionPipeline):
                 raise ValueError("this model has no classes: leave class_labels out")
             return None
         ids = {name: int(number) for number, name in self.config.class_names.items()}
+        if hasattr(class_labels, "tolist"):  # an array, a tensor
+            class_labels = class_labels.tolist()
         labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels] * num_images
+        labels = [label.item() if hasattr(label, "item") else label for label in labels]
         if len(labels) != num_images:
             raise ValueError(f"{len(labels)} class_labels for num_images={num_images}: give one, or one a picture")
         found = [self.null_label if label is None else ids.get(label, label) for label in labels]

@@ -4,6 +4,7 @@ import json
 import sys
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import UNET_CONFIG, VAE_CONFIG, launch
@@ -183,10 +184,20 @@ def test_calls_that_cannot_be_are_refused_with_the_classes():
         pipe(1, 5)
     with pytest.raises(ValueError, match="3 class_labels for num_images=2"):
         pipe(2, [0, 1, 0])
+    with pytest.raises(ValueError, match="3 generators for num_images=2"):
+        pipe(2, 0, generator=[torch.Generator()] * 3)
     with pytest.raises(ValueError, match="expected \\(1, 4, 8, 8\\)"):
         pipe(1, 0, latents=torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match="no classes"):
         build(classes=None)(1, 0)
+
+
+def test_labels_may_be_an_array_or_a_tensor():
+    pipe = build()
+    expected = pipe.label_ids(3, [0, 1, 0]).tolist()
+    for labels in (np.array([0, 1, 0]), torch.tensor([0, 1, 0]), list(np.array([0, 1, 0]))):
+        assert pipe.label_ids(3, labels).tolist() == expected
+    assert pipe.label_ids(2, np.int64(1)).tolist() == [1, 1]
 
 
 def test_unconditional_rectangular_callback_and_output_types():
@@ -276,3 +287,6 @@ def test_a_vae_that_must_not_be_halved_is_not(upcast):
         pictures = pipe.decode(torch.randn(2, 4, 8, 8), "pt")
     assert types == [torch.float32 if upcast else torch.bfloat16]
     assert pictures.dtype == torch.float32
+    pipe.vae.to(torch.float16)  # as loaded with torch_dtype=torch.float16
+    pipe.decode(torch.randn(2, 4, 8, 8), "pt")
+    assert types[1:] == [torch.float32 if upcast else torch.float16]

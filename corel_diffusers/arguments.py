@@ -351,7 +351,7 @@ class UNetArguments(TrainingArguments):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the UNet predicts."""
     zero_terminal_snr: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let the last timestep be pure noise (Lin et al. 2023); not with --prediction-type epsilon. --min-snr-gamma weighs it by 0."""
+    """Let the last timestep be pure noise (Lin et al. 2023); not with --prediction-type epsilon."""
     min_snr_gamma: float = 5.0
     """Weight the loss by min(SNR, gamma), which favours the noise levels at which pictures take shape (0: every timestep alike)."""
     timesteps: Literal["uniform", "log-normal"] = "uniform"

@@ -82,11 +82,13 @@ def min_snr_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: flo
     """Weight of each photo's denoising loss, (B,) -> (B,): min(SNR, gamma) for the loss on x_0 (Hang et al. 2023, arXiv:2303.09556).
 
     The same loss through the noise is divided by SNR, through the velocity by SNR + 1 (section 3.4). Timesteps that are almost clean
-    and those that are almost noise then no longer pull against those in which pictures take shape.
+    and those that are almost noise then no longer pull against those in which pictures take shape. With zero terminal SNR it is
+    min(SNR, gamma) + 1: sampling begins at pure noise, which would have no weight.
     """
     snr = signal_to_noise(scheduler, timesteps)
+    on_photo = snr.clamp(max=gamma) + (1 if scheduler.config.rescale_betas_zero_snr else 0)
     divisor = {"epsilon": snr.clamp_min(1e-8), "sample": torch.ones_like(snr), "v_prediction": snr + 1}[scheduler.config.prediction_type]
-    return snr.clamp(max=gamma) / divisor
+    return on_photo / divisor
 
 
 def log_normal_timesteps(scheduler: DDPMScheduler, normal: torch.Tensor, mean: float, std: float) -> torch.Tensor:

@@ -136,11 +136,14 @@ def test_min_snr_is_one_weight_on_the_loss_of_the_photo(kind):
     assert torch.allclose(weighted, expected, rtol=1e-3)
 
 
-def test_min_snr_is_finite_at_zero_terminal_snr():
-    scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    weight = min_snr_weight(scheduler, torch.tensor([998, 999]), 5.0)
-    assert torch.isfinite(weight).all()
-    assert float(weight[1]) == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_pure_noise_has_a_weight_where_sampling_begins_there(kind):
+    scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
+    timesteps = torch.tensor([0, 500, 998, 999])
+    snr = compute_snr(scheduler, timesteps)
+    on_photo = min_snr_weight(scheduler, timesteps, 5.0) * (snr + 1 if kind == "v_prediction" else 1)
+    assert torch.allclose(on_photo, snr.clamp(max=5) + 1, rtol=1e-4)
+    assert float(on_photo[-1]) == pytest.approx(1, abs=1e-4)
 
 
 def test_log_normal_timesteps_have_the_noise_levels_asked_for():

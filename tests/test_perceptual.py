@@ -47,6 +47,14 @@ def scenes() -> list[dict]:
     return draw_scenes(4).cast_column("image", Image(decode=False))["image"][:]
 
 
+def test_small_pictures_are_looked_at_in_a_size_that_the_network_knows():
+    loss, (a, b) = PerceptualLoss("efficientnet-lite0"), torch.rand(2, 1, 3, 64, 64) * 2 - 1
+    large = [F.interpolate(picture, size=(96, 96), mode="bilinear") for picture in (a, b)]
+    assert float(loss(a, b)) == pytest.approx(float(loss(*large)), rel=1e-4)
+    assert [f.shape[-1] for f in loss.features(a)] == [48, 24, 12, 6]
+    assert [f.shape[-1] for f in loss.features(torch.zeros(1, 3, 128, 128))] == [64, 32, 16, 8], "larger ones stay as they are"
+
+
 def test_vgg16_without_torchvision_names_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(UserError, match=r"--perceptual-network vgg16 .* efficientnet-lite0"):

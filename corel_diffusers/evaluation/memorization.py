@@ -43,6 +43,11 @@ class Nearest:
     def share_below(self, ratio: float) -> float:
         return float((self.ratio < ratio).double().mean())
 
+    def named(self, files: list[str]) -> list[tuple[str, str, float | None]]:
+        """For each picture the files of its nearest and second nearest photo, and the ratio; None where nothing stands out."""
+        rows = zip(self.photo.tolist(), self.second.tolist(), self.ratio.tolist(), strict=True)
+        return [(files[photo], files[second], ratio if math.isfinite(ratio) else None) for photo, second, ratio in rows]
+
 
 def pixel_views(photos: Shards | np.ndarray) -> list[torch.Tensor]:
     """uint8 (N, H, W, 3) -> uint8 (N, D) at COARSE_PX for each of CROPS and its mirror image."""

@@ -87,13 +87,11 @@ def precision_recall(pictures: torch.Tensor, photos: torch.Tensor, paired: bool 
     return share_inside(pictures, photos), share_inside(photos, pictures)
 
 
-def within_class_distance(features: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean distance of two members of one class, averaged over classes: low where the pictures of a class are all alike."""
-    means = []
-    for label in labels.unique():
-        members = features[labels == label]
-        if len(members) > 1:
-            means.append(torch.pdist(members).mean())
+def within_class_distance(features: torch.Tensor, labels: torch.Tensor | None) -> float:
+    """Mean distance of two members of one class, averaged over classes: low where the pictures of a class are all alike. Without labels
+    all are of one class."""
+    classes = [features] if labels is None else [features[labels == label] for label in labels.unique()]
+    means = [torch.pdist(members).mean() for members in classes if len(members) > 1]
     return float(torch.stack(means).mean()) if means else float("nan")
 
 

@@ -82,7 +82,8 @@ def look_rows(results: dict) -> list[tuple[str, ...]]:
     rows = [("", "pictures", "photos")]
     rows += [(name, f"{value:.0f}", f"{colours['photos'][name]:.0f}") for name, value in colours["pictures"].items()]
     if "diversity" in results:
-        rows.append(("distance within a class", *(f"{results['diversity'][k]:.1f}" for k in ("pictures", "photos"))))
+        name = "distance within a class" if "classes" in results else "distance of two pictures"
+        rows.append((name, *(f"{results['diversity'][k]:.1f}" for k in ("pictures", "photos"))))
     return rows
 
 
@@ -114,7 +115,7 @@ def reconstruction_line(results: dict) -> str:
         return ""
     psnr, ssim, perceptual = (values[name] for name in ("psnr_db", "ssim", "perceptual"))
     photos = "all photos, those trained on as well" if results["held_out"] == "all" else "held-out photos"
-    return f"reconstruction of {photos}: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, perceptual {perceptual:.3f}"
+    return f"reconstruction of {photos}: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, perceptual {perceptual:.3f} (efficientnet-lite0)"
 
 
 def table_text(results: dict) -> str:

@@ -204,7 +204,7 @@ def main(args: VAEArguments) -> None:
                 means.store(state, accelerator)
                 save_checkpoint(accelerator, args, state, settings, trained, rate, ema)
                 if accelerator.is_main_process:
-                    lines = {"KL (nats a photo)": (args.kl_target, "target")} if args.kl_target else None
+                    lines = {"KL (nats a photo)": [(args.kl_target, "target")]} if args.kl_target else None
                     plot_history(history, PANELS, args.run_dir / "training_losses.png", lines)
             if stopping:
                 break

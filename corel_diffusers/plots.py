@@ -60,13 +60,13 @@ def contact_sheet(groups: dict[str, list[Image.Image]], columns: int = 8) -> Ima
 
 
 def plot_history(
-    history: list[dict], panels: dict[str, dict[str, str]], path: Path, lines: dict[str, tuple[float, str]] | None = None
+    history: list[dict], panels: dict[str, dict[str, str]], path: Path, lines: dict[str, list[tuple[float, str]]] | None = None
 ) -> None:
     """Curves over epochs, a panel a title: {title: {name in metrics.jsonl: label}}; nothing is drawn before the first record. A dotted
     line stands where the model of the run's folder comes from.
 
-    lines: {title: (height, label)} adds a dashed horizontal line to a panel. A panel whose positive values span more than
-    a factor of 50 gets a logarithmic axis.
+    lines: {title: [(height, label)]} adds dashed horizontal lines to a panel, the first one always in view. A panel whose positive
+    values span more than a factor of 50 gets a logarithmic axis.
     """
     import matplotlib
 
@@ -84,13 +84,18 @@ def plot_history(
             points = [(record["epoch"], record[name]) for record in history if name in record]
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3, marker="." if len(points) < 20 else None)
             shown += [value for _, value in points]
-        if lines and title in lines:
-            height, label = lines[title]
-            axis.axhline(height, color="grey", linestyle="--", linewidth=1, label=label)
-            shown.append(height)
+        marks = (lines or {}).get(title, [])
         axis.axvline(best_record(history)["epoch"], color="black", linestyle=":", linewidth=1, label="published")
         if min(shown) > 0 and np.nanmax(shown) / min(shown) > 50:
             axis.set_yscale("log")
+        bottom, top = axis.get_ylim()
+        text = {"va": "bottom", "fontsize": 7, "color": "grey", "annotation_clip": True}
+        for height, label in marks:
+            axis.axhline(height, color="grey", linestyle="--", linewidth=1)
+            axis.annotate(label, (0.01, height), xycoords=("axes fraction", "data"), **text)
+        if marks:
+            bottom, top = min(bottom, 0.98 * marks[0][0]), max(top, 1.02 * marks[0][0])
+        axis.set_ylim(bottom, top)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # over no curve

@@ -25,22 +25,23 @@ from corel_diffusers.training import device_name
 
 
 class Rung(NamedTuple):
-    """A size of model. pictures: so many its training has to see; photos: so many there must be, or it learns them by heart."""
+    """A size of model. pictures: so many its training has to see; photos: so many there must be, or it learns them by heart; reached:
+    pictures seen -> the measure, of 221 Corel photos at this size."""
 
     config: str
     side_px: int
     batch_size: int
     pictures: int = 0
     photos: int = 0
+    reached: tuple[tuple[int, float], ...] = ()
 
 
 class Ladder(NamedTuple):
-    """The rungs for one script, its minutes where no length is given, and what the first rung was measured to reach and to need."""
+    """The rungs for one script, its minutes where no length is given, what a rung is measured by, and what the first one needs."""
 
     rungs: tuple[Rung, ...]
     minutes: float
     measure: str
-    reached: tuple[tuple[int, float], ...]  # pictures seen -> the measure; benchmarks/contest.py, 221 Corel photos at 64 px
     recipe: Callable[[TrainingArguments, float, tuple[int, int]], dict] | None = None  # steps, size (height, width) -> more flags
 
 
@@ -52,19 +53,26 @@ def vae_recipe(args: TrainingArguments, steps: float, size_px: tuple[int, int]) 
     return {"perceptual_weight": 1.0, "kl_weight": 0.2 / math.prod(size_px)} | adversarial
 
 
+# reached: `tiny` by benchmarks/contest.py and longer runs, `base` by benchmarks/results/choices.md, "The presets for GPUs"
 VAE_LADDER = Ladder(
     # a base VAE is good sooner (benchmarks/results/choices.md), but the UNet that follows has four times the work at its size
-    (Rung("tiny", 64, 2), Rung("base", 128, 16, 40_000), Rung("large", 256, 16, 200_000, 5_000)),
+    (
+        Rung("tiny", 64, 2, reached=((3_800, 23.6), (27_000, 25.0))),
+        Rung("base", 128, 16, 40_000, reached=((9_100, 25.7),)),
+        Rung("large", 256, 16, 200_000, 5_000),
+    ),
     20,
     "held-out PSNR {:.1f} dB",
-    ((3_800, 23.6), (27_000, 25.0)),
     vae_recipe,
 )
 UNET_LADDER = Ladder(
-    (Rung("tiny", 64, 16), Rung("base", 128, 16, 100_000), Rung("large", 256, 32, 1_000_000, 5_000)),
+    (
+        Rung("tiny", 64, 16, reached=((49_000, 58), (165_000, 42))),
+        Rung("base", 128, 16, 100_000),
+        Rung("large", 256, 32, 1_000_000, 5_000),
+    ),
     40,
     "KID x1000 {:.0f} against held-out photos, where real photos have about 0",
-    ((49_000, 58), (165_000, 42)),
 )
 VIEWS, VIEWS_FROM = 16, 300  # changed views of each photo, where a run would see each photo more often; benchmarks/overfitting.py
 # benchmarks/results/choices.md, "Two hours"
@@ -128,7 +136,7 @@ def choose(
     rungs = [rung for rung in ladder.rungs if args.config in (None, rung.config)] or [ladder.rungs[0]]  # a JSON's size: anyone's guess
     rungs = [rung for rung in rungs if rung.photos <= count and rung.side_px <= side_px] or rungs[:1]
     if accelerator.device.type == "cuda":
-        rungs = [rung._replace(batch_size=max(rung.batch_size, GPU_BATCH)) for rung in rungs]
+        rungs = [rung if rung.batch_size >= GPU_BATCH else rung._replace(batch_size=GPU_BATCH, reached=()) for rung in rungs]
 
     chosen, rate, way = rungs[0], None, {}
     timed = not (args.epochs or args.max_train_steps)
@@ -167,7 +175,7 @@ def choose(
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
     accelerator.print(f"plan: {flags or 'as the flags say'}")
     if rate:
-        for line in (speed_line(accelerator, args, chosen, count, seen, rate), expectation(args, ladder, chosen, size_px, seen)):
+        for line in (speed_line(accelerator, args, chosen, size_px, count, seen, rate), expectation(args, ladder, chosen, size_px, seen)):
             accelerator.print(f"      {line}")
     return plan
 
@@ -210,17 +218,27 @@ def photos_a_step(args: TrainingArguments, rung: Rung, accelerator: Accelerator)
     return (args.batch_size or rung.batch_size) * args.grad_accum * accelerator.num_processes
 
 
-def speed_line(accelerator: Accelerator, args: TrainingArguments, rung: Rung, count: int, pictures: float, rate: float) -> str:
+def speed_line(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    rung: Rung,
+    size_px: tuple[int, int] | None,
+    count: int,
+    pictures: float,
+    rate: float,
+) -> str:
     """What the machine does in the time, for people."""
+    height, width = size_px or (rung.side_px,) * 2
     steps = pictures / photos_a_step(args, rung, accelerator)
+    speed = f"{rate:,.0f} photos/s of {height}x{width} px"
     looks = f"{pictures:,.0f} pictures in {steps:,.0f} steps: each of the {count:,} photos {pictures / count:,.0f} times"
-    return f"{device_name(accelerator)} does about {rate:,.0f} photos/s: {pictures / rate / 60:,.0f} minutes, {looks}"
+    return f"{device_name(accelerator)} does about {speed}: {pictures / rate / 60:,.0f} minutes, {looks}"
 
 
 def expectation(args: TrainingArguments, ladder: Ladder, rung: Rung, size_px: tuple[int, int] | None, pictures: float) -> str:
-    """What a run of that length was measured to reach; only the first rung was."""
-    reached = [(seen, value) for seen, value in ladder.reached if seen <= 1.2 * pictures]
-    other_model = rung != ladder.rungs[0] or args.config not in (None, rung.config) or getattr(args, "downsample", None)
+    """What a run of that length was measured to reach, where one was."""
+    reached = [(seen, value) for seen, value in rung.reached if seen <= 1.2 * pictures]
+    other_model = args.config not in (None, rung.config) or getattr(args, "downsample", None)
     if other_model or size_px not in (None, (rung.side_px, rung.side_px)) or not reached:
         return "expect: no run like this has been measured; --evaluate-every and `corel-diffusers evaluate` tell"
     seen, value = reached[-1]

@@ -82,7 +82,7 @@ def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):
     args = VAEArguments(**DECIDED, plan=True, image_size="100", max_train_minutes=600)  # no size for large
     build = lambda config, size_px, batch_size: build_vae(config, size_px) and config  # noqa: E731
     assert choose(args, with_device(GPU), {"train": range(5_000)}, VAE_LADDER, build, (100, 100))["config"] == "base"
-    assert "does about 225 photos/s: 20 minutes, 270,000 pictures in 16,875 steps" in capsys.readouterr().out
+    assert "does about 225 photos/s of 64x64 px: 20 minutes, 270,000 pictures in 16,875 steps" in capsys.readouterr().out
 
 
 def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):

@@ -9,7 +9,7 @@ keeps its validation photos from training; the peers, which have no use for them
 for copies of those too, and of photos as no VAE has rendered them. Drawing the pictures is outside the minutes: the toolkit takes 15
 steps of DPM-Solver++, the peers 50 of DDIM. A VAE's reconstruction is not counted with its own photo, in brackets with it.
 
-What an earlier call has measured in the folder, with these minutes, size and number of pictures, stands.
+What an earlier call has measured in the folder, with the same minutes, size, number of pictures and recipe, stands.
 
 Leaves contest.json, contest.md, contest-kid.png (a plot), and contest.png (a row of samples each: of your photos, so not for publication).
 """
@@ -29,6 +29,7 @@ from corel_diffusers.files import read_json, write_json, write_text
 from corel_diffusers.plots import picture_grid, save_picture
 
 OURS = "corel_diffusers"
+SETTING = ("minutes", "image_size", "num_images", "against", "vae_flags", "unet_flags")  # results of another one do not count
 
 
 def export(prepared: Path, size_px: int, folder: Path) -> Path:
@@ -52,16 +53,16 @@ def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -
 
 
 def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *what: object) -> dict:
-    """What `corel-diffusers evaluate` says."""
-    tool("evaluate", "--data-dir", prepared, "--output-dir", run, "--num-images", args.num_images, *what)
-    return read_json(run / "evaluation.json")
+    """What `corel-diffusers evaluate` says, but for each picture's nearest photos."""
+    tool("evaluate", "--data-dir", prepared, "--output-dir", run, "--num-images", args.num_images, "--against", args.against, *what)
+    return {name: value for name, value in read_json(run / "evaluation.json").items() if name != "nearest"}
 
 
 def table(results: list[dict]) -> str:
     """A row for each run, the best first."""
     lines = [
         "| run | seconds | KID x1000 [95 %] | FD | precision | recall | copies in pixels, in features "
-        "| VAE: PSNR, KID x1000 (with own photos) |",
+        "| VAE: PSNR, KID x1000 [95 %] (with own photos) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in sorted(results, key=lambda r: r["generation"]["kid_e3"]):
@@ -69,7 +70,7 @@ def table(results: list[dict]) -> str:
         lines.append(
             f"| {result['run']} | {result['train_seconds']:.0f} | {with_interval(g)} | {g['fd']:.0f} "
             f"| {g['precision']:.2f} | {g['recall']:.2f} | {c['pixels']:.1%}, {c['features']:.1%} "
-            + (f"| {v['psnr_db']:.1f} dB, {v['kid_e3']:.1f} ({v['kid_e3_all_pairs']:.1f}) |" if v else "| |")
+            + (f"| {v['psnr_db']:.1f} dB, {with_interval(v)} ({v['kid_e3_all_pairs']:.1f}) |" if v else "| |")
         )
     return "\n".join(lines)
 
@@ -100,16 +101,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
     parser.add_argument("--reserve-minutes", type=float, default=0.4, help="of the toolkit's time: imports, last validation, last grid")
     parser.add_argument("--vae-share", type=float, default=0.3, help="of the toolkit's minutes")
+    parser.add_argument("--against", default="test", choices=["test", "validation"], help="validation, to choose a recipe by")
     parser.add_argument("--vae-flags", default="", help="more flags for train_vae.py, to try a recipe")
     parser.add_argument("--unet-flags", default="", help="more flags for train_unet.py")
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()
+    if (args.vae_flags or args.unet_flags) and args.against == "test":
+        parser.error("--vae-flags and --unet-flags choose a recipe: give --against validation, the test photos are for what is reported")
 
     prepared = args.output_dir / "data" / "corel" / "corel_all"
     flags = ["--output-dir", args.output_dir / "data", "--no-visualize", "--test-fraction", 1 / 6]
     tool("prepare", "--data-dir", args.data_dir.resolve(), *flags)
     numbers = args.output_dir / "contest.json"
-    setting = {"machine": machine(), "minutes": args.minutes, "image_size": args.image_size, "num_images": args.num_images}
+    setting = {"machine": machine()} | {name: getattr(args, name) for name in SETTING}
+    title = f"{args.minutes:g} minutes each, against the {args.against} photos by EfficientNet-Lite0 features, {machine()}"
     before = read_json(numbers) if numbers.is_file() else {}
     results = before["results"] if setting.items() <= before.items() else []
     for name in args.only:
@@ -133,7 +138,7 @@ def main() -> None:
             results.append({"run": f"{name}, seed {seed}", "train_seconds": seconds} | found)
             write_json(numbers, setting | {"results": results})
             draw_plot(results, args.output_dir / "contest-kid.png")
-            write_text(args.output_dir / "contest.md", f"{args.minutes:g} minutes each, {machine()}\n\n{table(results)}\n")
+            write_text(args.output_dir / "contest.md", f"{title}\n\n{table(results)}\n")
     rows = [Image.open(args.output_dir / result["run"].replace(", seed ", "-seed") / "samples.png") for result in results]
     height = sum(row.height + 8 for row in rows)
     sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")

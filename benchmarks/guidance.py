@@ -3,7 +3,7 @@
 python benchmarks/guidance.py --run diffusion_models --data-dir photos --scales 1.5 2 2.5 --until 0.6 1 --num-images 2000
 
 The pipeline that a run of train_unet.py has published, then the averages that it has left (all of them with `--keep-checkpoints 0`),
-each with the guide that it would be published with: KID against the validation photos, and copies of training photos in features, at
+each with the guide that it would be published with: KID against the validation photos, and copies of training photos, at
 each strength, from no noise up to each noise level. 300 pictures say little of copies: 1 % is three of them. Prints a table; on a GPU
 where there is one.
 """
@@ -67,7 +67,7 @@ def main() -> None:
             drawing = Generate(num_images=args.num_images, batch_size=50, guidance_scale=scale, mixed_precision="no")
             drawing.guidance_interval = (0.0, until)
             pictures = as_array(sample_pictures(pipe, drawing, labels, 0, num_inference_steps=args.steps))
-            features, copies = extract(network, pictures), finder.in_features(pictures).share_below(finder.feature_ratio)
+            features, copies = extract(network, pictures), finder.shares(*finder.search(pictures))
             found = {"step": step, "published": checkpoint is None, "images_seen": record["images_seen"], "gauge": record["gauge"] / lowest}
             found |= {
                 "guide": early is not None,
@@ -79,9 +79,9 @@ def main() -> None:
             print(json.dumps(found), flush=True)
             cells = f"{found['images_seen']:,}{'' if checkpoint else ', as published'} | {100 * found['gauge'] - 100:.1f} %"
             cells += f" | {'early self' if early else 'class'}, {scale:g} up to {until:g}"
-            lines.append(f"| {cells} | {found['kid_e3']:.1f} | {100 * copies:.1f} % |")
+            lines.append(f"| {cells} | {found['kid_e3']:.1f} | {copies['pixels']:.1%}, {copies['features']:.1%} |")
     print(f"{args.num_images} pictures each, {machine()}\n")
-    print("| pictures seen | gauge over its lowest | guidance by | KID x1000 | copies in features |\n|---|---|---|---|---|")
+    print("| pictures seen | gauge over its lowest | guidance by | KID x1000 | copies in pixels, in features |\n|---|---|---|---|---|")
     print(*lines, sep="\n")
 
 

@@ -29,7 +29,8 @@ from corel_diffusers.files import read_json, write_json, write_text
 from corel_diffusers.plots import picture_grid, save_picture
 
 OURS = "corel_diffusers"
-SETTING = ("minutes", "image_size", "num_images", "against", "vae_flags", "unet_flags")  # results of another one do not count
+RECIPE = ("vae_share", "vae_flags", "unet_flags")
+SETTING = ("minutes", "image_size", "num_images", "against", "reserve_minutes", *RECIPE)
 
 
 def export(prepared: Path, size_px: int, folder: Path) -> Path:
@@ -106,8 +107,10 @@ def main() -> None:
     parser.add_argument("--unet-flags", default="", help="more flags for train_unet.py")
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()
-    if (args.vae_flags or args.unet_flags) and args.against == "test":
-        parser.error("--vae-flags and --unet-flags choose a recipe: give --against validation, the test photos are for what is reported")
+    if args.against == "test" and any(getattr(args, name) != parser.get_default(name) for name in RECIPE):
+        parser.error("another recipe is chosen with --against validation: the test photos are for what is reported")
+    if args.against == "validation" and args.only != [OURS]:
+        parser.error(f"the peers train on the validation photos: give --only {OURS} beside --against validation")
 
     prepared = args.output_dir / "data" / "corel" / "corel_all"
     flags = ["--output-dir", args.output_dir / "data", "--no-visualize", "--test-fraction", 1 / 6]
@@ -115,8 +118,10 @@ def main() -> None:
     numbers = args.output_dir / "contest.json"
     setting = {"machine": machine()} | {name: getattr(args, name) for name in SETTING}
     title = f"{args.minutes:g} minutes each, against the {args.against} photos by EfficientNet-Lite0 features, {machine()}"
-    before = read_json(numbers) if numbers.is_file() else {}
-    results = before["results"] if setting.items() <= before.items() else []
+    before = read_json(numbers) if numbers.is_file() else setting | {"results": []}
+    if not setting.items() <= before.items():
+        parser.error(f"{numbers} is of other settings or of another machine: give another --output-dir")
+    results = before["results"]
     for name in args.only:
         for seed in args.seeds if name == OURS else args.peer_seeds:
             run = args.output_dir / f"{name}-seed{seed}"

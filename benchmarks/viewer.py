@@ -10,7 +10,7 @@ import argparse
 import random
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from corel_diffusers.cli import Generate
 from corel_diffusers.files import write_text
@@ -23,7 +23,7 @@ SHOWN_PX = 192
 def numbered(number: int, picture: Image.Image) -> Image.Image:
     """The picture enlarged, its number above it."""
     framed = Image.new("RGB", (SHOWN_PX, SHOWN_PX + 20), "white")
-    framed.paste(picture.resize((SHOWN_PX, SHOWN_PX), Image.Resampling.BICUBIC), (0, 20))
+    framed.paste(ImageOps.pad(picture, (SHOWN_PX, SHOWN_PX), Image.Resampling.BICUBIC, "white"), (0, 20))
     ImageDraw.Draw(framed).text((0, 0), str(number), fill="black", font=ImageFont.load_default(size=15))
     return framed
 
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pipe = load_pipeline(args.pipeline, pick_device("auto"))
+    if not pipe.config.class_names:
+        parser.error("--pipeline was trained without classes: there is nothing to tell")
     pipe.scheduler = build_sampler(AUTO, pipe.scheduler)
     labels = pick_labels(pipe, (), args.per_class * len(pipe.config.class_names))
     drawing = Generate(num_images=len(labels), batch_size=len(labels), mixed_precision="no")

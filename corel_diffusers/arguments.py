@@ -353,7 +353,8 @@ class UNetArguments(TrainingArguments):
     zero_terminal_snr: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Let the last timestep be pure noise (Lin et al. 2023); not with --prediction-type epsilon."""
     min_snr_gamma: float = 5.0
-    """Weight the loss by min(SNR, gamma), which favours the noise levels at which pictures take shape (0: every timestep alike)."""
+    """Weight the loss by min(SNR, gamma), with --zero-terminal-snr by that plus 1: it favours the noise levels at which pictures take shape
+    (0: every timestep alike)."""
     timesteps: Literal["uniform", "log-normal"] = "uniform"
     """How training draws timesteps; log-normal prefers middling noise."""
     log_normal: tuple[float, float] = (0.3, 1.2)

@@ -36,8 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def require_writable(folder: Path, flag: str) -> None:
     """Raises UserError where `folder` cannot be written to, or not be made; writes nothing."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
+    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)), folder)
+    if os.path.isfile(there):
         raise UserError(f"{flag}: {there} is a file, and no folder can be made there: give another place")
     if not os.access(there, os.W_OK):
         raise UserError(f"{flag}: {there} cannot be written to: give another place")

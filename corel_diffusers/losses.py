@@ -83,7 +83,8 @@ def min_snr_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: flo
 
     The same loss through the noise is divided by SNR, through the velocity by SNR + 1 (section 3.4). Timesteps that are almost clean
     and those that are almost noise then no longer pull against those in which pictures take shape. With zero terminal SNR it is
-    min(SNR, gamma) + 1: sampling begins at pure noise, which would have no weight.
+    min(SNR, gamma) + 1, since sampling begins at pure noise, which would have no weight: of the velocity's loss all timesteps up to gamma
+    then count alike.
     """
     snr = signal_to_noise(scheduler, timesteps)
     on_photo = snr.clamp(max=gamma) + (1 if scheduler.config.rescale_betas_zero_snr else 0)

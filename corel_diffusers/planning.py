@@ -67,7 +67,7 @@ VAE_LADDER = Ladder(
 )
 UNET_LADDER = Ladder(
     (
-        Rung("tiny", 64, 16, reached=((49_000, 58), (165_000, 42))),
+        Rung("tiny", 64, 16, reached=((49_000, 56), (80_000, 49), (168_000, 34))),
         Rung("base", 128, 16, 100_000),
         Rung("large", 256, 32, 1_000_000, 5_000),
     ),
@@ -135,7 +135,7 @@ def choose(
     side_px = math.inf if size_px else native_side_px(photos)
     rungs = [rung for rung in ladder.rungs if args.config in (None, rung.config)] or [ladder.rungs[0]]  # a JSON's size: anyone's guess
     rungs = [rung for rung in rungs if rung.photos <= count and rung.side_px <= side_px] or rungs[:1]
-    if accelerator.device.type == "cuda":
+    if accelerator.device.type == "cuda" and not args.epochs:  # which would be over in an eighth of the steps
         rungs = [rung if rung.batch_size >= GPU_BATCH else rung._replace(batch_size=GPU_BATCH, reached=()) for rung in rungs]
 
     chosen, rate, way = rungs[0], None, {}

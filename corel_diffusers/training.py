@@ -61,7 +61,8 @@ def start_run(args: TrainingArguments) -> Accelerator:
         args.mixed_precision = precision
     if not timed and args.attention == "auto":
         args.attention = "fused"
-    require_writable(args.run_dir, "--output-dir")
+    if not args.plan and os.environ.get("RANK", "0") == "0":  # who writes
+        require_writable(args.run_dir, "--output-dir")
     begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
     if begun and not args.resume and not args.plan:
         way_out = "give --resume latest to go on with it, or another --output-dir"
@@ -387,7 +388,8 @@ def training_photos(model: Path | str) -> list[str]:
 def trained_on(model: Path | str, names: Sequence[str]) -> int:
     """How many of these files the model was trained on: of photos that were split anew, some held-out ones were training photos before.
 
-    A photo is the same before `prepare` and after, which turns folders into a part of the name and may change the ending.
+    A photo is the same before `prepare` and after, which turns folders into a part of the name and may change the ending (and a name
+    too long for a file, which is not known again).
     """
 
     def stems(files: Sequence[str]) -> set[str]:

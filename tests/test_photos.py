@@ -105,6 +105,9 @@ def test_photos_further_down_are_told_of_and_the_toolkits_own_folders_are_none_o
         shutil.copytree(raw_photos, tmp_path / name)
     (tmp_path / "vae_models" / "run.json").write_text("{}")
     (tmp_path / "figs" / "corel_dataset_samples.png").write_bytes(b"")
+    shutil.copytree(raw_photos, tmp_path / "generated_images_individual")
+    shutil.copytree(raw_photos, tmp_path / "training_data" / "corel" / "corel_all")
+    (tmp_path / "training_data" / "corel" / "source.json").write_text("{}")
     assert load_photos(tmp_path)["train"].features["label"].names == ["sea", "snow"]
     assert "further down" not in capsys.readouterr().out
     shutil.copytree(raw_photos, tmp_path / "snow" / "2020" / "may")
@@ -119,6 +122,12 @@ def test_a_name_that_is_not_utf_8_is_left_out_and_told_of(raw_photos, tmp_path, 
     shutil.copy(raw_photos / "0001_0001.png", os.fsencode(folder) + b"/caf\xe9.png")
     assert len(labels_by_file(load_photos(folder))) == 18
     assert "1 files are left out: caf\ufffd.png: its name is not UTF-8: rename it" in capsys.readouterr().out
+    for name, target in (("sea", b"a.png"), ("snow", b"b.png"), ("cafe", b"\xe9.png")):
+        (tmp_path / "more" / name).mkdir(parents=True)
+        for place, file in enumerate(raw_photos.glob("0001*.png")):
+            shutil.copy(file, os.fsencode(tmp_path / "more" / name) + b"/%d" % place + target)
+    assert load_photos(tmp_path / "more")["train"].features["label"].names == ["sea", "snow"]
+    assert "6 files are left out: cafe/" in capsys.readouterr().out
 
 
 def test_flat_folder_uses_captions_json(raw_photos, tmp_path):

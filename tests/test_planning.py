@@ -35,6 +35,7 @@ def with_device(machine: dict) -> SimpleNamespace:
         (GPU, 350, 400, {}, {"config": "base", "image_size": "128", "batch_size": 16, "max_train_minutes": 20}),
         (GPU, 350, 400, {"image_size": "96", "batch_size": 4}, {"config": "base", "max_train_minutes": 20}),
         (GPU, 350, 400, {"max_train_minutes": 2}, {"config": "tiny", "image_size": "64", "batch_size": 16}),
+        (GPU, 350, 400, {"epochs": 50}, {"config": "tiny", "image_size": "64", "batch_size": 2}),
         (GPU, 350, 400, {"max_train_steps": 100}, {"config": "tiny", "image_size": "64", "batch_size": 16}),
         (
             GPU,

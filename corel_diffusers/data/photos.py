@@ -21,7 +21,6 @@ PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gi
 FOLDER_FILES = {"classes.txt", "captions.json", "metadata.jsonl", "split.json", "skipped.json"}
 VALIDATION_FRACTION = 0.1
 SHEET = "corel_dataset_samples.png"  # that `prepare` draws
-OURS = ("run.json", "model_index.json", SHEET)  # tell folders that the toolkit has written pictures to
 SPLITS = ("train", "validation", "test")  # seen, chosen by, only reported on
 SPLIT_SEED = 0  # not the training seed: both scripts must hold out the same photos whatever seed they train with
 
@@ -54,7 +53,7 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     `folders` (one folder a class), `flat` (no classes). `auto` tells them apart by the names.
     Raises UserError where there is no photo, and on a classes.txt or captions.json that cannot be read.
     """
-    files, folders = visible_files(folder), [d for d in visible_folders(folder) if not any((d / name).exists() for name in OURS)]
+    files, folders = visible_files(folder), [d for d in visible_folders(folder) if not is_ours(d)]
     pictures = [f for f in files if is_named_photo(f)]
     subfolders = {d: [f for f in visible_files(d) if is_named_photo(f)] for d in folders}
     subfolders = {d: inside for d, inside in subfolders.items() if inside}
@@ -80,11 +79,14 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
                 name = f"{directory.name}/{file.name}"
                 caption = captions.get(name) or inside_captions.get(file.name)
                 found.photos.append(Photo(file, name, numbers[directory.name], caption))
+        for directory in set(folders) - set(subfolders):  # a class whose photos all have such names must not go in silence
+            unreadable = [f for f in visible_files(directory) if not is_utf8(f.name)]
+            found.not_photos |= {f"{shown(directory.name)}/{shown(f.name)}": not_a_picture(f) for f in unreadable}
         if pictures:
             found.notices.append(f"{len(pictures)} photos beside the class folders are left out")
-        deeper = [inner for d in folders for inner in visible_folders(d) if any(is_named_photo(f) for f in inner.rglob("*"))]
-        if deeper:
-            found.notices.append(f"photos further down are left out, as in {shown(str(deeper[0].relative_to(folder)))}/")
+        inner = (inside for d in folders for inside in visible_folders(d))
+        if deeper := next((d for d in inner if any(is_named_photo(f) for f in d.rglob("*"))), None):
+            found.notices.append(f"photos further down are left out, as in {shown(str(deeper.relative_to(folder)))}/")
         return found
 
     for file in pictures:
@@ -116,12 +118,12 @@ def is_named_photo(file: Path) -> bool:
 
 def is_utf8(name: str) -> bool:
     """Whether a name can be written down: Linux allows others, which archives from other systems have."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return shown(name) == name
 
 
 def shown(name: str) -> str:
     """A name of a file for people, whatever bytes it consists of."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -133,6 +135,12 @@ def visible_folders(folder: Path) -> list[Path]:
     """The folders directly in a folder, by name, but for hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the toolkit has written it: a run, a contact sheet, what `prepare` and `generate` leave."""
+    marks = ("run.json", "model_index.json", SHEET, "corel/source.json")
+    return folder.name.endswith("_individual") or any((folder / mark).exists() for mark in marks)
 
 
 def not_a_picture(file: Path) -> str:
@@ -163,7 +171,8 @@ def folder_classes(folders: Sequence[str], named: dict[int, str]) -> tuple[dict[
         numbers = {folder: int(match[1]) for folder, match in matches.items()}
         return numbers, {number: named.get(number, folder) for folder, number in numbers.items()}
     known = {name: number for number, name in named.items()}
-    numbers = {folder: known[folder] if set(folders) <= set(known) else place for place, folder in enumerate(sorted(folders), 1)}
+    listed = set(folders) <= set(known)
+    numbers = {folder: known[folder] if listed else place for place, folder in enumerate(sorted(folders), 1)}
     return numbers, {number: folder for folder, number in sorted(numbers.items(), key=lambda item: item[1])}
 
 

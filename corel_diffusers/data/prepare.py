@@ -28,7 +28,7 @@ from corel_diffusers.plots import SHEET_PX, contact_sheet, save_picture
 DARK = 32  # a line whose 90th percentile of brightness is below this, of 255, is black film
 JUMP = 24  # and the film ends with a jump of at least this, where a dark picture grows lighter by and by
 MAX_BORDER = 0.1  # of the side; more black than this is the picture's own
-LONGEST_NAME = 200  # bytes; file systems allow 255, and files grow endings
+LONGEST_NAME = 240  # bytes; file systems allow 255, and files grow endings
 AT_ONCE = 64  # photos are given to the threads: so many at most are done in vain when the user interrupts
 
 

@@ -60,7 +60,7 @@ def test_a_term_that_begins_in_mid_epoch_is_averaged_over_its_own_passes():
 
 def test_the_average_of_the_weights_is_the_formulas():
     model = torch.nn.Linear(1, 1, bias=False)
-    ema, expected = training.build_ema(UNetArguments(ema_decay=0.9), model), float(model.weight)
+    ema, expected = training.build_ema(UNetArguments(ema_decay=0.9), model), float(model.weight.detach())
     for step in range(1, 60):
         model.weight.data.fill_(step**0.5)
         ema.step(list(model.parameters()))

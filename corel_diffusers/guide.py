@@ -11,7 +11,7 @@ from corel_diffusers.files import whole_file
 
 # benchmarks/results/choices.md, "Guidance by an early self": measured with the `tiny` UNet on 221 photos
 SHARE = 1 / 8  # of the steps of the UNet that is guided, as near as a power of two comes
-GUIDED_FROM = 130_000  # pictures; a UNet that has seen fewer comes as near to photos guided by itself without the class
+GUIDED_FROM = 130_000  # pictures; a UNet that has seen fewer comes nearer to photos guided by itself without the class
 
 
 def guide_step(step: int) -> int:

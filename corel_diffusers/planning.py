@@ -67,7 +67,7 @@ VAE_LADDER = Ladder(
 )
 UNET_LADDER = Ladder(
     (
-        Rung("tiny", 64, 16, reached=((49_000, 56), (80_000, 49), (168_000, 34))),
+        Rung("tiny", 64, 16, reached=((49_000, 56), (80_000, 46), (168_000, 34))),
         Rung("base", 128, 16, 100_000),
         Rung("large", 256, 32, 1_000_000, 5_000),
     ),

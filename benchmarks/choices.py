@@ -67,15 +67,16 @@ BASE_VAE: Choices = {
     ),
     "f8, 8 channels, 32 norm groups": (BASE_F8 | {"latent_channels": 8, "norm_num_groups": 32}, []),
 }
+WIDER = {"block_out_channels": [64, 128, 256, 256], "layers_per_block": 2}
 LARGE_VAE: Choices = {
-    "large: f8, 8 channels, [64, 128, 256, 256], 2 layers, 8 norm groups": ({}, []),
-    "32 norm groups": ({"norm_num_groups": 32}, []),
-    "[128, 256, 512, 512], 32 norm groups": ({"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}, []),
-    "[32, 64, 128, 128], 1 layer, 4 norm groups": (
-        {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 1, "norm_num_groups": 4},
+    "large: f8, 8 channels, [32, 64, 128, 128], 1 layer, 4 norm groups": ({}, []),
+    "[64, 128, 256, 256], 2 layers, 32 norm groups": (WIDER | {"norm_num_groups": 32}, []),
+    "[64, 128, 256, 256], 2 layers, 8 norm groups": (WIDER | {"norm_num_groups": 8}, []),
+    "[64, 128, 256, 256], 1 layer, 8 norm groups": (WIDER | {"norm_num_groups": 8, "layers_per_block": 1}, []),
+    "[128, 256, 512, 512], 2 layers, 32 norm groups": (
+        {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32},
         [],
     ),
-    "[64, 128, 256, 256], 1 layer, 8 norm groups": ({"layers_per_block": 1}, []),
 }
 TINY_UNET: Choices = {
     "tiny: [32, 64, 128], batch 16": ({}, []),

@@ -72,9 +72,8 @@ class CorelPipeline(DiffusionPipeline):
         callback_on_step_end(pipe, step, timestep, {"latents": ...}) may return a dict with new latents.
         """
         labels = self.label_ids(num_images, class_labels)
-        if isinstance(generator, (list, tuple)) and len(generator) not in (1, num_images):
+        if isinstance(generator, list) and len(generator) not in (1, num_images):
             raise ValueError(f"{len(generator)} generators for num_images={num_images}: give one, or one a picture")
-        generator = list(generator) if isinstance(generator, tuple) else generator
         has_class = labels is not None and bool((labels != self.null_label).any())
         guided = guidance_scale != 1 and (self.guide is not None or has_class)
         device, dtype = self._execution_device, self.unet.dtype

@@ -160,11 +160,12 @@ def choose(
         if not higher or 60 * minutes * measured >= rung.pictures:
             chosen, rate, way = rung, measured, {"mixed_precision": precision, "attention": attention}
 
+    size = size_px or (chosen.side_px,) * 2
     seen = 60 * minutes * rate if timed and rate else asked_for(args, chosen, accelerator, count)
     plan = {"config": chosen.config, "image_size": str(chosen.side_px), "batch_size": chosen.batch_size, "max_train_minutes": minutes}
     plan["views"] = VIEWS if seen > VIEWS_FROM * count else 0
     if ladder.recipe and chosen.config == ladder.rungs[0].config and args.config in (None, chosen.config):
-        plan |= ladder.recipe(args, seen / photos_a_step(args, chosen, accelerator), size_px or (chosen.side_px,) * 2)
+        plan |= ladder.recipe(args, seen / photos_a_step(args, chosen, accelerator), size)
     adversarial = args.planned.get("adversarial_weight", 0)
     if rate and (plan.get("adversarial_weight") if adversarial is None else adversarial):
         rate *= WITH_DISCRIMINATOR
@@ -175,7 +176,7 @@ def choose(
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
     accelerator.print(f"plan: {flags or 'as the flags say'}")
     if rate:
-        for line in (speed_line(accelerator, args, chosen, size_px, count, seen, rate), expectation(args, ladder, chosen, size_px, seen)):
+        for line in (speed_line(accelerator, args, chosen, size, count, seen, rate), expectation(args, ladder, chosen, size_px, seen)):
             accelerator.print(f"      {line}")
     return plan
 
@@ -222,13 +223,13 @@ def speed_line(
     accelerator: Accelerator,
     args: TrainingArguments,
     rung: Rung,
-    size_px: tuple[int, int] | None,
+    size_px: tuple[int, int],
     count: int,
     pictures: float,
     rate: float,
 ) -> str:
     """What the machine does in the time, for people."""
-    height, width = size_px or (rung.side_px,) * 2
+    height, width = size_px
     steps = pictures / photos_a_step(args, rung, accelerator)
     speed = f"{rate:,.0f} photos/s of {height}x{width} px"
     looks = f"{pictures:,.0f} pictures in {steps:,.0f} steps: each of the {count:,} photos {pictures / count:,.0f} times"

@@ -55,8 +55,8 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
     """
     files, folders = visible_files(folder), [d for d in visible_folders(folder) if not is_ours(d)]
     pictures = [f for f in files if is_named_photo(f)]
-    subfolders = {d: [f for f in visible_files(d) if is_named_photo(f)] for d in folders}
-    subfolders = {d: inside for d, inside in subfolders.items() if inside}
+    listed = {d: visible_files(d) for d in folders}
+    subfolders = {d: inside for d, files_of in listed.items() if (inside := [f for f in files_of if is_named_photo(f)])}
     if layout == "auto":
         layout = layout_by_names([f.stem for f in pictures], folder)
         if layout == "flat" and sum(map(len, subfolders.values())) > len(pictures):
@@ -71,17 +71,15 @@ def find_photos(folder: Path, layout: str = "auto") -> Found:
         if unreadable := [d for d in subfolders if not is_utf8(d.name)]:
             raise UserError(f"--data-dir {folder}: the name of the folder {shown(unreadable[0].name)} is not UTF-8: rename it")
         numbers, found.classes = folder_classes([d.name for d in subfolders], names)
+        for directory, files_of in listed.items():  # a class whose photos all have such names must not go in silence
+            others = [f for f in files_of if not is_named_photo(f) and (directory in subfolders or not is_utf8(f.name))]
+            found.not_photos |= {f"{shown(directory.name)}/{shown(f.name)}": not_a_picture(f) for f in others}
         for directory, inside in subfolders.items():
-            others = [f for f in visible_files(directory) if not is_named_photo(f)]
-            found.not_photos |= {f"{directory.name}/{shown(f.name)}": not_a_picture(f) for f in others}
             inside_captions = read_captions(directory / "captions.json")
             for file in inside:
                 name = f"{directory.name}/{file.name}"
                 caption = captions.get(name) or inside_captions.get(file.name)
                 found.photos.append(Photo(file, name, numbers[directory.name], caption))
-        for directory in set(folders) - set(subfolders):  # a class whose photos all have such names must not go in silence
-            unreadable = [f for f in visible_files(directory) if not is_utf8(f.name)]
-            found.not_photos |= {f"{shown(directory.name)}/{shown(f.name)}": not_a_picture(f) for f in unreadable}
         if pictures:
             found.notices.append(f"{len(pictures)} photos beside the class folders are left out")
         inner = (inside for d in folders for inside in visible_folders(d))

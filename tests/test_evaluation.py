@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,6 +162,15 @@ def test_planted_copies_are_found(pixels, plant):
         assert in_features.share_below(finder.feature_ratio) == 1
 
 
+def test_a_corner_of_a_photo_is_found_in_features(pixels):
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], CPU)
+    corners = product((0, 1 / 8), repeat=2)
+    copies = np.stack([memorization.cropped(pixels["train"].values[0], (7 / 8, left, top)) for left, top in corners])
+    found = finder.in_features(np.concatenate([copies, copies[:, :, ::-1]]))
+    assert found.photo.tolist() == [0] * 8
+    assert found.share_below(finder.feature_ratio) == 1
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, mirrored):
     photos = np.array(pixels["train"].values)
@@ -221,6 +231,17 @@ def test_the_features_of_copies_are_means_of_nine_places(pixels):
         assert places[:, :, row, column] == pytest.approx(mean / np.linalg.norm(mean, axis=1, keepdims=True), abs=1e-3)
     mean = feature_networks.extract(feature_networks.load_network("efficientnet-lite0", CPU), photos)
     assert mean.numpy() == pytest.approx(feature_map.mean((2, 3)), abs=1e-5)
+
+
+def test_views_of_a_photo_are_itself_and_windows_of_a_larger_map(pixels):
+    photos = pixels["train"].values[:2]
+    views = feature_networks.extract(feature_networks.efficientnet_crops(CPU), photos).reshape(2, feature_networks.VIEWS, -1)
+    assert torch.equal(views[:, 0], feature_networks.extract(feature_networks.efficientnet_places(CPU), photos))
+    with torch.no_grad():
+        larger = feature_networks.efficientnet_map(CPU)(torch.from_numpy(photos), 256)
+    assert larger.shape == (2, 1280, 8, 8)
+    last = feature_networks.nine_places(larger[:, :, 1:, 1:])
+    assert torch.allclose(views[:, -1].float(), last, atol=1e-3)
 
 
 def test_photo_features_are_cached_and_the_uncached_ones(pixels, network):

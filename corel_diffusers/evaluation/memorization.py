@@ -19,7 +19,7 @@ from PIL import Image
 from corel_diffusers.data.cache import Shards
 from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
 from corel_diffusers.data.transforms import Pixels, evenly
-from corel_diffusers.evaluation.features import Network, efficientnet_places, extract, photo_features
+from corel_diffusers.evaluation.features import VIEWS, Network, efficientnet_crops, efficientnet_places, extract, photo_features
 
 PIXEL_RATIO = 1 / 3
 CALIBRATED_ON = 2000  # photos, evenly over all: more do not change a share of 1 %, and each is compared with all
@@ -146,11 +146,12 @@ class CopyFinder:
     def of(cls, photos: Pixels, rendered: Pixels, device: torch.device) -> "CopyFinder":
         """rendered: the training photos as the VAE renders them; the photos themselves where the pictures were made without one.
 
-        In features a photo counts by itself and its mirror image; crops are searched for in pixels.
+        In features a photo counts by itself, its four corners and the mirror images of all; any other crop is searched for in pixels.
         """
-        network = efficientnet_places(device)
+        network, views_of = efficientnet_places(device), efficientnet_crops(device)
         groups = torch.tensor(duplicate_groups([photo_hashes(Image.fromarray(photo)) for photo in photos.values]))
-        features = [photo_features(network, rendered, mirrored) for mirrored in (False, True)]
+        views = [photo_features(views_of, rendered, mirrored).unflatten(1, (VIEWS, -1)).unbind(1) for mirrored in (False, True)]
+        features = [*views[0], *views[1]]
         return cls(rendered.values, pixel_views(rendered.values), network, features, groups, calibrated_ratio(features, groups))
 
     def search(self, pictures: np.ndarray) -> tuple[Nearest, Nearest]:
@@ -167,7 +168,7 @@ class CopyFinder:
         return two_nearest(nearer, self.groups)
 
     def in_features(self, pictures: np.ndarray) -> Nearest:
-        """The nearest photos, their mirror images included, to a network."""
+        """The nearest photos, their corners and mirror images included, to a network."""
         return two_nearest(distances(extract(self.network, pictures), self.features), self.groups)
 
     def shares(self, in_pixels: Nearest, in_features: Nearest) -> dict[str, float]:

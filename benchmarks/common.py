@@ -82,7 +82,11 @@ def step_arguments(description: str, batch_size: int, steps: int) -> argparse.Na
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--steps", type=int, default=steps, help="timed, after as many for the warm-up")
     parser.add_argument("--repeats", type=int, default=5)
-    return parser.parse_args()
+    parser.add_argument("--compile", action="store_true", help="the scripts' side with --compile, once that is done")
+    args = parser.parse_args()
+    args.warmup = max(args.steps, 20 if args.compile else 0)  # --compile begins with 13 plain steps
+    args.compiled = ["--compile"] if args.compile else []
+    return args
 
 
 def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats: int, unit: str = "ms a step") -> str:

@@ -29,13 +29,13 @@ def main() -> None:
             vae = Path(folder) / f"vae-{size_px}"
             build_vae(args.config, (size_px, size_px)).save_pretrained(vae)
             shared = ["--config", args.config, "--image-size", size_px, "--batch-size", args.batch_size]
-            plain = [ROOT / "benchmarks" / "plain.py", "unet", photos, *shared, "--vae", vae, "--steps", 2 * args.steps]
-            flags = ["--align-weight", 0, "--views", 0, "--max-train-steps", 2 * args.steps, "--validate-every", 10**6]
-            ours = [ROOT / "train_unet.py", "--data-dir", photos, *shared, "--vae-checkpoint", vae, *flags, *QUIET]
-            sides = {"plain loop": plain, "plain loop, cached": [*plain, "--cached"], "train_unet.py": ours}
+            plain = [ROOT / "benchmarks" / "plain.py", "unet", photos, *shared, "--vae", vae, "--steps", args.warmup + args.steps]
+            flags = ["--align-weight", 0, "--views", 0, "--max-train-steps", args.warmup + args.steps, "--validate-every", 10**6]
+            ours = [ROOT / "train_unet.py", "--data-dir", photos, *shared, "--vae-checkpoint", vae, *flags, *args.compiled, *QUIET]
+            sides = {"plain loop": plain, "plain loop, cached": [*plain, "--cached"], " ".join(["train_unet.py", *args.compiled]): ours}
             if importlib.util.find_spec("denoising_diffusion_pytorch"):
                 sides = {"denoising-diffusion-pytorch": [plain[0], "ddpm", *plain[2:]]} | sides
-            sides = {name: partial(step_seconds, *words, warmup=args.steps) for name, words in sides.items()}
+            sides = {name: partial(step_seconds, *words, warmup=args.warmup) for name, words in sides.items()}
             lines.append(compare(f"UNet step, {args.config}, {size_px} px, batch {args.batch_size}", sides, args.repeats))
     print(machine(), *lines, sep="\n")
 

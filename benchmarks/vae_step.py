@@ -22,12 +22,12 @@ def main() -> None:
         photos = make_photos(Path(folder) / "photos")
         for size_px in args.sizes:
             shared = ["--config", args.config, "--image-size", size_px, "--batch-size", args.batch_size]
-            plain = [ROOT / "benchmarks" / "plain.py", "vae", photos, *shared, "--steps", 2 * args.steps]
-            flags = ["--crop-chance", 0, "--optimizer", "adamw", "--max-train-steps", 2 * args.steps, "--validate-every", 10**6]
-            ours = [ROOT / "train_vae.py", "--data-dir", photos, *shared, *flags, *QUIET]
+            plain = [ROOT / "benchmarks" / "plain.py", "vae", photos, *shared, "--steps", args.warmup + args.steps]
+            flags = ["--crop-chance", 0, "--optimizer", "adamw", "--max-train-steps", args.warmup + args.steps, "--validate-every", 10**6]
+            ours = [ROOT / "train_vae.py", "--data-dir", photos, *shared, *flags, *args.compiled, *QUIET]
             sides = {
-                "plain loop": partial(step_seconds, *plain, warmup=args.steps),
-                "train_vae.py": partial(step_seconds, *ours, warmup=args.steps),
+                "plain loop": partial(step_seconds, *plain, warmup=args.warmup),
+                " ".join(["train_vae.py", *args.compiled]): partial(step_seconds, *ours, warmup=args.warmup),
             }
             lines.append(compare(f"VAE step, {args.config}, {size_px} px, batch {args.batch_size}", sides, args.repeats))
     print(machine(), *lines, sep="\n")

@@ -95,21 +95,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--vae-batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     precision = resolve_precision("auto", "cpu")
     print(f"{machine('cpu')}, mixed precision {precision}")
     for name, (model, step) in steps(args, precision).items():
         with FlopCounterMode(display=False) as counter:
             step()
+        layers = parts(model, step)
         whole = {}
         for attention in ("fused", "math"):  # the scripts take what is faster on a CPU with bf16
             torch.backends.cuda.enable_flash_sdp(attention == "fused")
+            if args.compile:
+                torch.compiler.reset()  # compiled code keeps the kernel that was on
+                model.compile()
             whole[attention] = float(np.median(seconds(step, 4 * args.repeats)))
         attention, whole = min(whole.items(), key=lambda item: item[1])
-        peak = sum(often * alone(layer, shape, precision, args.repeats) for (layer, shape), often in parts(model, step).items())
+        peak = sum(often * alone(layer, shape, precision, args.repeats) for (layer, shape), often in layers.items())
         flops = counter.get_total_flops()
         print(
-            f"| {name} step, {args.config}, {args.image_size} px, {attention} attention "
+            f"| {name} step{', compiled' * args.compile}, {args.config}, {args.image_size} px, {attention} attention "
             f"| {1e3 * whole:.3g} ms, {flops / whole / 1e9:,.0f} GFLOP/s; its layers "
             f"alone {1e3 * peak:.3g} ms, {flops / peak / 1e9:,.0f} GFLOP/s | {peak / whole:.0%} of the peak |"
         )

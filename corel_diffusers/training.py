@@ -198,8 +198,10 @@ def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, p
     vectors = [gradient for gradient in gradients if gradient.ndim == 1]  # two of three; a norm of each takes as long as of a matrix
     matrices = [gradient for gradient in gradients if gradient.ndim != 1]
     norm = torch.nn.utils.get_total_norm([torch.cat(vectors), *matrices] if vectors else matrices)
-    if accelerator.device.type != "cpu" or norm > limit:
+    if accelerator.device.type != "cpu":
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    elif norm > limit:
+        torch._foreach_mul_(gradients, float(limit / (norm + 1e-6)))  # as torch does, without sorting them by device
 
 
 # --- EMA ----------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ python benchmarks/copies.py --pipelines diffusion_models --data-dir photos --num
 For each pipeline and each way to make a vector of EfficientNet-Lite0's last feature map: the share of training photos that are found
 again after a change (each mirrored, and rendered by the VAE), of held-out photos that pass for copies (false alarms), and of the
 pipeline's own pictures. The last way, which `corel-diffusers evaluate` takes, knows the photos' corners. The ratio is calibrated as it
-does. The last column is the pipeline's share where
-the ratio is one that finds as many of the changed photos as the mean of the whole map does. Where the pipeline copies nothing in
-pixels, the better features are those that find more changed photos and fewer pictures.
+does. The last column is the pipeline's share where the ratio is one that finds as many of the changed photos as the mean of the whole
+map does. Where the pipeline copies nothing in pixels, the better features are those that find more changed photos and fewer pictures.
 """
 
 import argparse

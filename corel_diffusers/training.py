@@ -195,7 +195,7 @@ def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, p
         return
     accelerator.unscale_gradients(optimizer)  # no other's, whose gradients may be half summed up
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    vectors = [gradient for gradient in gradients if gradient.ndim == 1]  # two of three; a norm of each takes as long as of a matrix
+    vectors = [gradient for gradient in gradients if gradient.ndim == 1]  # two thirds of them: small, and all in one are one norm
     matrices = [gradient for gradient in gradients if gradient.ndim != 1]
     norm = torch.nn.utils.get_total_norm([torch.cat(vectors), *matrices] if vectors else matrices)
     if accelerator.device.type != "cpu":

@@ -86,6 +86,7 @@ def test_versions_are_picked_as_often_as_they_are_said_to_be(views):
 def test_other_weights_photos_or_sizes_are_another_cache(vae, pixels, raw_photos, monkeypatch):
     from corel_diffusers.data import views
 
+    cache_moments(vae, pixels, torch.device("cpu"))
     encoded = []
     original = views.cached_array
     monkeypatch.setattr(views, "cached_array", lambda *a: original(*a[:3], lambda photos: encoded.append(1) or a[3](photos), *a[4:]))

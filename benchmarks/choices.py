@@ -116,7 +116,7 @@ LARGE_UNET: Choices = {
     "[128, 256, 512]": ({"block_out_channels": [128, 256, 512]}, []),
     "base's [128, 192, 256]": ({"block_out_channels": [128, 192, 256], "attention_head_dim": 32}, []),
     "one layer a stage": ({"layers_per_block": 1}, []),
-    "five times the learning rate": ({}, ["--lr", 5e-4]),
+    "a fifth of the learning rate": ({}, ["--lr", 1e-4]),
 }
 CHOICES = {
     ("vae", "tiny"): (TINY_VAE, ["--batch-size", 2, "--lr", 1e-4]),
@@ -124,7 +124,7 @@ CHOICES = {
     ("vae", "large"): (LARGE_VAE, ["--batch-size", 16, "--lr", 1e-4]),
     ("unet", "tiny"): (TINY_UNET, ["--batch-size", 16, "--lr", 2e-3]),
     ("unet", "base"): (BASE_UNET, ["--batch-size", 16, "--lr", 5e-4, "--views", 0]),
-    ("unet", "large"): (LARGE_UNET, ["--batch-size", 32, "--lr", 1e-4, "--views", 0]),
+    ("unet", "large"): (LARGE_UNET, ["--batch-size", 32, "--lr", 5e-4, "--views", 0]),
 }
 JUDGED_BY = {
     "vae": ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats a value"],

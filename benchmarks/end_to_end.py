@@ -70,7 +70,7 @@ def tune(args: argparse.Namespace, folder: Path) -> int:
         label, untold = labels[chosen], torch.zeros(16, 0)
         with autocast(precision, "cpu"):
             drawn = torch.randn_like(noise)
-            made, center, logvar = coder(batch, drawn)
+            made, center, logvar, _ = coder(batch, drawn)
             loss = F.l1_loss(made, batch) + perceptual_weight * perceptual(made, batch)
             latents = center + (0.5 * logvar).exp() * drawn
             latents = F.batch_norm(latents.float(), None, None, training=True)

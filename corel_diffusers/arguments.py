@@ -295,7 +295,6 @@ class VAEArguments(TrainingArguments):
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start", "kl_warmup"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "give 0 or more")
-        self.check_compile()
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a share from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")
@@ -306,11 +305,6 @@ class VAEArguments(TrainingArguments):
         for name, value in {"perceptual_weight": 0.3, "adversarial_weight": 0.0, "kl_weight": 0.4 / math.prod(self.size_px)}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.check_compile()
-
-    def check_compile(self) -> None:
-        if self.compile and self.adversarial_weight:
-            raise UserError("--compile: a compiled VAE has no gradient at its last layer alone, which --adversarial-weight needs: give one")
 
 
 @dataclass(kw_only=True)
@@ -319,7 +313,7 @@ class UNetArguments(TrainingArguments):
     --views and the length is planned."""
 
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the size is the VAE's
-    LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3, "base": 5e-4}
+    LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3, "base": 5e-4, "large": 5e-4}
     MUON_SCALE: ClassVar[float] = 2.0
 
     output_dir: str = "diffusion_models"

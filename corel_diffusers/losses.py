@@ -28,16 +28,20 @@ def discriminator_loss(on_photos: torch.Tensor, on_reconstructions: torch.Tensor
 
 
 def adaptive_weight(
-    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, loss_scale: torch.Tensor | float = 1.0
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.nn.Conv2d, drawn_from: torch.Tensor
 ) -> torch.Tensor:
     """|grad reconstruction| / |grad adversarial| at the decoder's last weights (Esser et al. 2021, arXiv:2012.09841, eq. 7) -> scalar.
 
-    Both terms then pull equally hard, whatever the discriminator's scale. Clamped to 10^4, and detached. loss_scale: what fp16 losses
-    are multiplied by, so that their gradients do not vanish on the way; 0 where they overflow, as they do in a step that the scaler skips.
+    Both terms then pull equally hard, whatever the discriminator's scale. Clamped to 10^4; 0 where fp16 has overflowed.
+
+    reconstruction, adversarial: each term's gradient at the reconstructions, (B, 3, H, W), which the last layer, a convolution with
+    stride 1, made of `drawn_from` (B, D, H, W): from there its weights' gradients are one product.
     """
-    terms = [loss_scale * term for term in (reconstruction, adversarial)]
-    pulls = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].float().norm() / loss_scale for term in terms]
-    return (pulls[0] / (pulls[1] + 1e-4)).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1e4).detach()
+
+    def pull(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.nn.grad.conv2d_weight(drawn_from, last_layer.weight.shape, gradient, padding=last_layer.padding).norm()
+
+    return (pull(reconstruction) / (pull(adversarial) + 1e-4)).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1e4)
 
 
 def kl_warmup(weight: float, step: int, warmup_steps: int) -> float:

@@ -42,15 +42,14 @@ class Ladder(NamedTuple):
     rungs: tuple[Rung, ...]
     minutes: float
     measure: str
-    recipe: Callable[[TrainingArguments, float, tuple[int, int]], dict] | None = None  # steps, size (height, width) -> more flags
+    recipe: Callable[[float, tuple[int, int]], dict] | None = None  # steps, size (height, width) -> more flags
 
 
-def vae_recipe(args: TrainingArguments, steps: float, size_px: tuple[int, int]) -> dict:
+def vae_recipe(steps: float, size_px: tuple[int, int]) -> dict:
     """What a VAE gains from once it trains for so many steps; before, these cost more than they give."""
     if steps < ADVERSARIAL_FROM:
         return {}
-    adversarial = {} if args.compile else {"adversarial_weight": 0.3}
-    return {"perceptual_weight": 1.0, "kl_weight": 0.2 / math.prod(size_px)} | adversarial
+    return {"perceptual_weight": 1.0, "kl_weight": 0.2 / math.prod(size_px), "adversarial_weight": 0.3}
 
 
 # reached: `tiny` by benchmarks/contest.py and longer runs, `base` by benchmarks/results/choices.md, "The presets for GPUs"
@@ -165,7 +164,7 @@ def choose(
     plan = {"config": chosen.config, "image_size": str(chosen.side_px), "batch_size": chosen.batch_size, "max_train_minutes": minutes}
     plan["views"] = VIEWS if seen > VIEWS_FROM * count else 0
     if ladder.recipe and chosen.config == ladder.rungs[0].config and args.config in (None, chosen.config):
-        plan |= ladder.recipe(args, seen / photos_a_step(args, chosen, accelerator), size)
+        plan |= ladder.recipe(seen / photos_a_step(args, chosen, accelerator), size)
     adversarial = args.planned.get("adversarial_weight", 0)
     if rate and (plan.get("adversarial_weight") if adversarial is None else adversarial):
         rate *= WITH_DISCRIMINATOR

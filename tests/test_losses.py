@@ -73,7 +73,7 @@ def test_each_term_reaches_the_parameters_that_it_should_and_no_others(term, rea
     model = VAEWithPosterior(AutoencoderKL.from_config(VAE_CONFIG | blocks))
     perceptual = PerceptualLoss("efficientnet-lite0")
     photos = torch.rand(2, 3, 32, 32) * 2 - 1
-    reconstruction, mean, logvar = model(photos, torch.randn(2, 4, 8, 8))
+    reconstruction, mean, logvar, _ = model(photos, torch.randn(2, 4, 8, 8))
     loss = {
         "reconstruction": lambda: reconstruction_loss(reconstruction, photos, "l1"),
         "perceptual": lambda: perceptual(reconstruction, photos),
@@ -95,8 +95,8 @@ def test_the_adversarial_terms_train_their_own_side_and_no_other():
     discriminator.requires_grad_(False)
     verdict = -discriminator(reconstruction).mean()
     discriminator.requires_grad_(True)
-    weight = adaptive_weight((reconstruction - photo).abs().mean(), verdict, decoder.weight)
-    (weight * verdict).backward()
+    pulls = [torch.autograd.grad(term, reconstruction)[0] for term in ((reconstruction - photo).abs().mean(), verdict)]
+    (adaptive_weight(*pulls, decoder, latents) * pulls[1] * reconstruction).sum().backward()
     assert all(p.grad is None for p in discriminator.parameters()), "the decoder's term must not train the discriminator"
     before = decoder.weight.grad.clone()
     assert before.abs().sum() > 0
@@ -106,13 +106,16 @@ def test_the_adversarial_terms_train_their_own_side_and_no_other():
 
 
 def test_the_adaptive_weight_makes_both_terms_pull_alike():
-    weight = torch.nn.Parameter(torch.randn(5))
-    reconstruction, adversarial = (weight**2).sum(), 7 * weight.sum()
-    ratio = adaptive_weight(reconstruction, adversarial, weight)
-    assert torch.allclose(adaptive_weight(reconstruction, adversarial, weight, loss_scale=2.0**16), ratio)
-    assert float(ratio) == pytest.approx(float((2 * weight).detach().norm() / (7 * 5**0.5)), rel=1e-4)
+    torch.manual_seed(0)
+    decoder, latents = torch.nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 8, 8)
+    reconstruction = decoder(latents)
+    terms = (reconstruction**2).mean(), 7 * reconstruction.sin().mean()
+    at_weights = [torch.autograd.grad(term, decoder.weight, retain_graph=True)[0].norm() for term in terms]  # the paper's own
+    pulls = [torch.autograd.grad(term, reconstruction, retain_graph=True)[0] for term in terms]
+    ratio = adaptive_weight(*pulls, decoder, latents)
+    assert float(ratio) == pytest.approx(float(at_weights[0] / at_weights[1]), rel=1e-3)
     assert not ratio.requires_grad
-    assert adaptive_weight(reconstruction, float("inf") * adversarial, weight) == 0, "fp16 has overflowed: that step is skipped"
+    assert adaptive_weight(pulls[0], float("inf") * pulls[1], decoder, latents) == 0, "fp16 has overflowed: that step is skipped"
 
 
 def test_the_discriminator_loss_is_the_hinge():

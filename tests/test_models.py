@@ -24,10 +24,11 @@ from corel_diffusers.models import (
 def test_presets_run_forward_at_rectangular_sizes(preset, latent_shape):
     vae = build_vae(preset, (64, 96))
     with torch.no_grad():
-        reconstruction, mean, logvar = VAEWithPosterior(vae)(torch.zeros(1, 3, 64, 96), torch.zeros(1, *latent_shape))
+        reconstruction, mean, logvar, drawn_from = VAEWithPosterior(vae)(torch.zeros(1, 3, 64, 96), torch.zeros(1, *latent_shape))
         unet = build_unet(preset, (64, 96), vae, num_classes=6)
         prediction = unet(mean, torch.tensor([5]), torch.tensor([6])).sample
     assert reconstruction.shape == (1, 3, 64, 96)
+    assert torch.equal(vae.decoder.conv_out(drawn_from), reconstruction)
     assert mean.shape == logvar.shape == prediction.shape == (1, *latent_shape)
     assert vae.config.scaling_factor == 1
     assert unet.config.sample_size == list(latent_shape[1:])
@@ -63,7 +64,10 @@ def test_a_unet_in_training_is_without_changes_the_plain_one():
     assert model.told.weight.grad.abs().sum() > 0
     bare = UNetInTraining(unet, changes=0, features=0)
     assert len(list(bare.parameters())) == len(list(unet.parameters()))
-    assert bare(*inputs, torch.zeros(2, 0))[1] is None
+    assert bare(*inputs, torch.zeros(2, 0))[1].shape[1] == 0
+    without_classes = UNetInTraining(build_unet("tiny", (32, 32), build_vae("tiny", (32, 32)), num_classes=None), changes=0, features=0)
+    prediction, _ = without_classes(*inputs, torch.zeros(2, 0))
+    assert torch.equal(prediction, without_classes.unet(*inputs[:2]).sample), "labels are not looked at"
 
 
 def test_a_compiled_unet_in_training_is_the_uncompiled_one():

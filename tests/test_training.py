@@ -5,6 +5,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,37 @@ def test_on_a_machine_with_a_gpu_the_launcher_may_ask_for_the_cpu(tmp_path, monk
 )
 def test_what_compiling_gains_is_told(compiled, to_come, expected):
     assert expected in training.compilation_report(0.1, compiled, 60.0, to_come)
+
+
+class TwoLayers(torch.nn.Module):
+    """Compiled, it is itself, or, where `broken`, as with a compiler that loses the first layer's gradients."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.first, self.second, self.broken = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), broken
+        torch.nn.init.constant_(self.second.weight, 9.0)
+
+    def forward(self, values, lost=False):
+        inner = self.first(values)
+        return (self.second(inner.detach() if lost else inner),)
+
+    def compile(self):
+        self._compiled_call_impl = lambda values: self.forward(values, lost=self.broken)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_is_compiled_with_other_gradients_is_not_used(broken, capsys):
+    AcceleratorState._reset_state(True)
+    model, state = TwoLayers(broken), RunState()
+    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, state)
+    for step in range(1, 44):
+        assert (model._compiled_call_impl is None) == (step <= 13 or broken)
+        model(torch.randn(2, 4))[0].sum().backward()
+        compilation.tick(step, steps_to_come=100)
+    AcceleratorState._reset_state(True)
+    told = capsys.readouterr().out
+    assert ("the run goes on uncompiled" in told) == broken
+    assert ("ms a step in place of" in told) != broken
 
 
 def test_the_published_model_is_the_last_that_was_noted_as_such_or_the_best():

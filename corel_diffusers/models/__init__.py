@@ -25,7 +25,9 @@ def load_config(kind: str, config: str) -> dict:
 def from_config(model: type, values: dict, config: str) -> nn.Module:
     """A model with fresh weights; what its class refuses is the config's fault and named so."""
     try:
-        return model.from_config(values).to(memory_format=torch.channels_last)
+        built = model.from_config(values).to(memory_format=torch.channels_last)
+        built.to_json_string()  # writes class and version into its config, as the first saving would: what is compiled looks at that
+        return built
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"--config {config} makes no {model.__name__}: {first_line(error)}") from None
 
@@ -118,7 +120,8 @@ def check_size(size_px: tuple[int, int], multiple: int, who: str) -> None:
 
 
 class VAEWithPosterior(nn.Module):
-    """AutoencoderKL whose forward pass also returns the posterior, which the loss needs and `AutoencoderKL.forward` hides.
+    """AutoencoderKL whose forward pass also returns what losses need and `AutoencoderKL.forward` hides: the posterior, and what the
+    decoder's last layer was given.
 
     A module of its own, so that DDP and autocast wrap encoding and decoding together.
     """
@@ -126,12 +129,20 @@ class VAEWithPosterior(nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
+        self.drawn_from: torch.Tensor | None = None  # of the pass that is under way
+        vae.decoder.conv_out.register_forward_pre_hook(self.keep)
 
-    def forward(self, photos: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """photos (B, 3, H, W), noise (B, C, h, w) -> reconstruction (B, 3, H, W), mean and log-variance (B, C, h, w)."""
+    def keep(self, module: nn.Module, inputs: tuple) -> None:
+        self.drawn_from = inputs[0].detach()
+
+    def forward(self, photos: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """photos (B, 3, H, W), noise (B, C, h, w) -> reconstruction (B, 3, H, W), mean and log-variance (B, C, h, w), what
+        `decoder.conv_out` made the reconstruction of (B, D, H, W), without a gradient."""
         posterior = self.vae.encode(photos).latent_dist
         latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
-        return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
+        reconstruction = self.vae.decode(latents).sample
+        drawn_from, self.drawn_from = self.drawn_from, None
+        return reconstruction, posterior.mean, posterior.logvar, drawn_from
 
 
 class UNetInTraining(nn.Module):
@@ -166,12 +177,13 @@ class UNetInTraining(nn.Module):
         self.inner = output if self.changes is not None else None
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, changes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """changes (B, changes), zero for none -> the UNet's prediction (B, C, h, w) and the features it guesses (B, F, h', w')."""
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, changes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """labels (B,), which a UNet without classes does not look at; changes (B, changes), zero for none -> the UNet's prediction
+        (B, C, h, w) and the features it guesses (B, F, h', w')."""
         self.changes = changes
-        prediction = self.unet(sample, timestep, labels).sample
-        guess = self.guess(self.inner) if self.guess else None
+        prediction = self.unet(sample, timestep, labels if self.unet.class_embedding is not None else None).sample
+        guess = self.guess(self.inner) if self.guess else prediction[:, :0]
         self.changes = self.inner = None
         return prediction, guess
 

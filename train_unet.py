@@ -304,7 +304,7 @@ def trial_step(
     optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     inputs = [values.to(accelerator.device) for values in zero_batch(batch_size, latent_shape, changes=0)]
-    model = recorded(args, accelerator, "UNet", model, *inputs)
+    model = recorded(args, accelerator, "", model, *inputs)
 
     def step() -> None:
         with accelerator.autocast():

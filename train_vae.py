@@ -32,12 +32,12 @@ from corel_diffusers.files import UserError, best_record, published_model, read_
 from corel_diffusers.latents import cache_moments, measure_scale
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.losses import (
-    adaptive_weight,
     controlled_kl_weight,
     discriminator_loss,
     kl_divergence,
     kl_warmup,
     reconstruction_loss,
+    with_adversarial,
 )
 from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, check_size, downsample_factor, parameter_count
 from corel_diffusers.muon import build_optimizer
@@ -106,7 +106,7 @@ def main(args: VAEArguments) -> None:
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     model, perceptual_pass = recorded_passes(
-        args, accelerator, VAEWithPosterior(vae), perceptual, *zero_batch(args.batch_size, size_px, vae)
+        args, accelerator, VAEWithPosterior(vae, bool(args.adversarial_weight)), perceptual, *zero_batch(args.batch_size, size_px, vae)
     )
     model, optimizer = accelerator.prepare(
         model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
@@ -149,21 +149,19 @@ def main(args: VAEArguments) -> None:
                 batch = random_views(whole, fitted, random.chance(args.crop_chance), random.uniform(3), jitter)  # (B, 3, H, W)
                 batch = torch.where(to_device(random.chance(0.5), device).view(-1, 1, 1, 1), batch.flip(-1), batch)
                 with accelerator.accumulate(*(part.model for part in trained)):
-                    reconstruction, mean, logvar, drawn_from = model(batch, to_device(random.normal(*latent_shape), device))
+                    with accelerator.autocast():
+                        reconstruction, mean, logvar, drawn_from = model(batch, to_device(random.normal(*latent_shape), device))
                     terms = loss_terms(args, accelerator, perceptual_pass, batch, reconstruction, mean, logvar)
                     loss = towards = terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
                     if discriminator and early <= 0:  # only the VAE learns from it
                         critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
                         terms["adversarial"] = -critic(reconstruction).mean()
                         critic.requires_grad_(True)
-                        # in fp16 gradients vanish unless the loss is scaled
                         loss_scale = accelerator.scaler.scale(torch.ones((), device=device)) if accelerator.scaler else 1.0
-                        pulls = [
-                            torch.autograd.grad(loss_scale * term, reconstruction)[0] / loss_scale for term in (loss, terms["adversarial"])
-                        ]
-                        weight = args.adversarial_weight * adaptive_weight(*pulls, vae.decoder.conv_out, drawn_from)
-                        loss = loss + weight * terms["adversarial"]
-                        towards = ((pulls[0] + weight * pulls[1]) * reconstruction).sum()  # has the loss's gradient, found above
+                        strength, last_layer = args.adversarial_weight, vae.decoder.conv_out
+                        loss, towards = with_adversarial(
+                            loss, terms["adversarial"], strength, reconstruction, last_layer, drawn_from, loss_scale
+                        )
                     loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(towards + kl_weight * terms["kl"])
                     if accelerator.sync_gradients:
@@ -245,7 +243,7 @@ def trial_step(args: VAEArguments, accelerator: Accelerator, config: str, size_p
     )
     optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
     photos, noise = (values.to(accelerator.device) for values in zero_batch(batch_size, size_px, model.vae))
-    model, perceptual = recorded_passes(args, accelerator, model, perceptual, photos, noise)
+    model, perceptual = recorded_passes(args, accelerator, model, perceptual, photos, noise, trial=True)
 
     def step() -> None:
         with accelerator.autocast():
@@ -270,16 +268,17 @@ def recorded_passes(
     perceptual: PerceptualLoss | None,
     photos: torch.Tensor,
     noise: torch.Tensor,
+    trial: bool = False,
 ) -> tuple[VAEWithPosterior, Callable | None]:
     """The model, and the perceptual loss for batches of the size of `photos`, as CUDA graphs where that is faster."""
-    model = recorded(args, accelerator, "VAE", model, photos, noise)
+    model = recorded(args, accelerator, "" if trial else "VAE", model, photos, noise)
     if not perceptual:
         return model, None
 
     def perceptual_pass(reconstruction: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         return perceptual(reconstruction, reference)  # itself, it goes on taking batches of any size
 
-    return model, recorded(args, accelerator, "perceptual loss", perceptual_pass, photos.clone().requires_grad_(), photos)
+    return model, recorded(args, accelerator, "" if trial else "perceptual loss", perceptual_pass, photos.clone().requires_grad_(), photos)
 
 
 def loss_terms(

@@ -58,6 +58,8 @@ class TrainingArguments:
     """Keep no activations between stages but compute them again for the gradients: the same gradients, less memory, slower."""
     compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compile the model with torch.compile after some steps, and say whether the minutes that this takes will be won back."""
+    cuda_graphs: bool = True
+    """On one GPU, record the forward and backward pass and replay them where that is faster."""
 
     # how long, and how many at a time
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -76,7 +78,7 @@ class TrainingArguments:
 
     # optimisation
     learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
-    """Peak learning rate (default: 1e-4; for a UNet of --config tiny 2e-3, of base 5e-4)."""
+    """Peak learning rate (default: 1e-4; for a UNet of --config tiny 2e-3, of base and large 5e-4)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon makes the steps of convolutions and matrices orthogonal; the rest stays with AdamW."""
     lr_scheduler: LR_SCHEDULERS = "cosine"
@@ -150,6 +152,7 @@ class TrainingArguments:
             "no_mixed_precision",
             "gradient_checkpointing",
             "compile",
+            "cuda_graphs",
             "attention",
             "config",
         }  # the global batch is compared, the config's content

@@ -3,6 +3,7 @@
 A small model's forward and backward pass are over a thousand kernels of a few microseconds each, and a CPU starts one in about ten.
 """
 
+import gc
 import time
 import warnings
 from collections.abc import Callable
@@ -10,26 +11,28 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from corel_diffusers.arguments import TrainingArguments
-from corel_diffusers.files import first_line
+from corel_diffusers.files import UserError, first_line, is_out_of_memory
 
 Pass = TypeVar("Pass", bound=Callable)
 PASSES = 10  # timed, after three to warm up
+CLEARLY = 1.05  # times as fast: what is recorded keeps memory of its own
 
 
 def recorded(args: TrainingArguments, accelerator: Accelerator, name: str, run: Pass, *inputs: torch.Tensor) -> Pass:
-    """`run` on one GPU, its forward and backward pass recorded and from then on replayed where that is faster; else as it is.
+    """`run`, its forward and backward pass recorded and from then on replayed where that is clearly faster; else as it is.
 
     run: a module in training mode, before accelerate prepares it, or a function without weights; tensors in the shapes of `inputs` ->
-    tensors. name: of the pass, for people. What is recorded writes into the same memory each time: gradients of several passes would
-    not add up there, nor reach other processes.
+    tensors. A pass goes backward once. name: of the pass, for people; "" for a trial that nobody is told of. Only on one GPU in one
+    process: what is recorded has its gradients in the same memory each time, where those of several passes would not add up and no
+    other process would look for them. Raises UserError for a model that no graph can hold: the recording broken off leaves CUDA unfit.
     """
-    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    if not alone or args.grad_accum > 1 or args.compile or args.gradient_checkpointing:
+    alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
+    if not args.cuda_graphs or not alone or args.grad_accum > 1 or args.compile or args.gradient_checkpointing:
         return run
     inputs = tuple(values.detach().to(accelerator.device, copy=True).requires_grad_(values.requires_grad) for values in inputs)
     weights = list(run.to(accelerator.device).parameters()) if isinstance(run, nn.Module) else []
@@ -41,15 +44,20 @@ def recorded(args: TrainingArguments, accelerator: Accelerator, name: str, run: 
                 replayed = torch.cuda.make_graphed_callables(run, inputs, allow_unused_input=True)
             after = seconds_a_pass(accelerator, replayed, inputs, weights)
         told = f"{1e3 * after:.3g} ms in place of {1e3 * before:.3g}"
-    except RuntimeError as error:  # out of memory too: what is recorded keeps its own
-        replayed, after, told = run, before, first_line(error)
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())  # the old one takes itself to be recorded still
-    if after < before:
-        accelerator.print(f"CUDA graphs: the {name}'s passes take {told}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            way_out = "give --no-cuda-graphs"
+            raise UserError(f"the {name or 'model'}'s passes cannot be recorded as CUDA graphs ({first_line(error)}): {way_out}") from None
+        replayed, after, told = run, before, "out of memory"
+    faster = CLEARLY * after < before
+    if name:
+        accelerator.print(f"CUDA graphs: {'' if faster else 'none of '}the {name}'s passes{' take' if faster else ''} ({told})")
+    if faster:
         return replayed
+    del replayed
     vars(run).pop("forward", None)
-    accelerator.print(f"CUDA graphs: none of the {name}'s passes ({told})")
+    gc.collect()  # it is its own owner: nothing else frees its memory
+    torch.cuda.empty_cache()
     return run
 
 

@@ -27,6 +27,27 @@ def discriminator_loss(on_photos: torch.Tensor, on_reconstructions: torch.Tensor
     return F.relu(1 - on_photos).mean() + F.relu(1 + on_reconstructions).mean()
 
 
+def with_adversarial(
+    loss: torch.Tensor,
+    adversarial: torch.Tensor,
+    strength: float,
+    reconstruction: torch.Tensor,
+    last_layer: torch.nn.Conv2d,
+    drawn_from: torch.Tensor,
+    loss_scale: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """loss + strength * `adaptive_weight` * adversarial, and a scalar that has its gradient at the reconstruction: to go backward from.
+
+    Both terms' gradients are needed at the reconstruction to weigh them; backward from there is one pass through the decoder, and none
+    through the perceptual network and the discriminator again. loss_scale: what fp16 losses are multiplied by, so that their gradients
+    do not vanish on the way; where they overflow, so does the second scalar's, and the scaler skips the step.
+    """
+    pulls = [torch.autograd.grad(loss_scale * term, reconstruction)[0] / loss_scale for term in (loss, adversarial)]
+    weight = strength * adaptive_weight(*pulls, last_layer, drawn_from)
+    return (loss + weight * adversarial).detach(), ((pulls[0] + weight * pulls[1]) * reconstruction).sum()
+
+
+@torch.no_grad()
 def adaptive_weight(
     reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.nn.Conv2d, drawn_from: torch.Tensor
 ) -> torch.Tensor:

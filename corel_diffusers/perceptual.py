@@ -68,17 +68,11 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """The convolution and the norm behind it as one layer, which pads by itself where its package's layers copy their input to pad it.
-
-    Those with strides pad one side more than the other: as much as on the wider side on both, with a kernel that has zeros where there
-    was less, is the same, and only for a depthwise convolution cheaper.
-    """
+    """The convolution and the norm behind it as one layer, which pads by itself where it pads as much on each side: its package's layers
+    copy their input to pad it."""
     conv = fuse_conv_bn_eval(conv, norm)
-    less = conv.static_padding.padding[0] if isinstance(conv.static_padding, nn.ZeroPad2d) else 0
-    more = conv.kernel_size[0] - 1 - less
-    if less == more or conv.groups > 1:
-        conv.weight = nn.Parameter(F.pad(conv.weight, (more - less, 0, more - less, 0)))
-        conv.kernel_size, conv.padding, conv.static_padding = tuple(conv.weight.shape[2:]), (more, more), nn.Identity()
+    if max(conv.stride) == 1:
+        conv.padding, conv.static_padding = tuple(side // 2 for side in conv.kernel_size), nn.Identity()
     return conv
 
 

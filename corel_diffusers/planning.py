@@ -4,6 +4,7 @@ A ladder has the sizes of a model, the cheapest first. A run takes the highest r
 time to be worth the size.
 """
 
+import gc
 import math
 import sys
 import time
@@ -113,6 +114,7 @@ def settle(
     resolve_precision(args.mixed_precision, accelerator.device.type)  # a run begun on a GPU does not go on without one
     use(accelerator, args.mixed_precision, args.attention)
     if accelerator.device.type == "cuda":  # what was tried is neither in the run's way nor counted as its own
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if args.plan:
@@ -194,6 +196,7 @@ def fastest(
     rates = {}
     for precision, attention in product(precisions, kernels):
         if precision == "bf16" or attention == kernels[0]:
+            gc.collect()  # what was tried before: a recorded pass is its own owner
             use(accelerator, precision, attention)
             rates[precision, attention] = photos_per_second(trial_step(), batch_size)
     if len(rates) > 1:

@@ -19,6 +19,7 @@ from corel_diffusers.losses import (
     min_snr_weight,
     prediction_target,
     reconstruction_loss,
+    with_adversarial,
 )
 from corel_diffusers.models import VAEWithPosterior, build_discriminator
 from corel_diffusers.perceptual import PerceptualLoss
@@ -95,8 +96,8 @@ def test_the_adversarial_terms_train_their_own_side_and_no_other():
     discriminator.requires_grad_(False)
     verdict = -discriminator(reconstruction).mean()
     discriminator.requires_grad_(True)
-    pulls = [torch.autograd.grad(term, reconstruction)[0] for term in ((reconstruction - photo).abs().mean(), verdict)]
-    (adaptive_weight(*pulls, decoder, latents) * pulls[1] * reconstruction).sum().backward()
+    _, towards = with_adversarial((reconstruction - photo).abs().mean(), verdict, 1.0, reconstruction, decoder, latents)
+    towards.backward()
     assert all(p.grad is None for p in discriminator.parameters()), "the decoder's term must not train the discriminator"
     before = decoder.weight.grad.clone()
     assert before.abs().sum() > 0
@@ -105,17 +106,35 @@ def test_the_adversarial_terms_train_their_own_side_and_no_other():
     assert all(p.grad.abs().sum() > 0 for p in discriminator.parameters())
 
 
-def test_the_adaptive_weight_makes_both_terms_pull_alike():
+def test_both_terms_pull_alike_at_the_last_weights_and_the_gradient_is_their_sums():
+    """As the paper has it: two more backward passes, to the weights themselves."""
     torch.manual_seed(0)
-    decoder, latents = torch.nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 8, 8)
-    reconstruction = decoder(latents)
-    terms = (reconstruction**2).mean(), 7 * reconstruction.sin().mean()
-    at_weights = [torch.autograd.grad(term, decoder.weight, retain_graph=True)[0].norm() for term in terms]  # the paper's own
-    pulls = [torch.autograd.grad(term, reconstruction, retain_graph=True)[0] for term in terms]
-    ratio = adaptive_weight(*pulls, decoder, latents)
-    assert float(ratio) == pytest.approx(float(at_weights[0] / at_weights[1]), rel=1e-3)
-    assert not ratio.requires_grad
-    assert adaptive_weight(pulls[0], float("inf") * pulls[1], decoder, latents) == 0, "fp16 has overflowed: that step is skipped"
+    first, decoder = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Conv2d(4, 3, 3, padding=1)
+    latents = torch.randn(2, 4, 8, 8)
+    weights = [*first.parameters(), *decoder.parameters()]
+
+    def terms():
+        drawn_from = first(latents).sin()
+        reconstruction = decoder(drawn_from)
+        return (reconstruction**2).mean(), 7 * reconstruction.sin().mean(), reconstruction, drawn_from
+
+    loss, adversarial, *_ = terms()
+    pulls = [torch.autograd.grad(term, decoder.weight, retain_graph=True)[0].norm() for term in (loss, adversarial)]
+    ratio = pulls[0] / (pulls[1] + 1e-4)
+    expected = loss + 0.3 * ratio * adversarial
+    gradients = torch.autograd.grad(expected, weights)
+    for loss_scale in (1.0, torch.tensor(2.0**16)):
+        loss, adversarial, reconstruction, drawn_from = terms()
+        found, towards = with_adversarial(loss, adversarial, 0.3, reconstruction, decoder, drawn_from, loss_scale)
+        assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4)
+        for value, wanted in zip(torch.autograd.grad(towards, weights), gradients, strict=True):
+            assert torch.allclose(value, wanted, rtol=1e-3, atol=1e-6)
+    loss, adversarial, reconstruction, drawn_from = terms()
+    found, towards = with_adversarial(loss, float("inf") * adversarial, 0.3, reconstruction, decoder, drawn_from)
+    assert not torch.isfinite(torch.autograd.grad(towards, weights)[0]).all(), "fp16 has overflowed: the scaler skips the step"
+    pulls = torch.ones(2, 3, 8, 8), torch.full((2, 3, 8, 8), float("inf"))
+    assert adaptive_weight(*pulls, decoder, drawn_from) == 0
+    assert not adaptive_weight(*pulls[:1] * 2, decoder, drawn_from).requires_grad
 
 
 def test_the_discriminator_loss_is_the_hinge():

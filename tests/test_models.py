@@ -25,10 +25,10 @@ def test_presets_run_forward_at_rectangular_sizes(preset, latent_shape):
     vae = build_vae(preset, (64, 96))
     with torch.no_grad():
         reconstruction, mean, logvar, drawn_from = VAEWithPosterior(vae)(torch.zeros(1, 3, 64, 96), torch.zeros(1, *latent_shape))
+        assert drawn_from.shape == (1, 0, 64, 96)
         unet = build_unet(preset, (64, 96), vae, num_classes=6)
         prediction = unet(mean, torch.tensor([5]), torch.tensor([6])).sample
     assert reconstruction.shape == (1, 3, 64, 96)
-    assert torch.equal(vae.decoder.conv_out(drawn_from), reconstruction)
     assert mean.shape == logvar.shape == prediction.shape == (1, *latent_shape)
     assert vae.config.scaling_factor == 1
     assert unet.config.sample_size == list(latent_shape[1:])
@@ -43,6 +43,17 @@ def test_a_fresh_vae_lets_the_photo_through_its_noise_and_mixes_no_channels():
         assert torch.equal(posterior.mean, channels[:, : posterior.mean.shape[1]])
         assert torch.equal(vae.decode(posterior.mean).sample, vae.decoder(posterior.mean))
     assert posterior.logvar.mean() == pytest.approx(INITIAL_LOGVAR, abs=0.5)
+
+
+def test_an_adversarial_vae_in_training_tells_what_its_last_layer_was_given():
+    vae = build_vae("tiny", (32, 32))
+    model = VAEWithPosterior(vae, adversarial=True)
+    reconstruction, _, _, drawn_from = model(torch.rand(2, 3, 32, 32), torch.zeros(2, 4, 8, 8))
+    assert torch.equal(vae.decoder.conv_out(drawn_from), reconstruction)
+    assert not drawn_from.requires_grad
+    with torch.no_grad():
+        vae.decode(torch.zeros(1, 4, 8, 8))
+    assert model.drawn_from is None, "nothing stays behind"
 
 
 def test_a_unet_in_training_is_without_changes_the_plain_one():

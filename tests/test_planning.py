@@ -44,6 +44,13 @@ def with_device(machine: dict) -> SimpleNamespace:
             {"config": "tiny", "image_size": "64", "kl_weight": 1e-6},
             {"batch_size": 16, "max_train_minutes": 20, "perceptual_weight": 1.0, "adversarial_weight": 0.3},
         ),
+        (
+            GPU,
+            350,
+            400,
+            {"config": "tiny", "image_size": "64", "kl_weight": 1e-6, "compile": True},
+            {"batch_size": 16, "max_train_minutes": 20, "perceptual_weight": 1.0, "adversarial_weight": 0.3},
+        ),
         (GPU, 350, 400, {"max_train_minutes": 600}, {"config": "base", "image_size": "128", "batch_size": 16}),
         (GPU, 10_000, 400, {"max_train_minutes": 600}, {"config": "large", "image_size": "256", "batch_size": 16}),
     ],

@@ -167,19 +167,32 @@ class TwoLayers(torch.nn.Module):
         self._compiled_call_impl = lambda values: self.forward(values, lost=self.broken)
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_what_is_compiled_with_other_gradients_is_not_used(broken, capsys):
+@pytest.mark.parametrize(("broken", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.5)])
+def test_what_is_compiled_with_other_gradients_is_not_used(broken, dropout, capsys):
+    """But with dropout, no two passes of which are alike, nothing can be said of gradients."""
     AcceleratorState._reset_state(True)
     model, state = TwoLayers(broken), RunState()
+    model.dropout = torch.nn.Dropout(dropout)
+    kept = not broken or dropout
     compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, state)
     for step in range(1, 44):
-        assert (model._compiled_call_impl is None) == (step <= 13 or broken)
+        assert (model._compiled_call_impl is not None) == (step > 13 and bool(kept))
         model(torch.randn(2, 4))[0].sum().backward()
         compilation.tick(step, steps_to_come=100)
-    AcceleratorState._reset_state(True)
     told = capsys.readouterr().out
-    assert ("the run goes on uncompiled" in told) == broken
-    assert ("ms a step in place of" in told) != broken
+    assert ("the run goes on uncompiled" in told) == (not kept)
+    assert ("ms a step in place of" in told) == bool(kept)
+
+
+def test_a_resumed_run_is_compiled_after_its_first_step(capsys):
+    AcceleratorState._reset_state(True)
+    model = TwoLayers(broken=False)
+    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, RunState(step=20))
+    model(torch.randn(2, 4))
+    compilation.tick(21, steps_to_come=100)
+    assert model._compiled_call_impl
+    assert capsys.readouterr().out == ""
+    AcceleratorState._reset_state(True)
 
 
 def test_the_published_model_is_the_last_that_was_noted_as_such_or_the_best():

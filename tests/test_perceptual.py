@@ -37,8 +37,7 @@ def test_gradients_are_those_of_the_packages_own_network_also_within_bf16(librar
     torch.manual_seed(0)
     picture, reference = (torch.rand(2, 3, 128, 128) * 2 - 1).requires_grad_(), torch.rand(2, 3, 128, 128) * 2 - 1
     theirs, ours = PerceptualLoss("efficientnet-lite0"), PerceptualLoss("efficientnet-lite0")
-    theirs.network.stem = nn.Sequential(library_efficientnet._conv_stem, library_efficientnet._bn0, nn.ReLU6())
-    theirs.network.blocks = library_efficientnet._blocks[: len(theirs.network.blocks)]
+    theirs.network = EfficientNetLiteFeatures(library_efficientnet)
     (expected,) = torch.autograd.grad(theirs(picture, reference), picture)
     with torch.autocast("cpu", torch.bfloat16):
         (found,) = torch.autograd.grad(ours(picture, reference), picture)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from corel_diffusers.losses import denoising_loss
 from corel_diffusers.models import VAEWithPosterior, build_unet, build_vae, downsample_factor
+from corel_diffusers.models.layers import Upsample
 from corel_diffusers.precision import autocast, resolve_precision
 
 
@@ -60,13 +61,14 @@ def steps(args: argparse.Namespace, precision: str) -> dict[str, tuple[torch.nn.
 
 
 def parts(model: torch.nn.Module, step: Callable[[], None]) -> Counter:
-    """The convolutions and linear layers that a step goes through, with the shapes of their inputs: how often each."""
+    """The convolutions and linear layers that a step goes through, with the shapes of their inputs: how often each. An Upsample is one."""
     found = Counter()
 
     def note(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         found[layer, tuple(inputs[0].shape)] += 1
 
-    layers = [layer for layer in model.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+    within = [layer.conv for layer in model.modules() if isinstance(layer, Upsample)]
+    layers = [layer for layer in model.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear, Upsample)) and layer not in within]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     step()
     for hook in hooks:
@@ -98,18 +100,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the UNet's step alone, compiled: a VAE's may lose its gradients")
     args = parser.parse_args()
     precision = resolve_precision("auto", "cpu")
+    torch.empty(2**23 - 2**12)  # freed at once: from then on glibc keeps so much, as in the scripts, and does not fetch it anew each step
     print(f"{machine('cpu')}, mixed precision {precision}")
-    for name, (model, step) in steps(args, precision).items():
-        if args.compile and name == "VAE":
-            continue
-        with FlopCounterMode(display=False) as counter:
-            step()
-        layers = parts(model, step)
+    for name in ["UNet"] if args.compile else ["VAE", "UNet"]:
         whole = {}
         for attention in ("fused", "math"):  # the scripts take what is faster on a CPU with bf16
-            torch.backends.cuda.enable_flash_sdp(attention == "fused")
+            torch.backends.cuda.enable_flash_sdp(attention == "fused")  # which models are built by
+            model, step = steps(args, precision)[name]
+            with FlopCounterMode(display=False) as counter:
+                step()
+            layers = parts(model, step)
             if args.compile:
-                torch.compiler.reset()  # compiled code keeps the kernel that was on
                 model.compile()
             whole[attention] = float(np.median(seconds(step, 4 * args.repeats)))
         attention, whole = min(whole.items(), key=lambda item: item[1])

@@ -1,5 +1,5 @@
 """The plain loops that the step benchmarks compare with: float32, NCHW, unfused AdamW, weights averaged one parameter after the other,
-the perceptual loss's network as its package has it.
+layers as diffusers has them, the perceptual loss's network as its package has it.
 
 python benchmarks/plain.py vae PHOTOS TIMES --config tiny
 python benchmarks/plain.py unet PHOTOS TIMES --config tiny --vae vae_models [--cached]
@@ -60,7 +60,7 @@ def average(shadow: torch.nn.Module, model: torch.nn.Module) -> None:
 
 
 def vae_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
-    vae = build_vae(args.config, (args.image_size, args.image_size)).to(DEVICE, memory_format=torch.contiguous_format)
+    vae = AutoencoderKL.from_config(build_vae(args.config, (args.image_size, args.image_size)).config).to(DEVICE)
     shadow, perceptual = copy.deepcopy(vae), PerceptualLoss("efficientnet-lite0").to(DEVICE)
     perceptual.network = EfficientNetLiteFeatures(packaged_efficientnet()).requires_grad_(False).to(DEVICE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4, foreach=False, fused=False)
@@ -93,7 +93,7 @@ def latents_of(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> tupl
 
 
 def built_unet(args: argparse.Namespace, vae: AutoencoderKL) -> UNet2DModel:
-    return build_unet(args.config, (args.image_size, args.image_size), vae, 6).to(DEVICE, memory_format=torch.contiguous_format)
+    return UNet2DModel.from_config(build_unet(args.config, (args.image_size, args.image_size), vae, 6).config).to(DEVICE)
 
 
 def unet_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from corel_diffusers.files import UserError
+from corel_diffusers.models import build_unet, build_vae
 from corel_diffusers.precision import autocast, resolve_precision, use
 
 
@@ -43,11 +43,13 @@ def test_an_accelerator_of_bf16_computes_as_was_found_fastest(precision, expecte
 
 
 def test_attention_runs_by_the_kernel_that_was_found_fastest():
-    accelerator, query, names = Accelerator(cpu=True), torch.randn(1, 2, 16, 8), {}
+    accelerator, names = Accelerator(cpu=True), {}
     for attention in ("math", "fused"):
         use(accelerator, "no", attention)
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            scaled_dot_product_attention(query, query, query)
+        unet = build_unet("tiny", (32, 32), build_vae("tiny", (32, 32)), None)
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            unet(torch.randn(1, 4, 8, 8), 10)
         names[attention] = {event.key for event in profiled.key_averages()}
-    assert "aten::_scaled_dot_product_attention_math" in names["math"] - names["fused"]
-    assert any("flash" in name for name in names["fused"] - names["math"])
+    assert "aten::softmax" in names["math"] - names["fused"]
+    assert not any("attention" in name for name in names["math"])
+    assert any("flash" in name for name in names["fused"])

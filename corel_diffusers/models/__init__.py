@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, UNet2DModel
 from torch import nn
 
 from corel_diffusers.files import UserError, first_line, read_json
+from corel_diffusers.models.layers import quicken
 
 HERE = Path(__file__).parent
 INITIAL_LOGVAR = -4.0  # of the posterior: at 0 its noise drowns the photo, and channels die before the decoder has learnt to use them
@@ -28,6 +29,7 @@ def from_config(model: type, values: dict, config: str) -> nn.Module:
         built = model.from_config(values).to(memory_format=torch.channels_last)
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"--config {config} makes no {model.__name__}: {first_line(error)}") from None
+    quicken(built)
     built.to_json_string()  # writes class and version into its config, as the first saving would: what is compiled looks at that
     return built
 
@@ -155,7 +157,7 @@ class UNetInTraining(nn.Module):
     guesses a photo's features from its own after the first stage up (see alignment.py). 0 changes or features: without that part.
     """
 
-    _no_split_modules: ClassVar = ["ResnetBlock2D"]  # what FSDP puts together from its parts at a time
+    _no_split_modules: ClassVar = ["ResidualBlock"]  # what FSDP puts together from its parts at a time
 
     def __init__(self, unet: UNet2DModel, changes: int, features: int) -> None:
         super().__init__()

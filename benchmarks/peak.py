@@ -2,8 +2,9 @@
 
 python benchmarks/peak.py --config tiny --image-size 64
 
-Every convolution and linear layer of the step is run by itself, forward and backward, at its shape and precision, as fast as the machine
-does it; their sum over the step's time is the share. What is left is norms, activations, attention and the optimizer. On the CPU.
+Every convolution (with the enlarging before it) and linear layer of the step is run by itself, forward and backward, at its shape and
+precision, as fast as the machine does it; their sum over the step's time is the share. What is left is norms, activations, attention and
+the optimizer. On the CPU.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from corel_diffusers.losses import denoising_loss
 from corel_diffusers.models import VAEWithPosterior, build_unet, build_vae, downsample_factor
-from corel_diffusers.models.layers import Upsample
+from corel_diffusers.models.layers import Upsample2D
 from corel_diffusers.precision import autocast, resolve_precision
 
 
@@ -32,43 +33,46 @@ def seconds(run: Callable[[], object], repeats: int) -> list[float]:
     return found
 
 
-def steps(args: argparse.Namespace, precision: str) -> dict[str, tuple[torch.nn.Module, Callable[[], None]]]:
-    """The models and a training step of each: forward, backward, fused AdamW."""
+def keep_freed_memory() -> None:
+    """glibc gives what is freed back to the system, and has it cleared when it is asked for again, until a block of 32 MB has been freed
+    once: the scripts have done that before their first step."""
+    torch.empty(2**23 - 2**12)
+
+
+def training_step(name: str, args: argparse.Namespace, precision: str) -> tuple[torch.nn.Module, Callable[[], None]]:
+    """The "VAE" or "UNet", and a training step of it: forward, backward, fused AdamW."""
     size_px = (args.image_size, args.image_size)
-    vae = VAEWithPosterior(build_vae(args.config, size_px))
-    unet = build_unet(args.config, size_px, vae.vae, 6)
-    shape = vae.vae.config.latent_channels, *(side // downsample_factor(vae.vae) for side in size_px)
-    photos = torch.rand(args.vae_batch_size, 3, *size_px).to(memory_format=torch.channels_last)
-    noise, latents = torch.randn(args.vae_batch_size, *shape), torch.randn(args.batch_size, *shape)
-    timesteps = torch.randint(1000, (args.batch_size,))
+    vae = build_vae(args.config, size_px)
+    model = VAEWithPosterior(vae) if name == "VAE" else build_unet(args.config, size_px, vae, 6)
+    batch_size = args.vae_batch_size if name == "VAE" else args.batch_size
+    latents = torch.randn(batch_size, vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
+    photos = torch.rand(batch_size, 3, *size_px).to(memory_format=torch.channels_last)
+    timesteps = torch.randint(1000, (batch_size,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def stepping(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> tuple[torch.nn.Module, Callable[[], None]]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    def step() -> None:
+        with autocast(precision, "cpu"):
+            if name == "VAE":
+                loss = (model(photos, latents)[0].float() - photos).abs().mean()
+            else:
+                loss = denoising_loss(model(latents, timesteps, timesteps % 7).sample, latents).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-        def step() -> None:
-            with autocast(precision, "cpu"):
-                value = loss()
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return model, step
-
-    return {
-        "VAE": stepping(vae, lambda: (vae(photos, noise)[0].float() - photos).abs().mean()),
-        "UNet": stepping(unet, lambda: denoising_loss(unet(latents, timesteps, timesteps % 7).sample, latents).mean()),
-    }
+    return model, step
 
 
 def parts(model: torch.nn.Module, step: Callable[[], None]) -> Counter:
-    """The convolutions and linear layers that a step goes through, with the shapes of their inputs: how often each. An Upsample is one."""
+    """The convolutions (an Upsample2D is one) and linear layers that a step goes through, and their inputs' shapes: how often each."""
     found = Counter()
 
     def note(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         found[layer, tuple(inputs[0].shape)] += 1
 
-    within = [layer.conv for layer in model.modules() if isinstance(layer, Upsample)]
-    layers = [layer for layer in model.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear, Upsample)) and layer not in within]
+    within = [layer.conv for layer in model.modules() if isinstance(layer, Upsample2D)]
+    kinds = torch.nn.Conv2d, torch.nn.Linear, Upsample2D
+    layers = [layer for layer in model.modules() if isinstance(layer, kinds) and layer not in within]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     step()
     for hook in hooks:
@@ -100,14 +104,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the UNet's step alone, compiled: a VAE's may lose its gradients")
     args = parser.parse_args()
     precision = resolve_precision("auto", "cpu")
-    torch.empty(2**23 - 2**12)  # freed at once: from then on glibc keeps so much, as in the scripts, and does not fetch it anew each step
+    keep_freed_memory()
     print(f"{machine('cpu')}, mixed precision {precision}")
     for name in ["UNet"] if args.compile else ["VAE", "UNet"]:
         whole = {}
         for attention in ("fused", "math"):  # the scripts take what is faster on a CPU with bf16
-            torch.backends.cuda.enable_flash_sdp(attention == "fused")  # which models are built by
-            model, step = steps(args, precision)[name]
-            with FlopCounterMode(display=False) as counter:
+            torch.backends.cuda.enable_flash_sdp(attention == "fused")  # models are built accordingly
+            model, step = training_step(name, args, precision)
+            with FlopCounterMode(display=False) as counter:  # which does not know the fused kernel: what is reported is the last, "math"
                 step()
             layers = parts(model, step)
             if args.compile:

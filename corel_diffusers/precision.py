@@ -38,7 +38,8 @@ class Autocast(AutocastKwargs):
 
 
 def use(accelerator: Accelerator, precision: str, attention: str) -> None:
-    """From here on, on a CPU, passes run in that precision ("bf16" or "no") and attention by that kernel ("fused" or "math").
+    """From here on, on a CPU, passes run in that precision ("bf16" or "no") and attention by that kernel ("fused" or "math"), in models in
+    training (models/layers.py) if they are built from here on.
 
     The accelerator is one of bf16. On a GPU it decides by itself.
     """

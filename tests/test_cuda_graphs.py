@@ -14,7 +14,7 @@ from torch import nn
 
 from corel_diffusers import cuda_graphs
 from corel_diffusers.cuda_graphs import recorded
-from corel_diffusers.models import UNetInTraining
+from corel_diffusers.models import UNetInTraining, from_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 ARGS = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False)
@@ -58,7 +58,7 @@ def test_replayed_steps_train_as_plain_ones(accelerator, recorded_whatever_it_ta
     def train(replay):
         torch.manual_seed(0)
         sizes = {"in_channels": 4, "out_channels": 4, "num_class_embeds": classes, "sample_size": 8}
-        model = UNetInTraining(UNet2DModel.from_config(UNET_CONFIG | sizes), told, 7 if told else 0).cuda()
+        model = UNetInTraining(from_config(UNet2DModel, UNET_CONFIG | sizes, ""), told, 7 if told else 0).cuda()
         if replay:
             model = recorded(ARGS, accelerator, "UNet", model, *(v[:, :told] if v.ndim == 2 else v for v in batch(0, "cpu")))
             assert "forward" in vars(model), capsys.readouterr().out

@@ -1,114 +1,138 @@
 """The layers of models in training against diffusers' own: the same function of the same weights."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
+from diffusers.models import resnet, upsampling
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from diffusers.models.resnet import ResnetBlock2D
 from torch.nn import functional as F
 
-from corel_diffusers.models import build_unet, build_vae, from_config, layers, load_config
-from corel_diffusers.models.layers import GroupNorm, ResidualBlock, Upsample
+from corel_diffusers.models import from_config, layers, load_config
 
+VAE = load_config("vae", "tiny") | {
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "mid_block_add_attention": True,
+}
+UNET = load_config("unet", "tiny") | {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_class_embeds": 3}
 MODELS = {
-    "vae": (AutoencoderKL, load_config("vae", "tiny") | {"sample_size": 32, "mid_block_add_attention": True}),
-    "unet": (UNet2DModel, load_config("unet", "tiny") | {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_class_embeds": 3}),
-    "unet, time added, resnets that halve and double": (
+    "vae": (AutoencoderKL, VAE),
+    "unet": (UNet2DModel, UNET),
+    "time added, blocks that halve and double": (
         UNet2DModel,
-        load_config("unet", "tiny")
-        | {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_class_embeds": 3, "mid_block_scale_factor": 2.0}
-        | {"resnet_time_scale_shift": "default", "downsample_type": "resnet", "upsample_type": "resnet"},
+        UNET
+        | {"resnet_time_scale_shift": "default", "downsample_type": "resnet", "upsample_type": "resnet", "mid_block_scale_factor": 2.0},
+    ),
+    "skips": (
+        UNet2DModel,
+        UNET
+        | {"in_channels": 3, "out_channels": 3, "resnet_time_scale_shift": "default"}
+        | {"down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"]}
+        | {"up_block_types": ["SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"]},
     ),
 }
-MODELS["vae"][1].update(
-    {f"{way}_block_types": [f"{way.title()}{coder}Block2D"] * 3 for way, coder in (("down", "Encoder"), ("up", "Decoder"))}
-)
+OWN = layers.ResnetBlock2D, layers.Upsample2D, layers.GroupNorm
 
 
-def inputs_of(model: torch.nn.Module) -> tuple:
-    generator = torch.Generator().manual_seed(0)
+@pytest.fixture(params=["fused", "math"])
+def attention(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernel of attention that models are built for, as precision.use chooses it."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(request.param == "fused")
+    yield request.param
+    torch.backends.cuda.enable_flash_sdp(before)
+
+
+def pair(name: str, dtype: torch.dtype, spread: float = 0.1) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model of ours and diffusers' own with its weights, which are so far from fresh ones."""
+    torch.manual_seed(0)
+    kind, values = MODELS[name]
+    model = from_config(kind, values, "").train()
+    for parameter in model.parameters():  # biases and norms start at values that hide mistakes
+        parameter.data += spread * torch.randn_like(parameter)
+    plain = kind.from_config(values).train()
+    plain.load_state_dict(model.state_dict())
+    return model.to(dtype), plain.to(dtype)
+
+
+def output_and_gradients(model: torch.nn.Module, batch: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of a fixed input, and of a fixed sum of what is made of it. Not of a key's bias, which adds the same to all scores of a query: its
+    gradient is rounding alone."""
+    generator, dtype = torch.Generator().manual_seed(0), next(model.parameters()).dtype
     if isinstance(model, AutoencoderKL):
-        return (torch.randn(2, 3, 32, 48, dtype=torch.float64, generator=generator),)
-    latents = torch.randn(2, 4, 16, 24, dtype=torch.float64, generator=generator)
-    return latents, torch.tensor([10, 900]), torch.tensor([0, 2])
+        inputs = (torch.randn(batch, 3, 32, 48, dtype=dtype, generator=generator),)
+    else:
+        latents = torch.randn(batch, model.config.in_channels, 16, 24, dtype=dtype, generator=generator)
+        inputs = latents, torch.arange(batch) * 300 + 10, torch.arange(batch) % 3
+    made = model(*inputs).sample
+    (made * torch.randn(made.shape, dtype=dtype, generator=generator)).sum().backward()
+    return made, {name: p.grad for name, p in model.named_parameters() if p.grad is not None and not name.endswith("to_k.bias")}
 
 
 @pytest.mark.parametrize("from_positions", [1, 10**9])
-@pytest.mark.parametrize("fused_attention", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_output_and_gradients_are_those_of_diffusers_own_layers(name, fused_attention, from_positions, monkeypatch, tmp_path):
+def test_output_and_gradients_are_those_of_diffusers_own_layers(name, attention, from_positions, monkeypatch):
     monkeypatch.setattr(layers, "FROM_POSITIONS", from_positions)
-    kernel = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(fused_attention)
-    try:
-        torch.manual_seed(0)
-        model = from_config(*MODELS[name], "").double().train()
-        for parameter in model.parameters():  # biases and norms start at values that hide mistakes
-            torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(tmp_path)
-        plain = type(model).from_pretrained(tmp_path, torch_dtype=torch.float64).train()
-        assert not any(isinstance(part, (ResidualBlock, Upsample, GroupNorm)) for part in plain.modules())
-        assert sum(isinstance(part, ResidualBlock) for part in model.modules()) >= 5
-        if name != "unet, time added, resnets that halve and double":
-            assert any(isinstance(part, Upsample) for part in model.modules())
-            assert not any(type(part) is ResnetBlock2D for part in model.modules())
-        attentions = [part.processor for part in model.modules() if isinstance(part, Attention)]
-        assert attentions
-        assert all(isinstance(processor, AttnProcessor) != fused_attention for processor in attentions)
-        made, expected = model(*inputs_of(model)).sample, plain(*inputs_of(plain)).sample
-        made.square().sum().backward()
-        expected.square().sum().backward()
-    finally:
-        torch.backends.cuda.enable_flash_sdp(kernel)
-    assert (made - expected).norm() < 1e-7 * expected.norm()
-    wanted = dict(plain.named_parameters())
-    for key, parameter in model.named_parameters():
-        if key.endswith("to_k.bias"):  # adds the same to all scores of a query: its gradient is rounding alone
-            continue
-        expected = wanted[key].grad  # diffusers' plain attention takes a VAE's softmax in float32
-        assert (parameter.grad - expected).norm() <= 1e-6 * expected.norm() + 1e-9, key
+    model, plain = pair(name, torch.float64)
+    assert not any(isinstance(part, OWN) for part in plain.modules())
+    assert not any(type(part) in (resnet.ResnetBlock2D, torch.nn.GroupNorm) for part in model.modules())
+    assert not any(type(part) is upsampling.Upsample2D and part.use_conv for part in model.modules())
+    processors = [part.processor for part in model.modules() if isinstance(part, Attention)]
+    assert processors
+    assert all(isinstance(processor, AttnProcessor) == (attention == "math") for processor in processors)
+    made, gradients = output_and_gradients(model)
+    expected, wanted = output_and_gradients(plain)
+    assert (made - expected).norm() < 1e-6 * expected.norm()  # diffusers' plain attention takes its softmax in float32
+    assert gradients.keys() == wanted.keys()
+    for key, gradient in gradients.items():
+        assert (gradient - wanted[key]).norm() <= 1e-5 * wanted[key].norm() + 1e-8, key
+
+
+@pytest.mark.parametrize(("precision", "alike"), [(torch.float32, 0.9999), (torch.bfloat16, 0.99)])
+@pytest.mark.parametrize("name", ["vae", "unet"])
+def test_in_training_they_are_near_to_diffusers_own_in_float32(name, precision, alike, attention, monkeypatch):
+    monkeypatch.setattr(layers, "FROM_POSITIONS", 1)
+    model, plain = pair(name, torch.float32, spread=0.01)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        made, gradients = output_and_gradients(model, batch=4)
+    expected, wanted = output_and_gradients(plain, batch=4)
+    gradient, wanted = (torch.cat([found[key].flatten() for key in wanted]) for found in (gradients, wanted))
+    assert torch.cosine_similarity(made.float().flatten(), expected.flatten(), dim=0) > alike
+    assert torch.cosine_similarity(gradient, wanted, dim=0) > alike
+
+
+def test_what_is_saved_is_diffusers_own(tmp_path):
+    model, plain = pair("vae", torch.float32)
+    model.save_pretrained(tmp_path / "ours")
+    plain.save_pretrained(tmp_path / "diffusers")
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "diffusers" / file).read_bytes()
+    assert not any(isinstance(part, OWN) for part in AutoencoderKL.from_pretrained(tmp_path / "ours").modules())
 
 
 def test_dropout_draws_the_same():
-    values = load_config("unet", "tiny") | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "dropout": 0.5}
-    torch.manual_seed(0)
-    model, plain = from_config(UNet2DModel, values, ""), UNet2DModel.from_config(values)
+    values, found = UNET | {"dropout": 0.5}, []
+    model, plain = from_config(UNet2DModel, values, "").train(), UNet2DModel.from_config(values).train()
     plain.load_state_dict(model.state_dict())
-    latents, found = torch.randn(2, 4, 8, 8), []
-    for each in (model.train(), plain.train().to(memory_format=torch.channels_last)):
+    for each in (model, plain.to(memory_format=torch.channels_last)):
         torch.manual_seed(1)
-        found.append(each(latents, 10).sample)
+        found.append(output_and_gradients(each)[0])
     assert torch.allclose(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize(("groups", "channels"), [(2, 16), (4, 96), (2, 32)])
-def test_a_norm_in_bf16_is_as_exact_as_bf16_allows(groups, channels):
+def test_a_norm_of_narrow_groups_is_that_of_float32(groups, channels):
     torch.manual_seed(0)
-    values = (3 * torch.randn(2, channels, 16, 16) + 1).bfloat16().to(memory_format=torch.channels_last)
-    norm, weights = GroupNorm(groups, channels), torch.randn(2, channels, 16, 16)
+    values = (3 * torch.randn(2, channels, 16, 16) + 1).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    norm, weights = layers.GroupNorm(groups, channels), torch.randn(2, channels, 16, 16).bfloat16()
     torch.nn.init.normal_(norm.weight)
-    found = []
-    for given, function in ((values, norm), (values.float(), lambda x: F.group_norm(x, groups, norm.weight, norm.bias))):
-        given = given.clone().requires_grad_()
-        made = function(given)
-        found.append(
-            (made.float(), *torch.autograd.grad((made.float() * weights.to(made.dtype).float()).sum(), (given, norm.weight, norm.bias)))
-        )
-    for made, exact in zip(*found, strict=True):
-        assert (made.float() - exact).norm() < 0.01 * exact.norm()
-    assert norm(values).dtype == torch.bfloat16
-    assert norm(values).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_presets_in_bf16_are_near_to_diffusers_own_in_float32():
-    torch.manual_seed(0)
-    vae = build_vae("tiny", (64, 64))
-    unet = build_unet("tiny", (64, 64), vae, num_classes=2)
-    photos, latents = torch.rand(4, 3, 64, 64), torch.randn(4, 4, 16, 16)
-    for model, inputs in ((vae, (photos,)), (unet, (latents, torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, 0])))):
-        plain = type(model).from_config(model.config)
-        plain.load_state_dict(model.state_dict())
-        with torch.no_grad():
-            with torch.autocast("cpu", torch.bfloat16):
-                made = model(*inputs).sample
-            assert (made.float() - plain(*inputs).sample).norm() < 0.03 * plain(*inputs).sample.norm()
+    made, exact = norm(values), F.group_norm(values.float(), groups, norm.weight, norm.bias)
+    narrow = channels // groups % 16 != 0
+    assert torch.equal(made, exact.bfloat16()) == narrow
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    for found, wanted in zip(
+        *(torch.autograd.grad((y * weights).sum(), (values, norm.weight, norm.bias)) for y in (made, exact)), strict=True
+    ):
+        assert (found.float() - wanted.float()).norm() < 0.01 * wanted.float().norm()

@@ -21,7 +21,7 @@ from corel_diffusers.losses import (
     reconstruction_loss,
     with_adversarial,
 )
-from corel_diffusers.models import VAEWithPosterior, build_discriminator
+from corel_diffusers.models import VAEWithPosterior, build_discriminator, from_config
 from corel_diffusers.perceptual import PerceptualLoss
 
 ENCODER, DECODER = ("vae.encoder.", "vae.quant_conv."), ("vae.decoder.", "vae.post_quant_conv.")
@@ -71,7 +71,7 @@ def test_denoising_loss_is_the_mean_square_of_each_photo():
 def test_each_term_reaches_the_parameters_that_it_should_and_no_others(term, reached, untouched):
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    model = VAEWithPosterior(AutoencoderKL.from_config(VAE_CONFIG | blocks))
+    model = VAEWithPosterior(from_config(AutoencoderKL, VAE_CONFIG | blocks, ""))
     perceptual = PerceptualLoss("efficientnet-lite0")
     photos = torch.rand(2, 3, 32, 32) * 2 - 1
     reconstruction, mean, logvar, _ = model(photos, torch.randn(2, 4, 8, 8))

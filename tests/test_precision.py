@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from corel_diffusers.files import UserError
@@ -43,13 +44,17 @@ def test_an_accelerator_of_bf16_computes_as_was_found_fastest(precision, expecte
 
 
 def test_attention_runs_by_the_kernel_that_was_found_fastest():
-    accelerator, names = Accelerator(cpu=True), {}
+    accelerator, query, names = Accelerator(cpu=True), torch.randn(1, 2, 16, 8), {"plain": {}, "training": {}}
     for attention in ("math", "fused"):
         use(accelerator, "no", attention)
         unet = build_unet("tiny", (32, 32), build_vae("tiny", (32, 32)), None)
-        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-            unet(torch.randn(1, 4, 8, 8), 10)
-        names[attention] = {event.key for event in profiled.key_averages()}
-    assert "aten::softmax" in names["math"] - names["fused"]
-    assert not any("attention" in name for name in names["math"])
-    assert any("flash" in name for name in names["fused"])
+        for name, run in {
+            "plain": lambda: scaled_dot_product_attention(query, query, query),
+            "training": lambda unet=unet: unet(torch.randn(1, 4, 8, 8), 10),
+        }.items():
+            with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+                run()
+            names[name][attention] = {event.key for event in profiled.key_averages()}
+    assert "aten::_scaled_dot_product_attention_math" in names["plain"]["math"] - names["plain"]["fused"]
+    assert not any("scaled_dot_product" in key for key in names["training"]["math"])
+    assert all(any("flash" in key for key in found["fused"]) for found in names.values())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from corel_diffusers.arguments import UNetArguments
 from corel_diffusers.files import UserError
 from corel_diffusers.models import UNetInTraining, from_config
-from corel_diffusers.models.layers import ResidualBlock
+from corel_diffusers.models.layers import ResnetBlock2D
 from corel_diffusers.sharding import set_sharding
 
 STEPS = 3
@@ -41,7 +41,7 @@ def learn(folder: Path, in_parts: bool) -> None:
         unet = from_config(UNet2DModel, UNET_CONFIG | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "dropout": 0.0}, "")
         model = UNetInTraining(unet, 2, 0)
         beside = whole_copy(model, torch.device("cpu")) if in_parts else None
-        for block in [module for module in model.modules() if isinstance(module, ResidualBlock)] if in_parts else ():
+        for block in [module for module in model.modules() if isinstance(module, ResnetBlock2D)] if in_parts else ():
             fully_shard(block)
         model = fully_shard(model) if in_parts else model
         # the gradient of a key's bias is rounding alone; with AdamW's own eps its steps would be as large as any
@@ -96,7 +96,7 @@ def test_the_launchers_defaults_cut_each_block_in_float32():
     model = UNetInTraining(from_config(UNet2DModel, UNET_CONFIG, ""), 0, 0)
     plugin.set_auto_wrap_policy(model)
     wrapped = {type(module) for module in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(module)}
-    assert wrapped == {ResidualBlock}
+    assert wrapped == {ResnetBlock2D}
     assert plugin.mixed_precision_policy is None
     with pytest.raises(UserError, match="--optimizer muon"):
         set_sharding(accelerator, "muon")

@@ -24,7 +24,7 @@ def load_config(kind: str, config: str) -> dict:
 
 
 def from_config(model: type, values: dict, config: str) -> nn.Module:
-    """A model with fresh weights; what its class refuses is the config's fault and named so."""
+    """A model with fresh weights, of the layers in layers.py; what its class refuses is the config's fault and named so."""
     try:
         built = model.from_config(values).to(memory_format=torch.channels_last)
     except (TypeError, ValueError, KeyError, IndexError) as error:
@@ -157,7 +157,7 @@ class UNetInTraining(nn.Module):
     guesses a photo's features from its own after the first stage up (see alignment.py). 0 changes or features: without that part.
     """
 
-    _no_split_modules: ClassVar = ["ResidualBlock"]  # what FSDP puts together from its parts at a time
+    _no_split_modules: ClassVar = ["ResnetBlock2D"]  # what FSDP puts together from its parts at a time
 
     def __init__(self, unet: UNet2DModel, changes: int, features: int) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ demo: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m gpu -n 0
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/all.py

@@ -5,6 +5,7 @@ epoch): a resumed run needs no generator's state, and how the global batch is di
 changes nothing.
 """
 
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -174,4 +175,5 @@ def batches(
     read = ArrayBatches(*arrays)
     if not num_workers or isinstance(arrays[0], torch.Tensor):
         return map(read.__getitem__, order)
+    gc.collect()  # or a worker would do it: one that frees what this process left on a GPU is aborted
     return iter(DataLoader(read, sampler=order, batch_size=None, num_workers=num_workers))

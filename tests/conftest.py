@@ -18,6 +18,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
@@ -133,6 +134,16 @@ def trained_unet(tmp_path_factory: pytest.TempPathFactory, unet_flags: list) -> 
     folder = tmp_path_factory.mktemp("trained") / "diffusion_models"
     script("train_unet", *unet_flags, "--output-dir", folder, "--epochs", 2, "--sample-every", 1)
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") != "gpu":  # they compare to the last bit, and several processes would want a GPU each
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and pytest -m gpu")
 
 
 def pytest_sessionfinish() -> None:

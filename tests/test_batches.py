@@ -1,5 +1,8 @@
 """The order of the photos and the randomness of a step: however a batch is divided, and wherever the arrays are."""
 
+import gc
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +53,31 @@ def test_arrays_that_stay_on_a_device_give_the_batches_of_those_on_the_disk():
     assert np.array_equal(read[0][3][1], indices)
 
 
+class Collecting(np.ndarray):
+    """An array; whoever reads it collects garbage first."""
+
+    def __getitem__(self, places: object) -> np.ndarray:
+        gc.collect()
+        return super().__getitem__(places)
+
+
+def test_workers_free_nothing_that_the_main_process_left(tmp_path):
+    class Left:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Left()
+        assert len(list(batches(BatchPlan(4, 2, 1, 1, 0, seed=1), 0, 2, 1, np.zeros((4, 2)).view(Collecting)))) == 2
+    finally:
+        gc.enable()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
+
+
 def test_small_arrays_are_read_from_memory(monkeypatch):
     array = cached_array("small", (5, 2), np.float32, lambda photos: np.arange(10, dtype=np.float32).reshape(5, 2)[photos], "making")
     (kept,) = resident([array], torch.device("cpu"))
@@ -59,7 +87,7 @@ def test_small_arrays_are_read_from_memory(monkeypatch):
     assert resident([array], torch.device("cpu")) == [array], "a larger one is left on the disk"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_arrays_stay_on_a_gpu_that_has_room():
     values = np.arange(24).reshape(6, 2, 2)
     (kept,) = resident([values], torch.device("cuda"))

@@ -16,7 +16,6 @@ from corel_diffusers import cuda_graphs
 from corel_diffusers.cuda_graphs import recorded
 from corel_diffusers.models import UNetInTraining, from_config
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 ARGS = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False)
 
 
@@ -43,14 +42,13 @@ def recorded_whatever_it_takes(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "seconds_a_pass", lambda *given: next(times))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_recorded(accelerator):
     layer = nn.Linear(2, 2)
     assert recorded(ARGS, accelerator, "layer", layer, torch.zeros(1, 2)) is layer
     assert "forward" not in vars(layer)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("classes", "told"), [(3, 5), (None, 0)])
 def test_replayed_steps_train_as_plain_ones(accelerator, recorded_whatever_it_takes, capsys, classes, told):
     """Dropout, fp16, its scaler and clipping; in evaluation mode batches of any size, with whatever the weights are then."""
@@ -88,7 +86,7 @@ def test_replayed_steps_train_as_plain_ones(accelerator, recorded_whatever_it_ta
     assert torch.allclose(shown, shown_too, atol=0.05)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_function_is_replayed_with_gradients_for_its_input(accelerator, recorded_whatever_it_takes):
     weights = torch.randn(8, 8, device="cuda")
     function = lambda values, target: sum((values @ weights - target).square().mean() for _ in range(20))  # noqa: E731
@@ -118,7 +116,7 @@ recorded(args, Accelerator(), "layer", Asking(4, 4), torch.ones(2, 4))
 """
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_what_cannot_be_recorded_is_told_with_the_way_out():
     done = launch(sys.executable, "-c", ASKING, check=False)  # a process of its own: its CUDA is unfit afterwards
     assert "UserError: the layer's passes cannot be recorded as CUDA graphs" in done.stderr

@@ -60,14 +60,18 @@ def pair(name: str, dtype: torch.dtype, spread: float = 0.1) -> tuple[torch.nn.M
 def output_and_gradients(model: torch.nn.Module, batch: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of a fixed input, and of a fixed sum of what is made of it. Not of a key's bias, which adds the same to all scores of a query: its
     gradient is rounding alone."""
-    generator, dtype = torch.Generator().manual_seed(0), next(model.parameters()).dtype
+    generator, weight = torch.Generator().manual_seed(0), next(model.parameters())
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=weight.dtype, generator=generator).to(weight.device)
+
     if isinstance(model, AutoencoderKL):
-        inputs = (torch.randn(batch, 3, 32, 48, dtype=dtype, generator=generator),)
+        inputs = (drawn(batch, 3, 32, 48),)
     else:
-        latents = torch.randn(batch, model.config.in_channels, 16, 24, dtype=dtype, generator=generator)
-        inputs = latents, torch.arange(batch) * 300 + 10, torch.arange(batch) % 3
+        places = torch.arange(batch, device=weight.device)
+        inputs = drawn(batch, model.config.in_channels, 16, 24), places * 300 + 10, places % 3
     made = model(*inputs).sample
-    (made * torch.randn(made.shape, dtype=dtype, generator=generator)).sum().backward()
+    (made * drawn(*made.shape)).sum().backward()
     return made, {name: p.grad for name, p in model.named_parameters() if p.grad is not None and not name.endswith("to_k.bias")}
 
 
@@ -90,12 +94,19 @@ def test_output_and_gradients_are_those_of_diffusers_own_layers(name, attention,
         assert (gradient - wanted[key]).norm() <= 1e-5 * wanted[key].norm() + 1e-8, key
 
 
-@pytest.mark.parametrize(("precision", "alike"), [(torch.float32, 0.9999), (torch.bfloat16, 0.99)])
+@pytest.mark.parametrize(
+    ("device", "precision", "alike"),
+    [
+        ("cpu", torch.float32, 0.9999),
+        ("cpu", torch.bfloat16, 0.99),
+        pytest.param("cuda", torch.float16, 0.999, marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("name", ["vae", "unet"])
-def test_in_training_they_are_near_to_diffusers_own_in_float32(name, precision, alike, attention, monkeypatch):
+def test_in_training_they_are_near_to_diffusers_own_in_float32(name, device, precision, alike, attention, monkeypatch):
     monkeypatch.setattr(layers, "FROM_POSITIONS", 1)
-    model, plain = pair(name, torch.float32, spread=0.01)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+    model, plain = (each.to(device) for each in pair(name, torch.float32, spread=0.01))
+    with torch.autocast(device, precision, enabled=precision != torch.float32):
         made, gradients = output_and_gradients(model, batch=4)
     expected, wanted = output_and_gradients(plain, batch=4)
     gradient, wanted = (torch.cat([found[key].flatten() for key in wanted]) for found in (gradients, wanted))

@@ -44,6 +44,18 @@ def test_gradients_are_those_of_the_packages_own_network_also_within_bf16(librar
     assert (found - expected).norm() < 0.03 * expected.norm(), "a few activations at a kink of ReLU6 may fall on its other side"
 
 
+def test_the_distance_is_that_of_features_of_unit_length():
+    torch.manual_seed(0)
+    loss, (picture, reference) = PerceptualLoss("efficientnet-lite0"), torch.rand(2, 1, 3, 96, 96) * 2 - 1
+    picture.requires_grad_()
+    pairs = zip(loss.network(picture), loss.network(reference), strict=True)
+    expected = sum(F.mse_loss(F.normalize(a, dim=1), F.normalize(b, dim=1)) * a.shape[1] for a, b in pairs) / 4
+    found = loss(picture, reference)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    gradients = [torch.autograd.grad(value, picture)[0] for value in (found, expected)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
 def test_distance_is_zero_for_the_same_and_grows_with_blur():
     pictures = torch.stack(
         [torch.frombuffer(bytearray(open_photo(r["bytes"]).tobytes()), dtype=torch.uint8).view(128, 128, 3) for r in scenes()]

@@ -105,7 +105,7 @@ def test_the_launchers_defaults_cut_each_block_in_float32():
         set_sharding(accelerator, "adamw")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_fsdp_on_the_gpus_gives_the_losses_of_one(unet_flags, tmp_path):
     """As the README starts it, with a resume in between."""
     count = torch.cuda.device_count()

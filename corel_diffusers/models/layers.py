@@ -51,12 +51,12 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
 
 class Upsample2D(upsampling.Upsample2D):
     """Each position repeated 2 x 2, then a 3 x 3 convolution, is one transposed convolution by the 4 x 4 sums of that kernel: 4 products an
-    output in place of 9, and nothing enlarged to convolve. (On a GPU it was not measured, and is left as it is.)"""
+    output in place of 9, and nothing enlarged to convolve."""
 
     def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
         """hidden_states (B, C, H, W) -> (B, C', 2H, 2W)."""
         positions = hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3]
-        if hidden_states.device.type != "cpu" or positions < FROM_POSITIONS or output_size is not None:
+        if positions < FROM_POSITIONS or output_size is not None:
             return super().forward(hidden_states, output_size)
         sums = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)  # (C', C, 4, 4)
         made = F.conv_transpose2d(hidden_states, sums.flip(-2, -1).transpose(0, 1), stride=2, padding=1)

@@ -75,11 +75,13 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """The convolution and the norm behind it as one layer, which pads by itself where it pads as much on each side: its package's layers
-    copy their input to pad it."""
+    """The convolution and the norm behind it as one layer. One within channels pads by itself, where its package's copies its input to pad
+    it; if that pads one more below and on the right, by a kernel with zeros above and on the left."""
     conv = fuse_conv_bn_eval(conv, norm)
-    if max(conv.stride) == 1:
-        conv.padding, conv.static_padding = tuple(side // 2 for side in conv.kernel_size), nn.Identity()
+    if conv.groups > 1:
+        left, right, top, bottom = conv.static_padding.padding
+        conv.weight = nn.Parameter(F.pad(conv.weight, (right - left, 0, bottom - top, 0)))
+        conv.padding, conv.static_padding = (bottom, right), nn.Identity()
     return conv
 
 

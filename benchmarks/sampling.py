@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 from common import machine
 from diffusers import DDIMScheduler, DiffusionPipeline
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from corel_diffusers.arguments import SCENES
 from corel_diffusers.cli import Generate
@@ -66,6 +67,9 @@ def draw_plot(rows: list[dict], path: Path) -> None:
         for row in own:
             axes.annotate(row["steps"], (row["seconds"], row["kid_e3"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set(xscale="log", xlabel=f"seconds for {rows[0]['n'][0]} pictures", ylabel="KID x1000 against held-out photos")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

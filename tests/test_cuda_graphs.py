@@ -14,7 +14,7 @@ from torch import nn
 
 from corel_diffusers import cuda_graphs
 from corel_diffusers.cuda_graphs import recorded
-from corel_diffusers.models import UNetInTraining, from_config
+from corel_diffusers.models import UNetInTraining, from_config, layers
 
 ARGS = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False)
 
@@ -50,8 +50,9 @@ def test_without_a_gpu_nothing_is_recorded(accelerator):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("classes", "told"), [(3, 5), (None, 0)])
-def test_replayed_steps_train_as_plain_ones(accelerator, recorded_whatever_it_takes, capsys, classes, told):
+def test_replayed_steps_train_as_plain_ones(accelerator, recorded_whatever_it_takes, capsys, monkeypatch, classes, told):
     """Dropout, fp16, its scaler and clipping; in evaluation mode batches of any size, with whatever the weights are then."""
+    monkeypatch.setattr(layers, "FROM_POSITIONS", 1)
 
     def train(replay):
         torch.manual_seed(0)

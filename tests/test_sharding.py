@@ -1,7 +1,6 @@
 """FSDP: in parts on two processes, a model learns, is averaged, saved and resumed as a whole one is."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,27 +22,32 @@ from corel_diffusers.sharding import set_sharding
 STEPS = 3
 
 
-def learn(folder: Path, in_parts: bool) -> None:
-    """Trains a UNet, saves it, goes on with a fresh one from there, and writes its whole weights and averages."""
+def learn(folder: Path, cut: list[str]) -> None:
+    """Trains a UNet, saves it, goes on with a fresh one from there, and writes its whole weights and averages.
+
+    cut: the classes of its parts that each rank holds a part of, the UNet itself being one; none for a whole one.
+    """
     from accelerate import Accelerator
     from torch.distributed.fsdp import fully_shard
 
     from corel_diffusers.checkpoints import RunState, Trained, find_checkpoints, load_checkpoint, save_checkpoint
     from corel_diffusers.learning_rate import LearningRate
+    from corel_diffusers.models import layers
     from corel_diffusers.sharding import whole_copy
     from corel_diffusers.training import build_ema, ema_weights
 
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     args = UNetArguments(output_dir=str(folder))
+    layers.FROM_POSITIONS = 1
 
     def build(seed: int):
         torch.manual_seed(seed)
         unet = from_config(UNet2DModel, UNET_CONFIG | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "dropout": 0.0}, "")
         model = UNetInTraining(unet, 2, 0)
-        beside = whole_copy(model, torch.device("cpu")) if in_parts else None
-        for block in [module for module in model.modules() if isinstance(module, ResnetBlock2D)] if in_parts else ():
-            fully_shard(block)
-        model = fully_shard(model) if in_parts else model
+        beside = whole_copy(model, torch.device("cpu")) if cut else None
+        for part in reversed([module for module in model.modules() if type(module).__name__ in cut]):  # the inner ones first
+            fully_shard(part)
+        model = fully_shard(model) if cut else model
         # the gradient of a key's bias is rounding alone; with AdamW's own eps its steps would be as large as any
         optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4))
         return model, beside, [Trained("model", model, optimizer)], build_ema(args, model), LearningRate([optimizer], args)
@@ -72,10 +76,11 @@ def learn(folder: Path, in_parts: bool) -> None:
     accelerator.end_training()
 
 
-def test_two_processes_with_parts_are_one_with_the_whole(tmp_path):
+@pytest.mark.parametrize("cut", [["ResnetBlock2D"], ["ResnetBlock2D", "Conv2d"]])
+def test_two_processes_with_parts_are_one_with_the_whole(tmp_path, cut):
     env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     launch(sys.executable, Path(__file__), tmp_path / "whole", env=env)
-    launch(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, Path(__file__), tmp_path / "parts", env=env)
+    launch(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, Path(__file__), tmp_path / "parts", *cut, env=env)
     for file in (
         "weights.safetensors",
         "averages.safetensors",
@@ -126,4 +131,4 @@ def test_fsdp_on_the_gpus_gives_the_losses_of_one(unet_flags, tmp_path):
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    learn(target, in_parts="RANK" in os.environ)
+    learn(target, cut=sys.argv[2:])

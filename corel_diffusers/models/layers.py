@@ -8,12 +8,13 @@ import torch
 from diffusers.models import resnet, upsampling
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 BF16_LANES = (
     16  # what the CPU's kernels of GroupNorm go through at a time: a group of fewer channels, or a rest, is gone through one by one
 )
-FROM_POSITIONS = 1024  # of a batch: for fewer, summing up an enlarging kernel costs more than it saves
+FROM_POSITIONS = 1024  # of a batch: for fewer, a CPU takes longer to sum up an enlarging kernel than it saves
 
 
 def quicken(model: nn.Module) -> None:
@@ -56,7 +57,8 @@ class Upsample2D(upsampling.Upsample2D):
     def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
         """hidden_states (B, C, H, W) -> (B, C', 2H, 2W)."""
         positions = hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3]
-        if positions < FROM_POSITIONS or output_size is not None:
+        cut = isinstance(self.conv.weight, DTensor)  # by FSDP, and put together when the convolution itself is called
+        if positions < FROM_POSITIONS or output_size is not None or cut:
             return super().forward(hidden_states, output_size)
         sums = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)  # (C', C, 4, 4)
         made = F.conv_transpose2d(hidden_states, sums.flip(-2, -1).transpose(0, 1), stride=2, padding=1)

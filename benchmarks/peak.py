@@ -33,12 +33,6 @@ def seconds(run: Callable[[], object], repeats: int) -> list[float]:
     return found
 
 
-def keep_freed_memory() -> None:
-    """glibc gives what is freed back to the system, and has it cleared when it is asked for again, until a block of 32 MB has been freed
-    once: the scripts have done that before their first step."""
-    torch.empty(2**23 - 2**12)
-
-
 def training_step(name: str, args: argparse.Namespace, precision: str) -> tuple[torch.nn.Module, Callable[[], None]]:
     """The "VAE" or "UNet", and a training step of it: forward, backward, fused AdamW."""
     size_px = (args.image_size, args.image_size)
@@ -104,7 +98,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the UNet's step alone, compiled: a VAE's may lose its gradients")
     args = parser.parse_args()
     precision = resolve_precision("auto", "cpu")
-    keep_freed_memory()
+    torch.empty(2**23 - 2**12)  # 32 MB, freed at once: as in the scripts, glibc from then on keeps what is freed and has less cleared anew
     print(f"{machine('cpu')}, mixed precision {precision}")
     for name in ["UNet"] if args.compile else ["VAE", "UNet"]:
         whole = {}

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from corel_diffusers.arguments import UNetArguments
 from corel_diffusers.files import UserError
-from corel_diffusers.models import UNetInTraining, from_config
-from corel_diffusers.models.layers import ResnetBlock2D
+from corel_diffusers.models import UNetInTraining, from_config, layers
 from corel_diffusers.sharding import set_sharding
 
 STEPS = 3
@@ -32,7 +31,6 @@ def learn(folder: Path, cut: list[str]) -> None:
 
     from corel_diffusers.checkpoints import RunState, Trained, find_checkpoints, load_checkpoint, save_checkpoint
     from corel_diffusers.learning_rate import LearningRate
-    from corel_diffusers.models import layers
     from corel_diffusers.sharding import whole_copy
     from corel_diffusers.training import build_ema, ema_weights
 
@@ -101,7 +99,7 @@ def test_the_launchers_defaults_cut_each_block_in_float32():
     model = UNetInTraining(from_config(UNet2DModel, UNET_CONFIG, ""), 0, 0)
     plugin.set_auto_wrap_policy(model)
     wrapped = {type(module) for module in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(module)}
-    assert wrapped == {ResnetBlock2D}
+    assert wrapped == {layers.ResnetBlock2D}
     assert plugin.mixed_precision_policy is None
     with pytest.raises(UserError, match="--optimizer muon"):
         set_sharding(accelerator, "muon")

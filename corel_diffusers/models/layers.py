@@ -11,9 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-BF16_LANES = (
-    16  # what the CPU's kernels of GroupNorm go through at a time: a group of fewer channels, or a rest, is gone through one by one
-)
+# what the CPU's kernels of GroupNorm go through at a time: a group of fewer channels, or a rest, is gone through one by one
+BF16_LANES = 16
 FROM_POSITIONS = 1024  # of a batch: for fewer, a CPU takes longer to sum up an enlarging kernel than it saves
 
 

@@ -31,8 +31,8 @@ from corel_diffusers.cuda_graphs import recorded
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
-from corel_diffusers.evaluation.evaluate import SampleJudge, as_often, reconstruction_limit
-from corel_diffusers.files import best_record, published_model, read_json
+from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
+from corel_diffusers.files import UserError, best_record, published_model, read_json
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.guide import Guide
 from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
@@ -255,9 +255,9 @@ def main(args: UNetArguments) -> None:
                             save_picture(sample_grid(pipe, args.seed, pictures=12), args.run_dir / "samples" / f"epoch_{epoch:04d}.png")
                     if judge and epoch % args.evaluate_every < validate_every:
                         with accelerator.autocast():
-                            wanted = as_often(torch.from_numpy(labels["train"]), JUDGED).tolist()
-                            pictures = samples(pipe, args.seed, [class_names[label] if class_names else None for label in wanted])
-                        values |= judge.scores(pictures)
+                            drawn = judge.labels_to_draw(JUDGED) if class_names else None
+                            pictures = samples(pipe, args.seed, [None] * JUDGED if drawn is None else [class_names[i] for i in drawn])
+                        values |= judge.scores(pictures, drawn)
                 rate.validated(values["val_loss"])
                 values = means.close(accelerator) | values | {"learning_rate": rate.now, "published": published}
                 record_epoch(accelerator, args, plan, state, history, bar, values, shown)

@@ -11,16 +11,17 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT, make_photos, tool
-from PIL import Image
+from diffusers import DDPMScheduler
+from PIL import Image, ImageFilter
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.scenes import CLASS_NAMES
+from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
 from corel_diffusers.data.transforms import Pixels, cache_pixels, to_float
 from corel_diffusers.evaluation import evaluate as evaluation
 from corel_diffusers.evaluation import features as feature_networks
-from corel_diffusers.evaluation import memorization, metrics
+from corel_diffusers.evaluation import memorization, metrics, report
 from corel_diffusers.evaluation.evaluate import reconstruct, reconstruction_scores, render
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import write_card
@@ -86,6 +87,124 @@ def test_precision_and_recall_by_hand():
     precision, recall = metrics.precision_recall(pictures, photos, neighbour=1)
     assert precision == 0.5, "two pictures lie within 1 of a photo, or 8 of the lonely one"
     assert recall == 0.75, "three photos lie within 1 of a picture"
+
+
+def classed(counts, seed, d=12):
+    """Draws of a perfect model, and of photos: so many of each class, whose means lie far apart -> features, labels."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    means = 1.5 * gaussian(len(counts), d, seed=99)
+    return means[labels] + gaussian(len(labels), d, seed=seed), labels
+
+
+@pytest.mark.parametrize(
+    ("pictures", "photos"),
+    [
+        ([42] * 6, [8, 8, 8, 8, 9, 9]),  # 252 and 50, as of `evaluate`
+        ([8] * 6, [5] * 6),  # 48 and 30, as of `--evaluate-every`
+        ([2] * 6, [5] * 6),
+        ([5] * 12, [60] * 3 + [1] * 9),  # other shares, and classes of one photo
+        ([3] * 4, [1] * 4),  # of no class there are two
+    ],
+)
+def test_a_perfect_model_reads_zero_at_any_size_and_class_mix(pictures, photos):
+    found, counted = [], []
+    for seed in range(200):
+        (a, labels_a), (b, labels_b) = classed(pictures, 2 * seed), classed(photos, 2 * seed + 1)
+        found.append(metrics.kernel_distance(a, b, labels_a=labels_a, labels_b=labels_b))
+        counted.append(metrics.kernel_distance(a, b))
+    error = np.std(found) / 200**0.5
+    assert abs(np.mean(found)) < 3 * error
+    assert abs(np.mean(counted)) > 5 * error, "as if all were drawn at random it is off"
+
+
+def test_pictures_without_labels_read_zero_beside_photos_in_fixed_numbers():
+    found, counted, shares = [], [], torch.tensor([0.2, 0.3, 0.5])
+    for seed in range(200):
+        drawn = torch.multinomial(shares, 40, replacement=True, generator=torch.Generator().manual_seed(seed)).bincount(minlength=3)
+        a, (b, labels_b) = classed(drawn.tolist(), 2 * seed)[0], classed([2, 3, 5], 2 * seed + 1)
+        found.append(metrics.kernel_distance(a, b, labels_b=labels_b))
+        counted.append(metrics.kernel_distance(a, b))
+    error = np.std(found) / 200**0.5
+    assert abs(np.mean(found)) < 3 * error
+    assert np.mean(counted) < -5 * error
+
+
+def test_kid_with_labels_is_the_mean_over_pairs_of_classes():
+    """By hand: classes 0 and 1 of shares 2/3 and 1/3 among the photos."""
+    a, labels_a, b, labels_b = gaussian(5), torch.tensor([0, 0, 1, 1, 1]), gaussian(6, seed=1), torch.tensor([0, 0, 0, 0, 1, 1])
+    k = lambda x, y: (float(x @ y) / 12 + 1) ** 3  # noqa: E731
+    expected = 0.0
+    for (left, labels_left), (right, labels_right), factor in (
+        ((a, labels_a), (a, labels_a), 1), ((b, labels_b), (b, labels_b), 1), ((a, labels_a), (b, labels_b), -2),
+    ):  # fmt: skip
+        for (one, share), (other, other_share) in product(((0, 2 / 3), (1, 1 / 3)), repeat=2):
+            pairs = product((labels_left == one).nonzero().flatten(), (labels_right == other).nonzero().flatten())
+            values = [k(left[i], right[j]) for i, j in pairs if left is not right or i != j]
+            expected += factor * share * other_share * np.mean(values)
+    assert metrics.kernel_distance(a, b, labels_a=labels_a, labels_b=labels_b) == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def scene_features(network):
+    """Real features of 40 scenes of each of six classes, of the same blurred, and the labels."""
+    scenes = [draw_scene(label, np.random.default_rng([label, place])).resize((32, 32)) for label in range(6) for place in range(40)]
+    blurred = [scene.filter(ImageFilter.GaussianBlur(0.7)) for scene in scenes]
+    features = (feature_networks.extract(network, feature_networks.as_array(pictures)) for pictures in (scenes, blurred))
+    return *features, torch.arange(6).repeat_interleave(40)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("sizes", [(120, 48), (48, 30)])
+def test_the_interval_covers_repeated_draws_of_real_features(scene_features, alike, sizes):
+    """As many of each class, drawn from the scenes, against others of them or blurred ones; the truth is the distance of all."""
+    photos, blurred, labels = scene_features
+    pictures = photos if alike else blurred
+    truth = float((metrics.kernel(pictures, pictures) + metrics.kernel(photos, photos) - 2 * metrics.kernel(pictures, photos)).mean())
+    rng, inside, widths, values = np.random.default_rng(0), 0, [], []
+    for _ in range(400):
+        rows = [torch.from_numpy((rng.integers(40, size=(6, size // 6)) + 40 * np.arange(6)[:, None]).ravel()) for size in sizes]
+        sets = pictures[rows[0]], photos[rows[1]], False, labels[rows[0]], labels[rows[1]]
+        low, high = metrics.kernel_interval(*sets, resamples=400)
+        inside += low <= truth <= high
+        values.append(metrics.kernel_distance(*sets))
+        widths.append(high - low)
+    assert 0.91 * 400 <= inside <= 0.99 * 400, f"a 95 % interval covered {inside} of 400 times"
+    assert 0.8 < np.mean(widths) / (3.92 * np.std(values)) < 1.2
+    assert abs(np.mean(values) - truth) < 3 * np.std(values) / 20
+
+
+def test_the_interval_of_halves_is_that_of_the_splits():
+    features, labels = classed([12, 12, 9], 0)
+    found = metrics.halves(features, labels)
+    rng, distances = np.random.default_rng(0), []
+    for _ in range(100):
+        order = rng.permutation(33)
+        order = order[np.argsort(labels[order], kind="stable")]
+        a, b = order[::2], order[1::2]
+        distances.append(1e3 * metrics.kernel_distance(features[a], features[b], False, labels[a], labels[b]))
+    assert found["kid_e3"] == pytest.approx(np.mean(distances))
+    assert np.mean([found["kid_e3_low"] <= value <= found["kid_e3_high"] for value in distances]) == pytest.approx(0.94, abs=0.02)
+
+
+def test_reconstructions_have_no_frechet_distance_to_their_own_photos():
+    """Both sets share the chance that chose the photos: it is far below that of reconstructions of others."""
+    photos, others = gaussian(50), gaussian(50, seed=1)
+    noise = 0.3 * gaussian(50, seed=2)
+    assert metrics.frechet_distance(photos + noise, photos) < 0.5 * metrics.frechet_distance(others + noise, photos)
+    assert metrics.compare(photos + noise, photos, paired=True)["fd"] is None
+    floor = metrics.compare(photos + noise, photos, paired=True)
+    results = {"held_out": "test", "generation": metrics.compare(others, photos), "reconstruction": floor}
+    assert [row[3] for row in report.distance_rows(results)[1:]] == [f"{results['generation']['fd']:.1f}", "-"]
+
+
+def test_a_class_is_judged_by_its_held_out_photos_where_there_are_enough():
+    pictures, train, held_out = classed([6, 6], 0), classed([20, 20], 1), classed([8, 3], 2)
+    both = torch.cat([train[0], held_out[0]]), torch.cat([train[1], held_out[1]])
+    found = evaluation.class_scores(["many", "few"], pictures, train, both, held_out)
+    assert [found[name]["against"] for name in ("many", "few")] == ["held-out", "all"]
+    assert found["many"]["kid_e3"] == pytest.approx(1e3 * metrics.kernel_distance(pictures[0][:6], held_out[0][:8]))
+    assert found["few"]["n"] == [6, 23]
+    assert [row[1] for row in report.class_rows({"classes": found})[1:]] == ["held-out", "all, trained on too"]
 
 
 def test_the_interval_covers_the_true_distance():
@@ -280,6 +399,10 @@ def test_evaluate_a_pipeline(trained_unet, raw_photos, tmp_path):
     assert found["generation"]["kid_e3"] > 10 * abs(found["halves"]["kid_e3"]), "two epochs make no pictures"
     assert 5 < found["reconstruction"]["psnr_db"] < 30
     assert found["copies"]["pictures"]["pixels"] == 0
+    assert found["reconstruction"]["fd"] is None
+    planted = found["copies"]["planted"]
+    told = f"the search finds {planted['pixels']:.0%} of them in pixels and {planted['features']:.0%} in features"
+    assert told in done.stdout
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert 'src="http' not in page

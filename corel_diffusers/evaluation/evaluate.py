@@ -61,15 +61,16 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     network = load_network(args.features, device)
     real = {split: photo_features(network, part) for split, part in pixels.items()}
     some = {split: features[evenly(len(features), LOOKED_AT)] for split, features in real.items()}
+    some_labels = {split: labels[evenly(len(labels), LOOKED_AT)] for split, labels in photo_labels.items()}
     colours = colour_statistics(joined([part.evenly(LOOKED_AT) for part in pixels.values()]).values)
-    for parts in (real, some, photo_labels):
+    for parts in (real, some, photo_labels, some_labels):
         parts["all"] = torch.cat(list(parts.values()))
     if held_out == "all":
         pixels["all"] = joined(list(pixels.values()))
 
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:
-        pictures, labels, settings = make_pictures(args, pipe, class_names, photo_labels["all"])
+        pictures, labels, settings = make_pictures(args, pipe, class_names, photo_labels[held_out])
     values = as_array(pictures)
     features = extract(network, values)
     as_rendered = partial(render, pipe.vae) if pipe else lambda part: part
@@ -82,8 +83,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "held_out": held_out,
         "size_px": list(size_px),
         "features": network.name,
-        "generation": compare(features, real[held_out]),
-        "halves": halves(some["all"]),
+        "generation": compare(features, real[held_out], labels_a=labels, labels_b=drawn_labels(photo_labels, held_out, labels)),
+        "halves": halves(some["all"], some_labels["all"]),
         "colours": {"pictures": colour_statistics(values), "photos": colours},
         "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "features": finder.network.name},
     }
@@ -92,8 +93,11 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     planted = reconstruct(pipe.vae, planted) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted))
     if held_out != "all":
-        results["train_against_held_out"] = compare(some["train"], some[held_out])
-        results["copies"]["held_out"] = finder.shares(*finder.search(as_rendered(pixels[held_out]).evenly(SEARCHED).values[:]))
+        train_labels = {"labels_a": some_labels["train"], "labels_b": some_labels[held_out]}
+        results["train_against_held_out"] = compare(some["train"], some[held_out], **train_labels)
+        searched_for = as_rendered(pixels[held_out]).evenly(SEARCHED).values[:]
+        results["copies"]["held_out"] = finder.shares(*finder.search(searched_for))
+        results["copies"]["n"]["held_out"] = len(searched_for)
     if labels is None:
         results["diversity"] = {"pictures": within_class_distance(features, None), "photos": within_class_distance(some["all"], None)}
     else:
@@ -108,7 +112,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     }
     if pipe:
         originals, rendered = pixels[held_out].values, as_rendered(pixels[held_out]).values
-        results["reconstruction"] = reconstruction_scores(rendered, originals, network, real[held_out])
+        results["reconstruction"] = reconstruction_scores(rendered, originals, network, real[held_out], photo_labels[held_out])
         whose = "Photos" if held_out == "all" else "Held-out photos"
         sheets[f"{whose} over their reconstructions"] = report.reconstruction_sheet(originals, rendered)
     if isinstance(args.pipeline, Path) and pipe:
@@ -146,11 +150,17 @@ def make_pictures(
     return pictures, like_photos, settings
 
 
+def drawn_labels(photo_labels: dict[str, torch.Tensor], held_out: str, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """The labels that KID has to know of the photos it compares with: of a split, whose classes come in fixed numbers, or beside pictures
+    with labels. All photos beside pictures without count as drawn at random."""
+    return None if held_out == "all" and labels is None else photo_labels[held_out]
+
+
 def labels_to_draw(
     pipe: DiffusionPipeline, class_names: list[str], photo_labels: torch.Tensor, count: int
 ) -> tuple[list[int] | None, torch.Tensor | None]:
-    """A class for each picture, as the model numbers it and as the photos do: each as often among the pictures as among the photos, or
-    its share would count as a distance. Where the model lacks one of the photos' classes: all of its own alike, and none of theirs."""
+    """A class for each picture, as the model numbers it and as the photos do: each as often among the pictures as among the photos that
+    they are compared with. Where the model lacks one of the photos' classes: all of its own alike, and none of theirs."""
     numbers = {name: int(number) for number, name in (pipe.config.class_names or {}).items()}
     if not set(class_names) <= set(numbers):
         return pick_labels(pipe, (), count), None
@@ -169,29 +179,40 @@ class SampleJudge:
 
     network: Network
     held_out: torch.Tensor
+    labels: torch.Tensor  # of the held-out photos
     finder: CopyFinder
 
     @classmethod
-    def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels]) -> "SampleJudge":
+    def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels], labels: np.ndarray, precision: str) -> "SampleJudge":
+        """precision: of the passes that the samples are drawn in. labels: of the validation photos."""
         network = load_network("efficientnet-lite0", vae.device)
-        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"]), vae.device)
-        return cls(network, photo_features(network, pixels["validation"]), finder)
+        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"], precision), vae.device)
+        return cls(network, photo_features(network, pixels["validation"]), torch.from_numpy(labels), finder)
 
-    def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
+    def labels_to_draw(self, count: int) -> torch.Tensor:
+        """A label for each sample, each as often as among the held-out photos: (count,)."""
+        return as_often(self.labels, count)
+
+    def scores(self, pictures: list[Image.Image], labels: torch.Tensor | None) -> dict[str, float]:
         """KID x1000 against the held-out photos, where there are enough, and the shares of copies; few pictures make it noisy, the trend
-        counts."""
+        counts. labels: of the pictures, None where the model has no classes."""
         values = as_array(pictures)
         features = extract(self.network, values)
         copies = {f"copies_{name}": share for name, share in self.finder.shares(*self.finder.search(values)).items()}
-        return ({"kid_e3": 1e3 * kernel_distance(features, self.held_out)} if len(self.held_out) >= FEWEST else {}) | copies
+        if len(self.held_out) < FEWEST:
+            return copies
+        return {"kid_e3": 1e3 * kernel_distance(features, self.held_out, labels_a=labels, labels_b=self.labels)} | copies
 
 
-def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels) -> str:
-    """One line on what the VAE's held-out reconstruction allows at best, with a warning where that is poor."""
+def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels, labels: torch.Tensor | None = None, precision: str = "no") -> str:
+    """One line on what the VAE's held-out reconstruction allows at best, with a warning where that is poor. labels: of the held-out photos.
+    precision: what samples will be decoded in."""
     if len(held_out) < FEWEST:
         return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
     network, held_out = load_network("efficientnet-lite0", vae.device), held_out.evenly(LOOKED_AT)
-    scores = reconstruction_scores(reconstruct(vae, held_out.values), held_out.values, network, photo_features(network, held_out))
+    labels = None if labels is None else labels[evenly(len(labels), LOOKED_AT)]
+    made = reconstruct(vae, held_out.values, precision)
+    scores = reconstruction_scores(made, held_out.values, network, photo_features(network, held_out), labels)
     kid = f"KID x1000 {report.with_interval(scores)} ({network.name})"
     line = (
         f"the VAE brings held-out photos back at PSNR {scores['psnr_db']:.1f} dB, {kid}: samples will not come nearer to photos than that"
@@ -265,10 +286,13 @@ def render(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
     return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "rendering photos"), key)
 
 
-def reconstruction_scores(made: np.ndarray, photos: np.ndarray, network: Network, real: torch.Tensor) -> dict[str, float]:
+def reconstruction_scores(
+    made: np.ndarray, photos: np.ndarray, network: Network, real: torch.Tensor, labels: torch.Tensor | None = None
+) -> dict[str, float | None]:
     """What the VAE loses: PSNR (dB), SSIM, perceptual distance, and its own distances, under which no sample set comes but by luck.
 
-    A photo and its reconstruction are no pair that KID counts; `kid_e3_all_pairs` counts them too, and is too low for it.
+    real: the photos' features. labels: of the photos. A photo and its reconstruction are no pair that KID counts; `kid_e3_all_pairs`
+    counts them too, and is too low for it.
     """
     perceptual, sums = PerceptualLoss("efficientnet-lite0").to(network.device), np.zeros(3)
     for start in range(0, len(made), 32):
@@ -280,7 +304,8 @@ def reconstruction_scores(made: np.ndarray, photos: np.ndarray, network: Network
         sums += [len(a) * float(value) for value in (*near, far)]
     features = extract(network, made)
     means = dict(zip(("psnr_db", "ssim", "perceptual"), (sums / len(made)).tolist(), strict=True))
-    return means | compare(features, real, paired=True) | {"kid_e3_all_pairs": 1e3 * kernel_distance(features, real)}
+    all_pairs = 1e3 * kernel_distance(features, real, labels_a=labels, labels_b=labels)
+    return means | compare(features, real, True, labels, labels) | {"kid_e3_all_pairs": all_pairs}
 
 
 Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)
@@ -289,18 +314,21 @@ Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)
 def class_scores(
     class_names: list[str], pictures: Labelled, train: Labelled, photos: Labelled, held_out: Labelled | None
 ) -> dict[str, dict]:
-    """For each class: its pictures beside its photos (all of them: the held-out ones of a class are few), and how many are
-    nearest to their own class's mean training photo, beside the same share of held-out photos, where there are any."""
+    """For each class: its pictures beside its held-out photos, or beside all of its photos where FEWEST are not held out (`against` says
+    which: photos that were trained on lower the distance of a model that repeats them); and how many are nearest to their own class's mean
+    training photo, beside the same share of held-out photos, where there are any."""
     matches = class_match(*pictures, *train)
     real_matches = class_match(*held_out, *train) if held_out else None
     found = {}
     for label, name in enumerate(class_names):
-        own, own_photos = pictures[1] == label, photos[1] == label
-        if own.sum() < 2 or own_photos.sum() < 2:
+        own, held = pictures[1] == label, held_out[1] == label if held_out else torch.zeros(0, dtype=torch.bool)
+        enough = held.sum() >= FEWEST
+        beside = held_out[0][held] if enough else photos[0][photos[1] == label]
+        if own.sum() < 2 or len(beside) < 2:
             continue
-        held = real_matches[held_out[1] == label] if held_out else ()
-        found[name] = compare(pictures[0][own], photos[0][own_photos]) | {
+        found[name] = compare(pictures[0][own], beside) | {
+            "against": "held-out" if enough else "all",
             "match": float(matches[own].double().mean()),
-            "match_photos": float(held.double().mean()) if len(held) else None,
+            "match_photos": float(real_matches[held].double().mean()) if held.any() else None,
         }
     return found

@@ -5,6 +5,7 @@ distance is biased upwards at few pictures and therefore always shown with their
 """
 
 import numpy as np
+import scipy.special
 import torch
 
 
@@ -13,47 +14,143 @@ def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def kernel_distance(a: torch.Tensor, b: torch.Tensor, paired: bool = False) -> float:
+def kernel_distance(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    paired: bool = False,
+    labels_a: torch.Tensor | None = None,
+    labels_b: torch.Tensor | None = None,
+) -> float:
     """KID: the unbiased squared maximum mean discrepancy over all pairs (Gretton et al. 2012, eq. 3). May be below 0.
 
-    paired: a[i] was made from b[i]. Such pairs are left out: they are more alike than pictures of the two kinds are, and few sets
-    are so large that they would not count.
+    labels_a (N,), labels_b (M,): the class of each picture. Without them the pictures count as drawn at random. Pictures that come in
+    fixed numbers a class do not: within such a set fewer pairs are of one class than between two sets, and a perfect model would seem
+    to be nearer than real photos are. With labels, `pair_weights` counts each pair of classes as often within as between.
+
+    paired: a[i] was made from b[i], and has its label. Such pairs are left out: they are more alike than pictures of the two kinds are,
+    and few sets are so large that they would not count.
     """
-    ones_a, ones_b = torch.ones(1, len(a)).to(a), torch.ones(1, len(b)).to(b)
-    return float(weighted_distance(kernel(a, a), kernel(b, b), kernel(a, b), ones_a, ones_b, paired))
-
-
-def weighted_distance(
-    aa: torch.Tensor, bb: torch.Tensor, ab: torch.Tensor, weights_a: torch.Tensor, weights_b: torch.Tensor, paired: bool
-) -> torch.Tensor:
-    """KID of R resamplings, given the kernels of all pairs: weights (R, N) and (R, M) count each picture -> (R,).
-
-    A picture is never paired with itself, however often it was drawn: that keeps resampled values centred on the unbiased one.
-    """
-
-    def apart(k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        total = ((w @ k) * w).sum(1) - w.square() @ k.diagonal()
-        return total / (w.sum(1).square() - w.square().sum(1))
-
-    between = apart(ab, weights_a) if paired else ((weights_a @ ab) * weights_b).sum(1) / (weights_a.sum(1) * weights_b.sum(1))
-    return apart(aa, weights_a) + apart(bb, weights_b) - 2 * between
+    values, weights, _ = all_pairs(a, b, paired, labels_a, labels_b)
+    return float((weights * values).sum())
 
 
 def kernel_interval(
-    a: torch.Tensor, b: torch.Tensor, paired: bool = False, resamples: int = 1000, level: float = 0.95
+    a: torch.Tensor,
+    b: torch.Tensor,
+    paired: bool = False,
+    labels_a: torch.Tensor | None = None,
+    labels_b: torch.Tensor | None = None,
+    resamples: int = 1000,
+    level: float = 0.95,
 ) -> tuple[float, float]:
-    """The bootstrap percentile interval of `kernel_distance`, both sets resampled (Efron & Tibshirani 1993, chapter 13).
+    """The interval of `kernel_distance` over repeated draws of both sets, by a multiplier bootstrap.
 
-    Of two sets that are alike it is wider than it need be.
+    KID is a U-statistic, sum_pq w_pq k(x_p, x_q). Around its mean it varies like 2 sum_p l_p + sum_pq w_pq k~(x_p, x_q) (Hoeffding 1948):
+    l_p is the centred sum_q w_pq k_pq, which is 0 on average where the sets are alike; k~ is the kernel, centred on both sides. With
+    standard normal e_p, 2 sum_p l_p e_p + sum_pq w_pq k~_pq e_p e_q has the same variance and skewness. That holds as well where the first
+    part is 0, and where drawing the pictures again with replacement would give an interval that is twice too wide (Chwialkowski et al.
+    2014, arXiv:1408.5404). Where the pictures come in fixed numbers per class, everything is centred within the classes.
     """
-    rng = np.random.default_rng(0)
-    weights_a, weights_b = (torch.from_numpy(rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)).to(x) for x in (a, b))
-    weights_b = weights_a if paired else weights_b
-    values = weighted_distance(kernel(a, a), kernel(b, b), kernel(a, b), weights_a, weights_b, paired)
-    values = values[values.isfinite()]  # of very few pictures, a resampling may hold one picture only
-    tail = (1 - level) / 2
-    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail]).to(values))
-    return float(low), float(high)
+    values, weights, strata = all_pairs(a, b, paired, labels_a, labels_b)
+    member = (strata[:, None] == strata.unique()).to(values)
+    count = member.sum(0)
+    products = weights * centred_kernel(values, member)
+    pull = (weights * values).sum(1)
+    pull = (pull - member @ (member.T @ pull / count)) * (member @ (count / (count - 1).clamp_min(1)).sqrt())
+    # what is read off the sample holds the second part's variance twice
+    by_stratum = 4 * member.T @ pull.square()
+    first, second = by_stratum.sum(), 2 * products.square().sum()
+    share = ((first - 2 * second) / first.clamp_min(1e-30)).clamp_min(0).sqrt()
+    # of few pictures the variance itself is uncertain: Student's t, with the degrees of freedom of Satterthwaite 1946
+    freedom = float(first.square() / (by_stratum.square() / (count - 1).clamp_min(1)).sum().clamp_min(1e-30))
+    tail = (1 + level) / 2
+    share = share * float(scipy.special.stdtrit(max(freedom, 1.0), tail) / scipy.special.ndtri(tail))
+    draws = torch.randn(resamples, len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(values)
+    around = 2 * share * (draws @ pull) + ((draws @ products) * draws).sum(1)
+    low, high = torch.quantile(around, torch.tensor([1 - tail, tail]).to(around)).tolist()
+    distance = float((weights * values).sum())
+    return distance + low, distance + high
+
+
+def centred_kernel(values: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """The kernel less its means over the strata of both pictures, (P, P), 0 on the diagonal, so scaled that its mean square is unbiased.
+
+    member (P, S): 0 or 1. Within a stratum no picture counts with itself, in the means either: U-centring (Székely & Rizzo 2014,
+    arXiv:1310.2926, section 2), which needs four pictures; with fewer that block is 0.
+    """
+    count, same = member.sum(0), torch.eye(member.shape[1]).to(values)
+    apart = values.clone().fill_diagonal_(0)
+    rows = apart @ member  # (P, S): sums over each stratum
+    ones = torch.ones_like(same)
+    means = rows * (member @ (1 / (count * ones - 2 * same).clamp_min(1)))
+    pairs = torch.outer(count, count) * (1 - same) + torch.diag((count - 1) * (count - 2)).clamp_min(0)
+    blocks = (member.T @ rows) / pairs.clamp_min(1)
+    by_row = means @ member.T
+    unbiased = count / (count - 1).clamp_min(1)
+    scale = torch.outer(unbiased, unbiased) * (1 - same) + torch.diag((count > 3) * (count - 1) / (count - 3).clamp_min(1))
+    centred = apart - by_row - by_row.T + member @ blocks @ member.T
+    return (centred * (member @ scale @ member.T).sqrt()).fill_diagonal_(0)
+
+
+def all_pairs(
+    a: torch.Tensor, b: torch.Tensor, paired: bool, labels_a: torch.Tensor | None, labels_b: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KID as sum(weights * values): the kernel of each pair of pictures of either set, its weight, (P, P) each, and of each picture the
+    stratum that it was drawn from at random, (P,). paired: a picture and its photo are one member."""
+    strata_b = strata(labels_b, len(b))
+    if paired:
+        between = kernel(a, b)
+        return kernel(a, a) + kernel(b, b) - between - between.T, pair_weights(labels_b, labels_b, len(b), len(b))[0].to(a), strata_b
+    within_a, within_b, between = (weights.to(a) for weights in pair_weights(labels_a, labels_b, len(a), len(b)))
+    both = torch.cat([a, b])
+    weights = torch.cat([torch.cat([within_a, -between], 1), torch.cat([-between.T, within_b], 1)])
+    return kernel(both, both), weights, torch.cat([strata(labels_a, len(a)), len(a) + strata_b])
+
+
+def pair_weights(
+    labels_a: torch.Tensor | None, labels_b: torch.Tensor | None, count_a: int, count_b: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How much each pair counts, (N, N) within a, (M, M) within b, (N, M) between: 1 in all in each, and 0 for a picture with itself.
+
+    With labels of both, each pair of classes counts by the classes' shares among b, as often within as between. One picture of a class
+    tells nothing of two of that class: then that pair of classes is left out of all three. Where only b is labelled, its classes count by
+    their shares in it, since a's pictures have them at random.
+    """
+    if labels_a is None or labels_b is None:
+        a, b = strata(labels_a, count_a), strata(labels_b, count_b)
+        member_a, member_b = ((x[:, None] == x.unique()).double() for x in (a, b))
+        shares_a, shares_b = member_a.mean(0), member_b.mean(0)
+        between = torch.full((count_a, count_b), 1 / (count_a * count_b), dtype=torch.float64)
+        return spread(member_a, torch.outer(shares_a, shares_a)), spread(member_b, torch.outer(shares_b, shares_b)), between
+    classes = labels_b.unique()
+    member_a, member_b = ((labels[:, None] == classes).double() for labels in (labels_a, labels_b))
+    count_a, count_b = member_a.sum(0), member_b.sum(0)
+    shares = count_b * (count_a > 0)
+    counted = torch.outer(shares, shares)
+    counted[torch.eye(len(classes), dtype=torch.bool) & ((count_a < 2) | (count_b < 2))] = 0
+    counted = counted / counted.sum()
+    between = member_a @ (counted / (count_a[:, None] * count_b).clamp_min(1)) @ member_b.T
+    return spread(member_a, counted), spread(member_b, counted), between
+
+
+def spread(member: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The weight of each pair of classes (S, S), spread evenly over the pairs of their members, (N, S) 0 or 1 -> (N, N)."""
+    count = member.sum(0)
+    pairs = torch.outer(count, count) - torch.diag(count)
+    return (member @ (counted / pairs.clamp_min(1)) @ member.T).fill_diagonal_(0)
+
+
+def strata(labels: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Numbers from 0 for the classes, those of one picture taken together, with the smallest other where there is one only: within a
+    stratum, at least two are needed. Without labels all are of one."""
+    if labels is None:
+        return torch.zeros(count, dtype=torch.long)
+    _, place, counts = labels.unique(return_inverse=True, return_counts=True)
+    alone = counts < 2
+    if alone.sum() == 1 and len(counts) > 1:
+        alone |= counts == counts[~alone].min()
+    numbers = torch.where(alone, len(counts), torch.arange(len(counts)))
+    return numbers[place].unique(return_inverse=True)[1]
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -118,21 +215,48 @@ def colour_statistics(pictures: np.ndarray) -> dict[str, float]:
     return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
 
 
-def compare(a: torch.Tensor, b: torch.Tensor, paired: bool = False) -> dict[str, float]:
-    """Every distance of two sets, KID times 1000, under the names that evaluation.json has. paired: a[i] was made from b[i]."""
-    low, high = kernel_interval(a, b, paired)
+def compare(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    paired: bool = False,
+    labels_a: torch.Tensor | None = None,
+    labels_b: torch.Tensor | None = None,
+) -> dict[str, float | None]:
+    """Every distance of two sets, KID times 1000, under the names that evaluation.json has. Labels: as `kernel_distance` takes them.
+
+    paired: a[i] was made from b[i]. There is no Fréchet distance then: both sets would share the chance that chose the photos, and it
+    would come out far too low.
+    """
+    low, high = kernel_interval(a, b, paired, labels_a, labels_b)
     precision, recall = precision_recall(a, b, paired)
     return {
-        "n": [len(a), len(b)], "kid_e3": kernel_distance(a, b, paired) * 1e3, "kid_e3_low": low * 1e3, "kid_e3_high": high * 1e3,
-        "fd": frechet_distance(a, b), "precision": precision, "recall": recall,
-    }  # fmt: skip
+        "n": [len(a), len(b)],
+        "kid_e3": kernel_distance(a, b, paired, labels_a, labels_b) * 1e3,
+        "kid_e3_low": low * 1e3,
+        "kid_e3_high": high * 1e3,
+        "fd": None if paired else frechet_distance(a, b),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
-def halves(features: torch.Tensor, splits: int = 10) -> dict[str, float]:
-    """`compare` of two random halves of one set, averaged over splits: what no model can beat."""
+def halves(features: torch.Tensor, labels: torch.Tensor | None = None, splits: int = 100, compared: int = 10) -> dict[str, float]:
+    """What no model can beat: one half of a set against the other, split at random within each class.
+
+    Means over splits; the interval of KID is what 95 % of the splits lie within, which is how far a perfect model of such few pictures
+    is from 0. Only the first splits are `compared` in all; `labels` as `kernel_distance` takes them.
+    """
     rng = np.random.default_rng(0)
-    found: list[dict] = []
-    for _ in range(splits):
-        first, second = np.array_split(rng.permutation(len(features)), 2)
-        found.append(compare(features[first], features[second]))
-    return {name: np.mean([values[name] for values in found], axis=0).tolist() for name in found[0]}
+    classes = np.zeros(len(features)) if labels is None else labels.numpy()
+    found, distances = [], []
+    for split in range(splits):
+        order = rng.permutation(len(features))
+        order = order[np.argsort(classes[order], kind="stable")]  # by class, at random within: every second one is a half of each class
+        first, second = order[::2], order[1::2]
+        of_both = [None, None] if labels is None else [labels[first], labels[second]]
+        distances.append(1e3 * kernel_distance(features[first], features[second], False, *of_both))
+        if split < compared:
+            found.append(compare(features[first], features[second], False, *of_both))
+    means = {name: np.mean([values[name] for values in found], axis=0).tolist() for name in found[0]}
+    low, high = np.quantile(distances, (0.025, 0.975)).tolist()
+    return means | {"kid_e3": float(np.mean(distances)), "kid_e3_low": low, "kid_e3_high": high}

@@ -20,7 +20,7 @@ ROWS = {
     "generation": "pictures",
     "reconstruction": "VAE reconstructions (the floor)",
     "train_against_held_out": "training photos",
-    "halves": "one half of all photos against the other",
+    "halves": "one half of all photos against the other (of 100 splits)",
 }
 
 
@@ -45,7 +45,8 @@ def distance_rows(results: dict) -> list[tuple[str, ...]]:
         if key in results:
             v = results[key]
             counts = f"{v['n'][0]:.0f} / {v['n'][1]:.0f}"
-            rows.append((name, counts, with_interval(v), f"{v['fd']:.1f}", f"{v['precision']:.2f}", f"{v['recall']:.2f}"))
+            fd = "-" if v["fd"] is None else f"{v['fd']:.1f}"
+            rows.append((name, counts, with_interval(v), fd, f"{v['precision']:.2f}", f"{v['recall']:.2f}"))
     return rows
 
 
@@ -69,10 +70,11 @@ def copy_rows(results: dict) -> list[tuple[str, ...]]:
 
 def class_rows(results: dict) -> list[tuple[str, ...]]:
     """The classes as text; the first row is the heading."""
-    rows = [("class, against all its photos", "n", "KID x1000 [95 %]", "looks like its class", "held-out photos do")]
+    rows = [("class", "photos", "n", "KID x1000 [95 %]", "looks like its class", "held-out photos do")]
     for name, v in results.get("classes", {}).items():
         photos = "-" if v["match_photos"] is None else f"{v['match_photos']:.0%}"
-        rows.append((name, f"{v['n'][0]} / {v['n'][1]}", with_interval(v), f"{v['match']:.0%}", photos))
+        against = "held-out" if v["against"] == "held-out" else "all, trained on too"
+        rows.append((name, against, f"{v['n'][0]} / {v['n'][1]}", with_interval(v), f"{v['match']:.0%}", photos))
     return rows
 
 

@@ -154,7 +154,7 @@ def main(args: UNetArguments) -> None:
         for split, rows in same.items()
     )
     if accelerator.is_main_process:
-        print(reconstruction_limit(vae, pixels["validation"]))
+        print(reconstruction_limit(vae, pixels["validation"], torch.from_numpy(labels["validation"]), args.mixed_precision))
         vae_run = Path(args.vae_location) / "run.json"
         if vae_run.is_file() and not read_json(vae_run)["finished"]:
             print("notice: the VAE's training was stopped before its end: go on with train_vae.py --resume latest for a better one")

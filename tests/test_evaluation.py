@@ -25,8 +25,10 @@ from corel_diffusers.evaluation import memorization, metrics, report
 from corel_diffusers.evaluation.evaluate import reconstruct, reconstruction_scores, render
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import write_card
-from corel_diffusers.models import build_vae
+from corel_diffusers.models import build_unet, build_vae
 from corel_diffusers.perceptual import PerceptualLoss
+from corel_diffusers.precision import autocast
+from pipeline import CorelPipeline
 
 CPU = torch.device("cpu")
 
@@ -439,6 +441,16 @@ def test_reconstruction_in_parts_is_that_of_all_at_once(network):
     assert found["ssim"] == pytest.approx(float(structural_similarity_index_measure(a, b, data_range=1.0)), rel=1e-5)
     with torch.no_grad():
         assert found["perceptual"] == pytest.approx(float(PerceptualLoss("efficientnet-lite0")(2 * a - 1, 2 * b - 1)), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_photos_are_reconstructed_in_the_precision_that_samples_are_decoded_in(vae, pixels, configs, precision):
+    photos = np.array(pixels["validation"].values)
+    pipe = CorelPipeline(vae, build_unet(str(configs / "unet.json"), (48, 48), vae, None), DDPMScheduler())
+    latents = vae.encode(to_float(torch.from_numpy(photos))).latent_dist.mean
+    with autocast(precision, "cpu"), torch.no_grad():
+        expected = feature_networks.as_array(pipe.decode(latents * vae.config.scaling_factor, "pil"))
+    assert np.array_equal(reconstruct(vae, photos, precision), expected)
 
 
 def test_rendered_photos_are_cached_by_the_vaes_weights(vae, pixels, monkeypatch):

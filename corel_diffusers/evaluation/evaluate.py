@@ -35,7 +35,7 @@ from corel_diffusers.hub import pipeline_digest, write_card
 from corel_diffusers.latents import weights_key
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
-from corel_diffusers.precision import resolve_precision
+from corel_diffusers.precision import arithmetic, autocast, resolve_precision
 from corel_diffusers.training import trained_on
 
 FEWEST = 4  # photos on either side; with fewer, no distance means anything
@@ -73,7 +73,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         pictures, labels, settings = make_pictures(args, pipe, class_names, photo_labels[held_out])
     values = as_array(pictures)
     features = extract(network, values)
-    as_rendered = partial(render, pipe.vae) if pipe else lambda part: part
+    as_rendered = partial(render, pipe.vae, precision=args.mixed_precision) if pipe else lambda part: part
     finder = CopyFinder.of(known, as_rendered(known), device)
     in_pixels, in_features = finder.search(values)
 
@@ -90,7 +90,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     }
     results["copies"]["pictures"] = finder.shares(in_pixels, in_features)
     planted = planted_copies(known.evenly(PLANTED).values[:])
-    planted = reconstruct(pipe.vae, planted) if pipe else planted
+    planted = reconstruct(pipe.vae, planted, args.mixed_precision) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted))
     if held_out != "all":
         train_labels = {"labels_a": some_labels["train"], "labels_b": some_labels[held_out]}
@@ -267,21 +267,31 @@ def joined(parts: list[Pixels]) -> Pixels:
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, photos: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> what the VAE makes of it, through the posterior's mean, uint8 of the same shape."""
+def reconstruct(vae: AutoencoderKL, photos: np.ndarray, precision: str = "no") -> np.ndarray:
+    """uint8 (N, H, W, 3) -> what the VAE makes of it, through the posterior's mean, uint8 of the same shape.
+
+    Encoded as the UNet's training photos are, and decoded in the precision that samples are decoded in: what is compared with them
+    must not differ by its rounding.
+    """
     made = []
+    decoding = "no" if vae.config.force_upcast else precision  # as the pipeline decodes
     for start in range(0, len(photos), 32):
         part = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
-        made += to_pictures(vae.decode(vae.encode(part).latent_dist.mean).sample)
+        with autocast("no", vae.device.type):
+            latents = vae.encode(part).latent_dist.mean
+        with autocast(decoding, vae.device.type):
+            made += to_pictures(vae.decode(latents).sample)
     return as_array(made)
 
 
-def render(vae: AutoencoderKL, pixels: Pixels) -> Pixels:
-    """The photos of a split as the VAE renders them: computed once, cached by what the photos hold and the VAE's weights."""
-    key = f"{pixels.key}-{len(pixels)}-{weights_key(vae)}"
+def render(vae: AutoencoderKL, pixels: Pixels, precision: str = "no") -> Pixels:
+    """The photos of a split as the VAE renders them in that precision: computed once, cached by what the photos hold, the VAE's weights and
+    config, and the arithmetic."""
+    vae_key = f"{weights_key(vae)}-{config_key(vae)}-{arithmetic(vae.device)}-{precision}"
+    key = f"{pixels.key}-{len(pixels)}-{vae_key}"
 
     def make(photos: slice) -> np.ndarray:
-        return reconstruct(vae, pixels.values[photos])
+        return reconstruct(vae, pixels.values[photos], precision)
 
     return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "rendering photos"), key)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import run_here
+from scipy.stats import binom
 
 from corel_diffusers.advice import on_copies, on_kl, on_loss
 from corel_diffusers.arguments import VAEArguments
@@ -55,18 +56,35 @@ def test_loss_lines():
     assert told([1.0, 1.0]) == [], "two epochs tell nothing"
 
 
+def copies_found(pictures, held_out, **more):
+    """An evaluation that found so many copies in features, of 300 pictures and of 50 held-out photos."""
+    shares = {"pictures": {"pixels": 0.0, "features": pictures / 300}}
+    shares |= {} if held_out is None else {"held_out": {"pixels": 0.0, "features": held_out / 50}}
+    return {"copies": shares | {"n": {"pictures": 300, "held_out": 50}}} | more
+
+
 @pytest.mark.parametrize(
     ("pictures", "held_out", "more", "expected"),
     [
-        (0.03, 0.02, {}, None),
-        (0.0, 0.02, {}, None),
-        (0.2, None, {}, None),
-        (0.031, 0.02, {}, "3.1% of the pictures count as copies in features, of held-out photos 2.0%: train for less time"),
-        (0.087, 0.04, {"guide": True, "guidance_scale": 2.5}, "--guidance-scale 1.5 makes fewer"),
-        (0.087, 0.04, {"guide": True, "guidance_scale": 1.5}, "train for less time"),
+        (9, 1, {}, None),
+        (0, 1, {}, None),
+        (60, None, {}, None),
+        (33, 0, {}, "11.0% of the pictures count as copies in features, of held-out photos 0.0%: train for less time"),
+        (60, 1, {"guide": True, "guidance_scale": 2.5}, "--guidance-scale 1.5 makes fewer"),
+        (60, 1, {"guide": True, "guidance_scale": 1.5}, "train for less time"),
     ],
 )
 def test_copies_line(pictures, held_out, more, expected):
-    copies = {"pictures": {"pixels": 0.0, "features": pictures}} | ({"held_out": {"pixels": 0.0, "features": held_out}} if held_out else {})
-    lines = on_copies({"copies": copies} | more)
+    lines = on_copies(copies_found(pictures, held_out, **more))
     assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.05])
+def test_without_copies_the_notice_of_copies_is_rare(share):
+    """The chance of a notice where pictures count as copies as often as held-out photos do, by the binomial counts of both."""
+    chance = 0.0
+    for held_out in range(12):
+        for pictures in range(45):
+            if on_copies(copies_found(pictures, held_out)):
+                chance += binom.pmf(pictures, 300, share) * binom.pmf(held_out, 50, share)
+    assert chance < 0.025

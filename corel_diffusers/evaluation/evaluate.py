@@ -92,6 +92,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     planted = planted_copies(known.evenly(PLANTED).values[:])
     planted = reconstruct(pipe.vae, planted, args.mixed_precision) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted))
+    results["copies"]["n"] = {"pictures": len(values)}
     if held_out != "all":
         train_labels = {"labels_a": some_labels["train"], "labels_b": some_labels[held_out]}
         results["train_against_held_out"] = compare(some["train"], some[held_out], **train_labels)

@@ -306,6 +306,16 @@ def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, mirrored):
     assert in_features.share_below(finder.feature_ratio) == 1
 
 
+def test_in_features_the_crop_that_lies_as_the_picture_does_is_looked_at_as_well(pixels):
+    finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], CPU)
+    copies = memorization.planted_copies(np.array(pixels["train"].values))
+    alone, aligned = finder.in_features(copies), finder.search(copies)[1]
+    own = torch.arange(len(copies))
+    assert (aligned.ratio[aligned.photo == own] < finder.feature_ratio).sum() > 1.2 * (
+        alone.ratio[alone.photo == own] < finder.feature_ratio
+    ).sum()
+
+
 def test_nothing_stands_out_of_photos_that_are_all_the_same():
     found = memorization.two_nearest(torch.zeros(1, 3), torch.zeros(3, dtype=torch.long))
     assert found.ratio.tolist() == [float("inf")]
@@ -406,6 +416,7 @@ def test_evaluate_a_pipeline(trained_unet, raw_photos, tmp_path):
     told = f"the search finds {planted['pixels']:.0%} of them in pixels and {planted['features']:.0%} in features"
     assert told in done.stdout
     page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert told in page
     assert page.count("data:image/png;base64,") == 4
     assert 'src="http' not in page
     assert "KID x1000" in done.stdout

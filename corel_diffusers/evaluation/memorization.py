@@ -9,8 +9,10 @@ Near duplicates among the photos, mirror images included, count as one photo: a 
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -112,15 +114,17 @@ def likeliest(distance: torch.Tensor, groups: torch.Tensor) -> list[int]:
     return photos
 
 
-def nearest_crop(picture: np.ndarray, photo: np.ndarray) -> float:
-    """picture (FINE_PX, FINE_PX, 3), photo (H, W, 3) -> the distance of the picture, or its mirror image, to the photo's nearest crop."""
+def nearest_crop(picture: np.ndarray, photo: np.ndarray) -> tuple[float, Crop, bool]:
+    """picture (FINE_PX, FINE_PX, 3), photo (H, W, 3) -> the distance of the picture, or its mirror image, to the photo's nearest crop; that
+    crop, and whether it was the mirror image."""
     either, crops = np.stack([picture, picture[:, ::-1]]).astype(np.float32), CROPS
     for step in (*STEPS, None):
         views = np.concatenate([resize(photo[None], FINE_PX, crop) for crop in crops])
-        distance = np.sqrt(((views[:, None] - either) ** 2).sum((2, 3, 4))).min(1)
+        both = np.sqrt(((views[:, None] - either) ** 2).sum((2, 3, 4)))  # (crops, 2)
         if step:
-            crops = list(dict.fromkeys(near for best in distance.argsort()[:3] for near in moved(crops[best], step)))
-    return float(distance.min())
+            crops = list(dict.fromkeys(near for best in both.min(1).argsort()[:3] for near in moved(crops[best], step)))
+    best, mirrored = np.unravel_index(both.argmin(), both.shape)
+    return float(both.min()), crops[best], bool(mirrored)
 
 
 def moved(crop: Crop, step: float) -> list[Crop]:
@@ -129,6 +133,15 @@ def moved(crop: Crop, step: float) -> list[Crop]:
     crops[:, 0] = crops[:, 0].clip(SMALLEST, 1)
     crops[:, 1:] = crops[:, 1:].clip(0, 1 - crops[:, :1])
     return list(map(tuple, crops.tolist()))
+
+
+class Aligned(NamedTuple):
+    """The crop of a photo, or its mirror image, that comes nearest to a picture in pixels; picture, photo: their places."""
+
+    picture: int
+    photo: int
+    crop: Crop
+    mirrored: bool
 
 
 @dataclass
@@ -156,20 +169,37 @@ class CopyFinder:
 
     def search(self, pictures: np.ndarray) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3): in pixels, and in features."""
-        return self.in_pixels(pictures), self.in_features(pictures)
+        in_pixels, crops = self.aligned(pictures)
+        return in_pixels, self.in_features(pictures, crops)
 
     def in_pixels(self, pictures: np.ndarray) -> Nearest:
         """The nearest photos, their mirror images and crops included: coarsely among all, then finely among the likeliest."""
+        return self.aligned(pictures)[0]
+
+    def aligned(self, pictures: np.ndarray) -> tuple[Nearest, list[Aligned]]:
+        """`in_pixels`, and the crops of its nearest and second nearest photos that lie as the pictures do."""
         distance = distances(torch.from_numpy(resize(pictures, COARSE_PX).reshape(len(pictures), -1)), self.pixels)
-        nearer = torch.full_like(distance, math.inf)
+        nearer, crops = torch.full_like(distance, math.inf), {}
         for index, picture in enumerate(resize(pictures, FINE_PX)):
             for photo in likeliest(distance[index], self.groups):
-                nearer[index, photo] = nearest_crop(picture, self.photos[photo])
-        return two_nearest(nearer, self.groups)
+                nearer[index, photo], *crops[index, photo] = nearest_crop(picture, self.photos[photo])
+        found = two_nearest(nearer, self.groups)
+        pairs = {(index, photo) for photos in (found.photo, found.second) for index, photo in enumerate(photos.tolist())}
+        return found, [Aligned(*pair, *crops[pair]) for pair in sorted(pairs & crops.keys())]
 
-    def in_features(self, pictures: np.ndarray) -> Nearest:
-        """The nearest photos, their corners and mirror images included, to a network."""
-        return two_nearest(distances(extract(self.network, pictures), self.features), self.groups)
+    def in_features(self, pictures: np.ndarray, crops: Sequence[Aligned] = ()) -> Nearest:
+        """The nearest photos, their corners and mirror images included, to a network; of those in `crops`, these crops as well."""
+        features = extract(self.network, pictures)
+        distance = distances(features, self.features)
+        if crops:
+            views = (cropped(self.photos[crop.photo], crop.crop) for crop in crops)
+            seen = extract(
+                self.network, np.stack([view[:, ::-1] if crop.mirrored else view for view, crop in zip(views, crops, strict=True)])
+            )
+            for crop, view in zip(crops, seen, strict=True):
+                nearer = (features[crop.picture].double() - view.double()).norm()
+                distance[crop.picture, crop.photo] = torch.minimum(distance[crop.picture, crop.photo], nearer)
+        return two_nearest(distance, self.groups)
 
     def shares(self, in_pixels: Nearest, in_features: Nearest) -> dict[str, float]:
         """The share of the pictures searched for that count as copies, by either measure."""

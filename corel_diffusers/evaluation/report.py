@@ -68,6 +68,13 @@ def copy_rows(results: dict) -> list[tuple[str, ...]]:
     return rows + [(names[k], *(f"{copies[k][m]:.1%}" for m in ("pixels", "features"))) for k in names if k in copies]
 
 
+def copies_line(results: dict) -> str:
+    """What the shares of copies can tell, in one line."""
+    found = results["copies"]["planted"]
+    shares = f"{found['pixels']:.0%} of them in pixels and {found['features']:.0%} in features"
+    return f"of copies that are mirrored and cropped the search finds {shares}: a share of 0 % does not say that there are none"
+
+
 def class_rows(results: dict) -> list[tuple[str, ...]]:
     """The classes as text; the first row is the heading."""
     rows = [("class", "photos", "n", "KID x1000 [95 %]", "looks like its class", "held-out photos do")]
@@ -127,7 +134,7 @@ def table_text(results: dict) -> str:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         parts += ["", *lines]
-    return "\n".join(parts + [f"notice: {line}" for line in on_copies(results)])
+    return "\n".join([*parts, "", copies_line(results), *(f"notice: {line}" for line in on_copies(results))])
 
 
 def card_rows(results: dict) -> list[str]:
@@ -135,11 +142,14 @@ def card_rows(results: dict) -> list[str]:
     lines = []
     for name, counts, kid, fd, _, _ in distance_rows(results)[1:]:
         lines.append(f"| {name}, n {counts}: KID x1000 [95 %], FD ({results['features']}) | {kid}, {fd} |")
-    shares = {key: f"{value['pixels']:.1%}, {value['features']:.1%}" for key, value in results["copies"].items() if isinstance(value, dict)}
+    kinds = ("pictures", "held_out", "planted")
+    shares = {key: f"{v['pixels']:.1%}, {v['features']:.1%}" for key, v in results["copies"].items() if key in kinds}
     network = results["copies"].get("features", results["features"])  # an earlier version's had no name of their own
     lines.append(f"| copies of training photos, in pixels and in features ({network}) | {shares['pictures']} |")
     if "held_out" in shares:
         lines.append(f"| the same share of held-out photos (false alarms) | {shares['held_out']} |")
+    if "planted" in shares:
+        lines.append(f"| of training photos, mirrored and cropped (found) | {shares['planted']} |")
     return lines
 
 
@@ -183,7 +193,7 @@ def write_html(path: Path, results: dict, sheets: dict[str, Image.Image]) -> Non
         heading=heading(results),
         reconstruction=reconstruction_line(results),
         tables=tables(results),
-        notices=on_copies(results),
+        notices=[copies_line(results), *on_copies(results)],
         images=images,
     )
     write_text(path, page)

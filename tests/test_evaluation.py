@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
+from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
 from corel_diffusers.data.transforms import Pixels, cache_pixels, to_float
@@ -290,6 +291,23 @@ def test_a_corner_of_a_photo_is_found_in_features(pixels):
     found = finder.in_features(np.concatenate([copies, copies[:, :, ::-1]]))
     assert found.photo.tolist() == [0] * 8
     assert found.share_below(finder.feature_ratio) == 1
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_plain_pictures_are_no_duplicates_of_each_other(mirrored):
+    """Of drawn scenes 145 hang together by their hashes, though they are others: beside such a group a new one would stand out."""
+    scenes = np.stack(
+        [np.asarray(draw_scene(label, np.random.default_rng([3, label, i])).resize((48, 48))) for label in (0, 1, 5) for i in range(80)]
+    )
+    scenes = np.ascontiguousarray(scenes[:, :, ::-1]) if mirrored else scenes
+    by_hash = np.bincount(duplicate_groups([photo_hashes(Image.fromarray(scene)) for scene in scenes]))
+    finder = memorization.CopyFinder.of(*[Pixels(scenes, f"plain-{mirrored}")] * 2, CPU)
+    assert by_hash.max() > 10
+    assert finder.groups.bincount().max() <= 3
+    novel = np.stack(
+        [np.asarray(draw_scene(label, np.random.default_rng([4, label, i])).resize((48, 48))) for label in (0, 1, 5) for i in range(20)]
+    )
+    assert finder.in_pixels(novel).share_below(memorization.PIXEL_RATIO) == 0
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

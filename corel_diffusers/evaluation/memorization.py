@@ -4,13 +4,15 @@ A copy is much nearer to one photo than to any other: the distance to the neares
 al. 2025 (arXiv:2505.17638) count a picture as a copy below 1/3 in pixels. In the features of a network, where a shifted or recoloured
 copy still stands out, the ratio below which it counts is calibrated on the photos. The photos are taken as the VAE renders them: its
 blur moves features further than the way from one photo to the next, and a model that copies cannot copy what its VAE loses.
-Near duplicates among the photos, mirror images included, count as one photo: a copy of one is as near to the other.
+Near duplicates among the photos, mirror images included, count as one photo: a copy of one is as near to the other. Plain pictures whose
+hashes alone are near do not (`really_alike`): beside the only photo of a large group, any novel picture would stand out.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice, product
 from typing import NamedTuple
 
@@ -31,6 +33,9 @@ COARSE_PX = 16
 CROPS: list[Crop] = [(1.0, 0.0, 0.0)]
 CROPS += [(scale, left * (1 - scale), top * (1 - scale)) for scale in (0.85, 0.7) for left, top in product((0, 0.5, 1), repeat=2)]
 # then a picture's likeliest photos larger, each in crops around its three best ones, in ever smaller steps
+ALIKE_LEVELS = (
+    12.0  # of 255, root mean square at COARSE_PX: re-saved photos differ by up to 6, closely cropped ones by up to 12, others by more
+)
 FINE_PX, LIKELY, STEPS, SMALLEST = 32, 4, (0.06, 0.06, 0.03, 0.015), 0.6
 
 
@@ -59,6 +64,16 @@ def pixel_views(photos: Shards | np.ndarray) -> list[torch.Tensor]:
         return np.stack([seen, seen[:, :, ::-1]], 1).reshape(2 * len(CROPS), -1)
 
     return list(torch.from_numpy(np.stack([views(photo) for photo in photos], 1)))  # one photo at a time: all would fill the memory
+
+
+def really_alike(photo_views: list[torch.Tensor], photo: int, others: np.ndarray) -> np.ndarray:
+    """Whether the whole of a photo differs by less than ALIKE_LEVELS from some view of each of the others, or the other way round:
+    (len(others),) bool. photo_views: as `pixel_views` has them."""
+    whole, nearest = photo_views[0], torch.full((len(others),), math.inf)
+    for view in photo_views:
+        for one, many in ((whole[photo], view[others]), (view[photo], whole[others])):
+            nearest = torch.minimum(nearest, (many.float() - one.float()).square().mean(1))
+    return (nearest.sqrt() < ALIKE_LEVELS).numpy()
 
 
 def resize(pictures: np.ndarray, side_px: int, crop: Crop = CROPS[0]) -> np.ndarray:
@@ -162,10 +177,12 @@ class CopyFinder:
         In features a photo counts by itself, its four corners and the mirror images of all; any other crop is searched for in pixels.
         """
         network, views_of = efficientnet_places(device), efficientnet_crops(device)
-        groups = torch.tensor(duplicate_groups([photo_hashes(Image.fromarray(photo)) for photo in photos.values]))
+        pixels = pixel_views(rendered.values)
+        hashes = [photo_hashes(Image.fromarray(photo)) for photo in photos.values]
+        groups = torch.tensor(duplicate_groups(hashes, partial(really_alike, pixels)))
         views = [photo_features(views_of, rendered, mirrored).unflatten(1, (VIEWS, -1)).unbind(1) for mirrored in (False, True)]
         features = [*views[0], *views[1]]
-        return cls(rendered.values, pixel_views(rendered.values), network, features, groups, calibrated_ratio(features, groups))
+        return cls(rendered.values, pixels, network, features, groups, calibrated_ratio(features, groups))
 
     def search(self, pictures: np.ndarray) -> tuple[Nearest, Nearest]:
         """The nearest photos of pictures, uint8 (N, H, W, 3): in pixels, and in features."""

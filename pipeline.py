@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -89,6 +89,14 @@ class CorelPipeline(DiffusionPipeline):
         low, high = guidance_interval or self.default_guidance_interval
         always = low <= 0 and high >= 1
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        trained_steps = self.scheduler.config.num_train_timesteps
+        if type(self.scheduler) is DDIMScheduler and trained_steps % num_inference_steps:
+            divisors = [steps for steps in range(1, trained_steps + 1) if trained_steps % steps == 0]
+            nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
+            warnings.warn(
+                f"DDIMScheduler leaves noise in the pictures where num_inference_steps does not divide {trained_steps}: take {nearest}",
+                stacklevel=2,
+            )
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -20,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from corel_diffusers.cli import Generate, Sampling
+from corel_diffusers.ddim import DDIM
 from corel_diffusers.files import UserError, first_line, is_out_of_memory, whole_file
 from corel_diffusers.latents import load_vae, weights_key
 from corel_diffusers.models import downsample_factor
@@ -47,6 +47,7 @@ def generate(args: Generate, output: Path) -> None:
     sampler, steps = pick_sampler(args)
     print(f"{args.num_images} pictures, {sampler} with {steps} steps on {device}, seed {seed}")
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
+    steps = min(steps, pipe.scheduler.config.num_train_timesteps)
     folder, pictures = output.with_name(f"{output.stem}_individual"), []
     files = [folder / f"image_{place:04d}.png" for place in range(args.num_images)]
     individual = args.individual or args.num_images <= INDIVIDUAL_UP_TO
@@ -124,7 +125,20 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """The sampler for a model trained with `scheduler`."""
     if name == "dpm-solver++":
         return DPMSolverMultistepScheduler.from_config(scheduler.config, **dpm_solver_options(scheduler.config))
-    return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler}[name].from_config(scheduler.config)
+    if name == "ddpm":  # its fresh noise drowns the error of the first steps
+        return DDPMScheduler.from_config(scheduler.config)
+    return {"ddim": DDIM, "unipc": UniPCMultistepScheduler}[name].from_config(scheduler.config, **first_timestep_options(scheduler))
+
+
+def first_timestep_options(scheduler: SchedulerMixin) -> dict[str, object]:
+    """What makes other samplers begin where DPM-Solver++ does, for a model that predicts the noise: to find the photo, that is divided by
+    sqrt(a) of the timestep, which on the cosine schedule's last ones is almost 0. Their noise level is left out of the schedule."""
+    lowest = dpm_solver_options(scheduler.config).get("lambda_min_clipped")
+    if lowest is None or scheduler.config.prediction_type != "epsilon":
+        return {}
+    kept = scheduler.alphas_cumprod
+    timesteps = int((0.5 * (kept / (1 - kept)).log() >= lowest).sum())
+    return {"num_train_timesteps": timesteps, "trained_betas": scheduler.betas[:timesteps].tolist()}
 
 
 def dpm_solver_options(config: dict) -> dict[str, float]:

@@ -138,6 +138,7 @@ def make_pictures(
     """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
     sampler, steps = pick_sampler(args)
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
+    steps = min(steps, pipe.scheduler.config.num_train_timesteps)
     labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     pictures = list(sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps))
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}

@@ -24,6 +24,7 @@ class CorelPipeline(DiffusionPipeline):
 
     class_names: {"0": name, ...} of the UNet's labels; None for an unconditional model. (A dict with string keys, because a
     list of strings in model_index.json breaks loading from the Hub.) The label after the last class is the null label.
+    class_numbers: {"0": number, ...}, the numbers that these classes have in the data, which `corel-diffusers generate --class` takes.
     guide: the same UNet after a small part of its training. Guidance then leads away from what it predicts (Karras et al. 2024,
     arXiv:2406.02507); without one, as after `pipe.guide = None`, away from what the UNet predicts without the class.
     """
@@ -39,10 +40,11 @@ class CorelPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         class_names: dict[str, str] | None = None,
         guide: UNet2DModel | None = None,
+        class_numbers: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
-        self.register_to_config(class_names=class_names)
+        self.register_to_config(class_names=class_names, class_numbers=class_numbers)
         self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from corel_diffusers.alignment import cache_features, feature_scale, misalignmen
 from corel_diffusers.batches import BatchPlan, StepRandom, batches, resident, to_device
 from corel_diffusers.checkpoints import RunState, Trained, find_resume, load_checkpoint, mark_finished, run_settings, save_checkpoint
 from corel_diffusers.cuda_graphs import recorded
-from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.photos import load_numbered_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly
 from corel_diffusers.data.views import Views, pick_versions
 from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
@@ -116,7 +116,7 @@ def main(args: UNetArguments) -> None:
 
     # data
     with accelerator.local_main_process_first():
-        photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
+        photos, class_numbers = load_numbered_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
     settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
     class_names = photos["train"].features["label"].names

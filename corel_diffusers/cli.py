@@ -99,7 +99,7 @@ class Generate(Sampling):
     output: str = "generated_images.png"
     """The grid; single pictures go to <output>_individual/."""
     class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Classes by name or number from 0, in turn (default: all of them in turn)."""
+    """Classes by name or by their number in the photos' folder, as --classes of the scripts has them (default: all in turn)."""
     ddim_steps: int | None = None
     """Short for --sampler ddim --steps N."""
     eta: float = 0.0

@@ -187,16 +187,20 @@ def load_pipeline(location: Path | str, device: torch.device, vae_location: Path
 
 
 def pick_labels(pipe: DiffusionPipeline, classes: Sequence[str], num_images: int) -> list[int] | None:
-    """A class id for each picture: the wanted classes, or all, in turn. None for a model without classes."""
-    names = {int(number): name for number, name in (pipe.config.class_names or {}).items()}
+    """A label for each picture: the wanted classes, by name or by their number in the data, or all, in turn. None for a model without
+    classes. A pipeline of an earlier version does not know the numbers: there labels count, from 0."""
+    names = {int(label): name for label, name in (pipe.config.class_names or {}).items()}
     if not names:
         if classes:
             raise UserError("--class: this model was trained without classes; leave the flag out")
         return None
+    numbers = {int(label): number for label, number in (getattr(pipe.config, "class_numbers", None) or {}).items()}
+    label_of = {numbers.get(label, label): label for label in names}
     wanted = []
     for word in classes:
-        number = next((n for n, name in names.items() if name == word), int(word) if word.isdigit() else None)
-        if number not in names:
-            raise UserError(f"--class {word} is unknown: the classes are {', '.join(f'{n} {name}' for n, name in names.items())}")
-        wanted.append(number)
+        label = next((label for label, name in names.items() if name == word), label_of.get(int(word)) if word.isdigit() else None)
+        if label is None:
+            there = ", ".join(f"{number} {names[label]}" for number, label in label_of.items())
+            raise UserError(f"--class {word} is unknown: the classes are {there}")
+        wanted.append(label)
     return list(islice(cycle(wanted or names), num_images))

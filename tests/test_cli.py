@@ -34,7 +34,7 @@ def test_the_guides_command(base, trained_vae):
 
 
 def test_pictures_are_the_pipelines_own_whatever_the_batch(base):
-    common = ["generate", "--base-dir", base, "--num-images", 3, "--ddim-steps", 4, "--seed", 5, "--class", "pine forest", 0]
+    common = ["generate", "--base-dir", base, "--num-images", 3, "--ddim-steps", 4, "--seed", 5, "--class", "pine forest", 1]
     common += ["--mixed-precision", "no"]
     tool(*common, "--batch-size", 2, "--output", "two.png")
     (base / "three_individual").mkdir()
@@ -80,7 +80,7 @@ def test_refused_flags_are_one_line(flags, expected, trained_unet):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--class", "moon"], "the classes are 0 sunset at sea"),
+        (["--class", "moon"], "the classes are 1 sunset at sea"),
         (["--device", "cuda"], "there is no GPU here"),
         (["--output", "a.webp", "--num-images", 1000, "--nrow", 1], "--output a.webp: the grid has a side of more than 16383 px"),
     ],

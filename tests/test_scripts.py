@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
 from corel_diffusers.files import UserError
+from corel_diffusers.generate import pick_labels
 from corel_diffusers.latents import cache_moments, measure_scale
 
 SHORT = {"train_vae": ["--epochs", 4, "--checkpoint-every", 1], "train_unet": ["--epochs", 4, "--checkpoint-every", 1]}

@@ -239,12 +239,23 @@ def load_photos(
     classes: Iterable[str] = (),
     max_train_samples: int | None = None,
 ) -> DatasetDict:
+    """`load_numbered_photos` without the numbers."""
+    return load_numbered_photos(source, classes=classes, max_train_samples=max_train_samples)[0]
+
+
+def load_numbered_photos(
+    source: str | Path,
+    *,
+    classes: Iterable[str] = (),
+    max_train_samples: int | None = None,
+) -> tuple[DatasetDict, dict[str, int]]:
     """Photos of any source, with the splits `train` and `validation`, and `test` where photos were set aside to report on.
 
     source: a folder (prepared by `corel-diffusers prepare`, raw Corel, class folders, flat), a Hub dataset id, or "scenes".
     classes: names or numbers of the classes to keep.
     Columns: `image` (Image; a path until it is decoded), `label` (ClassLabel; one class named "photo" where the source tells
-    none), `caption` (str), `file_name` (str). Raises UserError with the way out.
+    none), `caption` (str), `file_name` (str). Also returns class name -> the number that the class has in the source, which `classes`
+    and `generate --class` go by. Raises UserError with the way out.
     """
     if source == SCENES:
         from corel_diffusers.data.scenes import CLASS_NAMES, draw_scenes
@@ -267,7 +278,8 @@ def load_photos(
         photos["train"] = photos["train"].select(sorted(order[:max_train_samples]))
     if not len(photos["train"]) or not len(photos["validation"]):
         raise UserError(f"{source}: two photos or more are needed, one of them to validate on")
-    return photos
+    kept = photos["train"].features["label"].names
+    return photos, {name: number for number, name in numbers.items() if name in kept}
 
 
 def dataset_of(images: list, labels: list[int], class_names: list[str], captions: list[str], file_names: list[str]) -> Dataset:

@@ -118,9 +118,12 @@ def main(args: UNetArguments) -> None:
     with accelerator.local_main_process_first():
         photos, class_numbers = load_numbered_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
         photos.pop("test", None)  # what `evaluate` reports on is not even looked at
-    settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
     class_names = photos["train"].features["label"].names
     class_names = None if args.unconditional or len(class_names) < 2 else class_names
+    if class_names and not args.label_dropout:
+        way_out = "give --label-dropout 0.1, or --unconditional for a model without classes"
+        raise UserError(f"--label-dropout 0: guidance leads away from the null label, which would never be trained: {way_out}")
+    settle(args, accelerator, photos, UNET_LADDER, partial(trial_step, args, accelerator, vae), size_px)
     torch.manual_seed(args.seed)  # the model comes before the decoding: a size that it cannot take is refused at once
     unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None, args.dropout)
     share = cache_share(accelerator)

@@ -329,7 +329,7 @@ class UNetArguments(TrainingArguments):
     dropout: float | None = None
     """Share of inner values dropped in each pass of training (default: the config's)."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null label, for guidance."""
+    """Share of labels replaced by the null label, which guidance leads away from: above 0 where there are classes."""
 
     # photos, as they vary
     views: int | None = None

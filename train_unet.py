@@ -35,13 +35,14 @@ from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limi
 from corel_diffusers.files import UserError, best_record, published_model, read_json
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.guide import Guide
-from corel_diffusers.latents import cache_moments, draw, load_vae, scale, scale_key, weights_key
+from corel_diffusers.latents import cache_moments, config_key, draw, load_vae, scale, scale_key, weights_key
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
 from corel_diffusers.models import UNetInTraining, build_unet, downsample_factor, inner_grid, parameter_count
 from corel_diffusers.muon import build_optimizer
 from corel_diffusers.planning import UNET_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
+from corel_diffusers.precision import arithmetic
 from corel_diffusers.processes import of_main_process
 from corel_diffusers.sharding import is_sharded, set_sharding, whole_copy
 from corel_diffusers.training import (
@@ -129,9 +130,8 @@ def main(args: UNetArguments) -> None:
     share = cache_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
-    settings = run_settings(
-        args, photos, "unet", size_px=size_px, global_batch=plan.global_batch, vae=weights_key(vae), scale=scale_key(vae)
-    )
+    keys = {"vae": weights_key(vae), "vae_config": config_key(vae), "scale": scale_key(vae), "arithmetic": arithmetic(device)}
+    settings = run_settings(args, photos, "unet", size_px=size_px, global_batch=plan.global_batch, **keys)
     checkpoint = find_resume(accelerator, args, settings)
 
     # model

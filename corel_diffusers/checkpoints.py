@@ -146,6 +146,7 @@ DIFFERENCES = {  # of what is no flag, or is compared by its content
     "photos": "the photos are others: some were added, removed, split anew, or cannot be read",
     "config": "the content of --config is another",
     "vae": "the weights of --vae-checkpoint are others",
+    "vae_config": "the config of --vae-checkpoint is another",
     "scale": "the scale of the latents of --vae-checkpoint is another",
 }
 
@@ -197,10 +198,15 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
     fresh = type(args)(config=args.config, image_size=args.image_size)
     fresh.fill({})
     defaults, now = (json.loads(json.dumps(values)) for values in (fresh.settings(), settings))
-    saved = defaults | read_json(checkpoint / "state.json")["settings"]  # a flag that is newer than the run had its default
+    unnoted = {name: now[name] for name in ("vae_config", "arithmetic") if name in now}  # by older versions: these count as unchanged
+    # a flag that is newer than the run had its default
+    saved = defaults | unnoted | read_json(checkpoint / "state.json")["settings"]
+    if saved.get("arithmetic") != now.get("arithmetic"):
+        was = f"{saved['arithmetic']} when the run began, {now['arithmetic']} here"
+        print(f"notice: latents are computed otherwise ({was}): the run goes on, but not to the last bit as it would have there")
     differing = [
         DIFFERENCES.get(name, name.replace("_", "-") + " was {was}, is {now}").format(was=saved.get(name), now=now.get(name))
-        for name in sorted({*saved, *now})
+        for name in sorted({*saved, *now} - {"arithmetic"})
         if saved.get(name) != now.get(name)
     ]
     if differing:

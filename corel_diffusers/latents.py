@@ -1,7 +1,9 @@
 """Latents: the VAE encodes each version of a photo once; the posterior is cached, draws and scale come later.
 
-The cache holds mean and log-variance before scaling. Its key stands for the VAE's weights, the photos and the size: anything
-else is another cache. The scale comes from the VAE's config alone, here for the trainer and in pipeline.py for sampling.
+The cache holds mean and log-variance before scaling. Its key stands for the VAE's weights and config, the photos, the size and the
+arithmetic of the device: anything else is another cache.
+
+The scale comes from the VAE's config alone, here for the trainer and in pipeline.py for sampling.
 """
 
 import hashlib
@@ -40,6 +42,13 @@ def weights_key(vae: AutoencoderKL) -> str:
     return key.hexdigest()[:24]
 
 
+def config_key(vae: AutoencoderKL) -> str:
+    """Stands for what a VAE's config makes of its weights, as its activation and its norms' groups: not for the scale of its latents
+    (`scale_key`), nor for what encoding and decoding do not look at."""
+    apart = {"latents_mean", "latents_std", "scaling_factor", "shift_factor", "sample_size", "force_upcast"}
+    return digest(sorted((name, value) for name, value in vae.config.items() if name not in apart and not name.startswith("_")))
+
+
 def scale_key(vae: AutoencoderKL) -> str:
     """Stands for the scale of a VAE's latents, as its config has it."""
     return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
@@ -62,7 +71,7 @@ def cache_moments(
         posterior = vae.encode(pictures).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    return cache_versions(f"latents-{weights_key(vae)}", encode, pixels, views, device, batch_size, share)
+    return cache_versions(f"latents-{weights_key(vae)}-{config_key(vae)}", encode, pixels, views, device, batch_size, share)
 
 
 def draw(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, of this run or refused, of an older version too."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +131,33 @@ def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(tmp_path):
     (tmp_path / "elsewhere").rename(weights)
     assert load_checkpoint(accelerator, first, trained, rate, None).step == 1
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000001"]
+
+
+def test_another_config_of_the_vae_is_refused_and_another_arithmetic_is_told(tmp_path, capsys):
+    args = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=1e-4, resume="latest")
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    began = args.settings() | {"vae": "a", "vae_config": "b", "arithmetic": "sm90-tf32"}
+    (checkpoint / "state.json").write_text(json.dumps({"settings": began}))
+    with pytest.raises(UserError, match="the config of --vae-checkpoint is another"):
+        resumed_checkpoint(args, began | {"vae_config": "c"})
+    assert resumed_checkpoint(args, began) == checkpoint
+    assert "notice" not in capsys.readouterr().out
+    assert resumed_checkpoint(args, began | {"arithmetic": "avx512"}) == checkpoint
+    assert "notice: latents are computed otherwise (sm90-tf32 when the run began, avx512 here)" in capsys.readouterr().out
+    (checkpoint / "state.json").write_text(json.dumps({"settings": args.settings() | {"vae": "a"}}))
+    assert resumed_checkpoint(args, began) == checkpoint, "an older version noted neither"
+
+
+def test_a_checkpoint_is_flushed_by_itself_and_not_the_whole_machine(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "sync", lambda: pytest.fail("everything on the machine was flushed"))
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(os.readlink(f"/proc/self/fd/{number}")), original(number)))
+    args, accelerator = VAEArguments(output_dir=str(tmp_path)), Accelerator(cpu=True, mixed_precision="no")
+    module = torch.nn.Linear(2, 2)
+    trained = [Trained("model", *accelerator.prepare(module, torch.optim.AdamW(module.parameters())))]
+    save_checkpoint(accelerator, args, RunState(step=1), {}, trained, LearningRate([trained[0].optimizer], args), None)
+    names = [Path(path).name for path in flushed]
+    assert set(names) == {"model.safetensors", "model_optimizer.safetensors", "state.json", ".step-000001.partial", "checkpoints"}
+    assert names[-1] == "checkpoints", "the new name last"

@@ -9,7 +9,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, random_views
 from corel_diffusers.data.views import CHANGES, Views, pick_versions
 from corel_diffusers.files import UserError
-from corel_diffusers.latents import cache_moments, draw, load_vae, measure_scale, scale, weights_key
+from corel_diffusers.latents import cache_moments, config_key, draw, load_vae, measure_scale, scale, weights_key
 from corel_diffusers.models import build_vae
 from pipeline import CorelPipeline
 
@@ -138,3 +138,18 @@ def test_a_missing_or_unfinished_vae_names_the_way_out(tmp_path, vae):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="not finished: go on with train_vae.py --resume latest"):
         load_vae(tmp_path)
+
+
+def test_another_config_of_the_same_weights_and_another_arithmetic_are_another_cache(vae, pixels, monkeypatch):
+    from corel_diffusers.data import views
+
+    other = AutoencoderKL.from_config(dict(vae.config) | {"act_fn": "relu"}).eval()
+    other.load_state_dict(vae.state_dict())
+    assert weights_key(other) == weights_key(vae)
+    first, second = (np.asarray(cache_moments(model, pixels, torch.device("cpu"))) for model in (vae, other))
+    assert not np.allclose(first, second)
+    scaled = AutoencoderKL.from_config(dict(vae.config) | {"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4})
+    assert config_key(scaled) == config_key(vae), "the scale comes after the cache"
+    folder = cache_moments(vae, pixels, torch.device("cpu")).folder
+    monkeypatch.setattr(views, "arithmetic", lambda device: "sm90-tf32")
+    assert cache_moments(vae, pixels, torch.device("cpu")).folder != folder

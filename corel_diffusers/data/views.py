@@ -12,6 +12,7 @@ import torch
 
 from corel_diffusers.data.cache import ALONE, Shards, Share, cached_array
 from corel_diffusers.data.transforms import Pixels, evenly, random_views
+from corel_diffusers.precision import arithmetic
 
 CHANGES = 5  # numbers that say how a view differs from its photo
 STATISTICS_OF = 10_000  # photos, evenly over all: more do not change a mean
@@ -76,7 +77,7 @@ def cache_versions(
 ) -> Shards:
     """What `network` makes of each version of each photo: cached, float32 (N, 2 + 2V, …).
 
-    key: stands for the network. network: (2 B, 3, H, W) in [-1, 1], channels last -> (2 B, …).
+    key: stands for the network; the arithmetic of the device is added to it. network: (2 B, 3, H, W) in [-1, 1], channels last -> (2 B, …).
     """
 
     def both(pictures: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def cache_versions(
 
     count = len(views) if views else 0
     shape = (len(pixels), 2 + 2 * count, *both(pixels.batch(slice(1))).shape[2:])
-    name = f"{key}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{count}"
+    name = f"{key}-{arithmetic(device)}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{count}"
     return cached_array(name, shape, np.float32, make, "encoding photos", share, batch_size)
 
 

@@ -32,7 +32,7 @@ from corel_diffusers.generate import (
     sample_pictures,
 )
 from corel_diffusers.hub import pipeline_digest, write_card
-from corel_diffusers.latents import weights_key
+from corel_diffusers.latents import config_key, weights_key
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
 from corel_diffusers.precision import arithmetic, autocast, resolve_precision

@@ -19,7 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+)
 from datasets import DatasetDict
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
@@ -72,19 +78,33 @@ def start_run(args: TrainingArguments) -> Accelerator:
         raise UserError(f"--output-dir {args.run_dir} holds a {other} that no run has written there: give another folder")
     if args.compile:
         require_compiler("cuda" if gpu else "cpu")
+    refuse_other_launchers()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=args.grad_accum,
+        # as a plugin: a plain number gives way to what `accelerate launch` leaves in the environment
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.grad_accum),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait while photos are encoded, or pictures drawn
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
     )
     if len(found := set(gather_object([precision]))) > 1:
         raise UserError(f"--mixed-precision {args.mixed_precision} is {' and '.join(sorted(found))} on the machines of this run: give no")
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launched not in ("1", "auto", str(args.grad_accum)):
+        accelerator.print(
+            f"notice: accelerate launch asks for {launched} accumulated passes; --grad-accum {args.grad_accum} is what counts"
+        )
     accelerator.print(f"running on {device_name(accelerator)}" + ("" if timed else f", mixed precision {precision}"))
     return accelerator
+
+
+def refuse_other_launchers() -> None:
+    """Raises UserError where `accelerate launch` asks for a way of distributing the model that the scripts do not support."""
+    for name, kind in {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(f"accelerate launch: {kind} is not supported: launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2")
 
 
 def device_name(accelerator: Accelerator) -> str:

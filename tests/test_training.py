@@ -25,6 +25,7 @@ from corel_diffusers.training import (
     early_stop,
     epochs_between_validations,
     pictures_due,
+    start_run,
     watch,
 )
 
@@ -284,3 +285,30 @@ def test_out_of_memory_names_the_flags_and_what_was_asked_for():
             raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), training.explained_failures(args):
         raise RuntimeError("something else")
+
+
+def test_what_accumulates_is_the_flag_whatever_the_launcher_asks_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    AcceleratorState._reset_state(True)
+    args = VAEArguments(output_dir=str(tmp_path), mixed_precision="no")
+    accelerator = start_run(args)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    stepped = []
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 1)).sum())
+            before = model.weight.detach().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            stepped.append(not torch.equal(before, model.weight))
+    assert stepped == [True] * 4
+    assert "asks for 2 accumulated passes; --grad-accum 1 is what counts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "kind"), [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
+def test_ways_of_distributing_that_are_not_supported_are_refused(name, kind, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"accelerate launch: {kind} is not supported"):
+        start_run(VAEArguments(output_dir=str(tmp_path / "run"), mixed_precision="no"))
+    assert not (tmp_path / "run").exists()

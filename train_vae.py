@@ -40,7 +40,7 @@ from corel_diffusers.losses import (
     with_adversarial,
 )
 from corel_diffusers.models import VAEWithPosterior, build_discriminator, build_vae, check_size, downsample_factor, parameter_count
-from corel_diffusers.muon import build_optimizer
+from corel_diffusers.muon import Together, build_optimizer
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.planning import VAE_LADDER, settle
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
@@ -108,14 +108,15 @@ def main(args: VAEArguments) -> None:
     model, perceptual_pass = recorded_passes(
         args, accelerator, VAEWithPosterior(vae, bool(args.adversarial_weight)), perceptual, *zero_batch(args.batch_size, size_px, vae)
     )
-    model, optimizer = accelerator.prepare(
-        model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
-    )
-    trained, discriminator = [Trained("model", model, optimizer)], build_discriminator() if args.adversarial_weight else None
+    optimizer = build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
+    model, discriminator = accelerator.prepare(model), build_discriminator() if args.adversarial_weight else None
+    trained = [Trained("model", model, optimizer)]
     if discriminator:
         its_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
-        discriminator, its_optimizer = accelerator.prepare(discriminator, its_optimizer)
+        discriminator = accelerator.prepare(discriminator)
         trained.append(Trained("discriminator", discriminator, its_optimizer))
+        optimizer = Together(optimizer, its_optimizer)  # one step of both, after both passes: fp16's scale must not change in between
+    optimizer = accelerator.prepare(optimizer)
     ema, parameters = build_ema(args, model), list(model.parameters())  # finding them takes longer than averaging them
     rate = LearningRate([part.optimizer for part in trained], args)
     try:
@@ -164,16 +165,14 @@ def main(args: VAEArguments) -> None:
                         )
                     loss = loss + kl_weight * terms["kl"]
                     accelerator.backward(towards + kl_weight * terms["kl"])
-                    if accelerator.sync_gradients:
-                        clip_gradients(accelerator, optimizer, parameters, args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
                     if discriminator and early <= DISCRIMINATOR_LEAD:  # only the discriminator learns from it
                         verdicts = discriminator(torch.cat([batch, reconstruction.detach()])).float()
                         terms["discriminator"] = discriminator_loss(*verdicts.chunk(2))
                         accelerator.backward(terms["discriminator"])
-                        its_optimizer.step()
-                        its_optimizer.zero_grad()
+                    if accelerator.sync_gradients:
+                        clip_gradients(accelerator, optimizer, parameters, args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
                 means.add(loss=loss, **terms)
                 kl += terms["kl"].detach() / args.grad_accum
             if args.kl_target:

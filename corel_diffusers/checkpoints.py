@@ -43,7 +43,7 @@ class RunState:
 
 
 class Trained(NamedTuple):
-    """A model that is trained and its optimizer, as accelerate prepared them. name: of their files in a checkpoint."""
+    """A model that is trained, as accelerate prepared it, and its optimizer, prepared or plain. name: of their files in a checkpoint."""
 
     name: str
     model: torch.nn.Module
@@ -52,7 +52,7 @@ class Trained(NamedTuple):
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """The optimizer without accelerate's wrapper; the parts of muon.Together."""
-        plain = self.optimizer.optimizer
+        plain = getattr(self.optimizer, "optimizer", self.optimizer)
         return getattr(plain, "parts", (plain,))
 
     def save(self, accelerator: Accelerator, folder: Path) -> None:

@@ -491,3 +491,109 @@ def test_fp16_on_a_gpu(vae_flags, tmp_path):
     assert "mixed precision fp16" in done.stdout
     weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_one_scale_of_the_losses_serves_both_sides_of_a_step(grad_accum, vae_flags, tmp_path, monkeypatch):
+    """The scale would double after the VAE's part of a step: the discriminator's gradients have to be made and used at one scale."""
+    module = importlib.import_module("train_vae")
+
+    def gradients(folder, scaler):
+        started, step, seen = module.start_run, torch.optim.AdamW.step, []
+
+        def start_run(args):
+            accelerator = started(args)
+            accelerator.scaler = scaler
+            return accelerator
+
+        def kept(optimizer, *values):
+            seen.append([parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"]])
+            return step(optimizer, *values)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "start_run", start_run)
+            patched.setattr(torch.optim.AdamW, "step", kept)
+            flags = ["--adversarial-weight", 0.5, "--adversarial-start", 0, "--max-train-steps", 1, "--grad-accum", grad_accum]
+            flags += [
+                "--max-grad-norm",
+                1e6,
+                "--optimizer",
+                "adamw",
+                "--output-dir",
+                folder,
+            ]  # in float32, accelerate unscales nothing to clip
+            run_here("train_vae", [*vae_flags, *flags])
+        return seen
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    plain, scaled = gradients(tmp_path / "plain", None), gradients(tmp_path / "scaled", scaler)
+    assert scaler.get_scale() == 8.0, "one update a step"
+    assert len(plain) == len(scaled) == 2, "the VAE's step and the discriminator's"
+    for ours, theirs in zip(scaled, plain, strict=True):
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_judging_samples_changes_no_weight(unet_flags, raw_photos, tmp_path):
+    photos = make_photos(tmp_path / "photos", classes=4, each=4)
+    flags = [photos if flag == raw_photos else flag for flag in unet_flags]
+    flags += ["--epochs", 1, "--validate-every", 1]
+    run_here("train_unet", [*flags, "--output-dir", tmp_path / "plain"])
+    run_here("train_unet", [*flags, "--evaluate-every", 1, "--output-dir", tmp_path / "judged"])
+    weights = [load_file(next((tmp_path / run / "checkpoints").iterdir()) / "model.safetensors") for run in ("plain", "judged")]
+    assert any(name.startswith("guess") for name in weights[0]), "the head that is made last"
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
+def test_losses_side_by_side_are_measured_alike(unet_flags, tmp_path, capsys):
+    """The training loss is of latents with the posterior's noise, at other noise levels: in a panel of its own, and not on the line."""
+    module = importlib.import_module("train_unet")
+    assert not any("loss" in curves and len(curves) > 1 for curves in module.PANELS.values())
+    run_here("train_unet", [*unet_flags, "--epochs", 1, "--sample-every", 1, "--output-dir", tmp_path])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "epoch 1: " in line]
+    assert "val loss" in line
+    assert "seen loss" in line
+    assert not re.search(r"[:,] loss ", line)
+    assert "loss" in metrics(tmp_path)[0]
+
+
+def test_classes_without_dropped_labels_are_refused(unet_flags, tmp_path):
+    done = script("train_unet", *unet_flags, "--label-dropout", 0, "--output-dir", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert "--label-dropout 0: guidance leads away from the null label, which would never be trained" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    flags = ["--label-dropout", 0, "--unconditional", "--max-train-steps", 1, "--output-dir", tmp_path / "run"]
+    run_here("train_unet", [*unet_flags, *flags])
+
+
+def test_a_stopped_vae_measures_its_scale_on_a_few_photos(vae_flags, tmp_path, monkeypatch):
+    module, asked = importlib.import_module("train_vae"), []
+    encode = module.cache_moments
+    monkeypatch.setattr(
+        module, "cache_moments", lambda vae, pixels, *more, **named: (asked.append(len(pixels)), encode(vae, pixels, *more, **named))[1]
+    )
+    monkeypatch.setattr(module, "STOPPED_STATISTICS_OF", 5)
+    measured = module.validate
+
+    def validate(*values):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measured(*values)
+
+    monkeypatch.setattr(module, "validate", validate)
+    with pytest.raises(SystemExit):
+        run_here("train_vae", [*vae_flags, "--epochs", 3, "--validate-every", 1, "--output-dir", tmp_path])
+    assert asked == [5]
+    assert len(AutoencoderKL.from_pretrained(tmp_path).config.latents_mean) == 4
+    monkeypatch.setattr(module, "validate", measured)
+    run_here("train_vae", [*vae_flags, "--epochs", 3, "--validate-every", 1, "--output-dir", tmp_path, "--resume", "latest"])
+    assert asked == [5, 15]
+
+
+def test_a_class_has_one_number_in_the_photos_and_in_the_pipeline(unet_flags, tmp_path):
+    run_here("train_unet", [*unet_flags, "--classes", 2, 3, "--epochs", 1, "--output-dir", tmp_path / "run"])
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    assert pipe.config.class_names == {"0": "snowy mountain", "1": "pine forest"}
+    assert [pipe.config.class_names[str(label)] for label in pick_labels(pipe, ["2", "3", "snowy mountain"], 3)] == [
+        "snowy mountain", "pine forest", "snowy mountain",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--class 1 is unknown: the classes are 2 snowy mountain, 3 pine forest"):
+        pick_labels(pipe, ["1"], 1)

@@ -84,7 +84,8 @@ COPIES_BEGAN = {1.11: "first copy in pixels, run 1", 1.21: "first copy in featur
 PUBLISHED_UP_TO = 1.05
 GIVEN_UP_AFTER = 0.1  # of a run's minutes without anything to publish: once the gauge stands above that limit it does not come back
 PANELS = {
-    "denoising loss": {"loss": "training", "seen_loss": "seen photos, fixed noise", "val_loss": "held-out, fixed noise"},
+    "denoising loss at fixed noise": {"seen_loss": "seen photos", "val_loss": "held-out photos"},
+    "denoising loss in training": {"loss": "random noise, drawn latents, weights of each step"},
     GAUGE: {
         "gauge": "all timesteps",
         **{f"gauge_{band + 1}": f"t {1000 * band // BANDS} to {1000 * (band + 1) // BANDS}" for band in range(BANDS)},
@@ -263,7 +264,8 @@ def main(args: UNetArguments) -> None:
                         values |= judge.scores(pictures, drawn)
                 rate.validated(values["val_loss"])
                 values = means.close(accelerator) | values | {"learning_rate": rate.now, "published": published}
-                record_epoch(accelerator, args, plan, state, history, bar, values, shown)
+                # the training loss, of latents with the posterior's noise, is in the progress bar and a panel of its own
+                record_epoch(accelerator, args, plan, state, history, bar, values, shown, apart=("loss",))
                 state.stop_reason = stop_reason(args, state, history)
 
             stopping = stop.received(accelerator, state)

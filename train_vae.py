@@ -69,9 +69,9 @@ from corel_diffusers.training import (
 )
 
 PANELS = {
-    "reconstruction": {"reconstruction": "training", "val_reconstruction": "held-out"},
-    "perceptual": {"perceptual": "training", "val_perceptual": "held-out"},
-    "KL (nats a photo)": {"kl": "training", "val_kl": "held-out"},
+    "reconstruction": {"reconstruction": "training, varied photos", "val_reconstruction": "held-out, whole photos"},
+    "perceptual": {"perceptual": "training, varied photos", "val_perceptual": "held-out, whole photos"},
+    "KL (nats a photo)": {"kl": "training, varied photos", "val_kl": "held-out, whole photos"},
     "PSNR (dB)": {"val_psnr": "held-out"},
     "adversarial": {"adversarial": "decoder", "discriminator": "discriminator"},
 }

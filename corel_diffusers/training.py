@@ -559,8 +559,10 @@ def record_epoch(
     bar: tqdm,
     values: dict[str, float],
     shown: bool,
+    apart: Sequence[str] = (),
 ) -> None:
-    """One line of metrics.jsonl, in the history, the trackers and, where it is `shown`, on the screen."""
+    """One line of metrics.jsonl, in the history, the trackers and, where it is `shown`, on the screen: there without what is `apart`, as it
+    is measured otherwise than what it would stand beside."""
     epoch = plan.epoch(state.step)
     place = {"step": state.step, "epoch": epoch, "images_seen": state.step * plan.global_batch, "seconds": round(state.seconds, 3)}
     history.append(place | {name: float(f"{value:.6g}") for name, value in values.items()})
@@ -568,7 +570,9 @@ def record_epoch(
     if accelerator.is_main_process:
         append_metrics(args.run_dir / "metrics.jsonl", history[-1])
         if shown:
-            told = {name: value for name, value in values.items() if not re.search(r"_\d$", name)}  # single bands are for the plot
+            told = {
+                name: value for name, value in values.items() if not re.search(r"_\d$", name) and name not in apart
+            }  # bands: for the plot
             bar.write(f"epoch {epoch}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in told.items()))
 
 

@@ -164,7 +164,6 @@ def main(args: UNetArguments) -> None:
             print("notice: the VAE's training was stopped before its end: go on with train_vae.py --resume latest for a better one")
         if leaked := trained_on(args.vae_location, photos["validation"]["file_name"][:]):
             print(f"notice: the VAE was trained on {leaked} of the held-out photos and looks better than it is: train it on this split")
-    judge = SampleJudge.of(vae, pixels) if args.evaluate_every and accelerator.is_main_process else None
     latent_shape = (vae.config.latent_channels, *moments["train"].shape[-2:])
     versions = moments["train"].shape[:2]  # photos, versions of each
     changes = views.changes() if views else np.zeros((*versions, 0), np.float32)
@@ -177,7 +176,12 @@ def main(args: UNetArguments) -> None:
     model = recorded(args, accelerator, "UNet", model, *zero_batch(args.batch_size, latent_shape, changes.shape[2]))
     beside = whole_copy(model, device) if is_sharded(accelerator) else None
     unet = (beside or model).unet
-    pipe = CorelPipeline(vae, unet, noise_scheduler, {str(i): name for i, name in enumerate(class_names)} if class_names else None)
+    # after the model: a network draws from the global generator when it is loaded, and what only measures must not change the weights
+    judging = args.evaluate_every and accelerator.is_main_process
+    judge = SampleJudge.of(vae, pixels, labels["validation"], args.mixed_precision) if judging else None
+    names = {str(label): name for label, name in enumerate(class_names)} if class_names else None
+    numbers = {str(label): class_numbers[name] for label, name in enumerate(class_names)} if class_names else None
+    pipe = CorelPipeline(vae, unet, noise_scheduler, names, class_numbers=numbers)
     model, optimizer = accelerator.prepare(
         model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
     )

@@ -215,3 +215,25 @@ def test_a_dataset_mapped_from_the_disk_names_its_content_itself(raw_photos, tmp
     assert key() == before
     write([*files[:2], files[3]])
     assert key() != before
+
+
+@pytest.mark.parametrize("size", [20_000, 200_000])
+def test_a_file_written_anew_at_its_size_with_its_time_restored_is_another_photo(size, tmp_path):
+    photo = tmp_path / "photo.bmp"
+    content = bytearray(np.random.default_rng(0).bytes(size))
+    keys = []
+    for change in (None, 0, size // 2, size - 1):
+        if change is not None:
+            content[change] ^= 1
+        photo.write_bytes(content)
+        os.utime(photo, ns=(10**18, 10**18))
+        keys.append(transforms.file_key({"bytes": None, "path": str(photo)}))
+    assert len(set(keys)) == 4
+
+
+def test_the_typical_size_is_that_of_photos_of_all_classes(tmp_path):
+    for label, side in ((1, 40), (2, 100), (3, 100)):
+        for place in range(20):
+            (tmp_path / str(label)).mkdir(exist_ok=True)
+            Image.new("RGB", (side, side), (label, place, 0)).save(tmp_path / str(label) / f"{place}.png")
+    assert transforms.native_side_px(load_photos(tmp_path)) == 100

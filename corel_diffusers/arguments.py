@@ -295,9 +295,11 @@ class VAEArguments(TrainingArguments):
 
     def check(self) -> None:
         super().check()
-        for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start", "kl_warmup"):
+        for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "kl_warmup"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "give 0 or more")
+        start = self.adversarial_start
+        require(0 <= start < 1, "adversarial_start", start, "give a share of the run from 0 to below 1: from 1 on it would never count")
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a share from 0 to 1")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a share from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")

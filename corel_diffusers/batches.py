@@ -2,7 +2,7 @@
 
 Whatever is random in a step derives from (seed, step, place in the global batch), and the order of the photos from (seed,
 epoch): a resumed run needs no generator's state, and how the global batch is divided into devices and accumulated passes
-changes nothing.
+changes nothing but the masks of dropout, which each forward pass draws for itself.
 """
 
 import gc
@@ -34,7 +34,8 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 class StepRandom:
     """Draws for the rows of one forward pass, as slices of draws for the whole global batch of a step.
 
-    Also seeds the global generator of the CPU and of the device, which dropout uses.
+    Also seeds the global generator of the CPU and of the device, from which dropout draws the masks of this pass: the same in a resumed
+    run, and others where the global batch is divided into other passes.
     """
 
     def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device = CPU) -> None:

@@ -100,3 +100,12 @@ def test_draws_differ_from_step_to_step_and_seed_to_seed():
         return float(StepRandom(seed, step, 1, slice(0, 1)).normal(1))
 
     assert len({first(seed, step) for seed in range(4) for step in range(4)}) == 16
+
+
+def test_dropout_is_the_same_in_a_resumed_pass_and_another_in_another_division():
+    def mask(rows):
+        StepRandom(seed=1, step=5, global_batch=8, rows=rows)
+        return torch.nn.functional.dropout(torch.ones(4, 100), 0.5)
+
+    assert torch.equal(mask(slice(4, 8)), mask(slice(4, 8)))
+    assert not torch.equal(mask(slice(4, 8)), mask(slice(0, 4)))

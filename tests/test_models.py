@@ -12,6 +12,7 @@ from corel_diffusers.models import (
     INITIAL_LOGVAR,
     UNetInTraining,
     VAEWithPosterior,
+    build_discriminator,
     build_unet,
     build_vae,
     downsample_factor,
@@ -172,3 +173,17 @@ def test_group_norm_of_the_presets_keeps_brightness():
         assert min(values["block_out_channels"]) >= 8 * values["norm_num_groups"]
         values = load_config("unet", preset)
         assert min(values["block_out_channels"]) >= 2 * values["norm_num_groups"]
+
+
+def test_the_discriminator_sees_as_much_as_it_says():
+    """The photo's values that one verdict depends on: a square of 26 px, the positions that its gradient reaches."""
+    discriminator = build_discriminator()
+    for layer in discriminator:
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.ones_(layer.weight)
+    convolutions = torch.nn.Sequential(*(layer for layer in discriminator if isinstance(layer, torch.nn.Conv2d)))  # norms see everything
+    photo = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    convolutions(photo)[0, 0, 8, 8].backward()
+    rows = photo.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert int(rows.max() - rows.min()) + 1 == 26
+    assert "26 x 26 px" in build_discriminator.__doc__

@@ -426,6 +426,7 @@ REFUSED = [
     ("train_unet", ["--seed", -1], "--seed -1: give 0 or more"),
     ("train_unet", ["--push-to-hub"], "--push-to-hub needs --hub-model-id"),
     ("train_unet", ["--ema-decay", "1.5"], "--ema-decay 1.5"),
+    ("train_vae", ["--adversarial-start", "1.5"], "--adversarial-start 1.5: give a share of the run from 0 to below 1"),
     ("train_unet", ["--epochs", 3, "--max-train-minutes", 1], "--epochs and --max-train-minutes exclude each other"),
 ]
 

@@ -193,7 +193,7 @@ class UNetInTraining(nn.Module):
 
 
 def build_discriminator(width: int = 32) -> nn.Sequential:
-    """Pictures (B, 3, H, W) -> a verdict on each patch of 22 x 22 px, (B, 1, H/4, W/4): above 0 is real.
+    """Pictures (B, 3, H, W) -> a verdict on each patch of 26 x 26 px, (B, 1, H/4, W/4): above 0 is real.
 
     PatchGAN (Isola et al. 2017, arXiv:1611.07004, appendix 6.1.2) with fewer stages, for small pictures, and GroupNorm, whose
     verdict on a picture does not depend on the batch.

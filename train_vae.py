@@ -27,7 +27,7 @@ from corel_diffusers.checkpoints import Trained, find_resume, load_checkpoint, m
 from corel_diffusers.cuda_graphs import recorded
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_views
-from corel_diffusers.data.views import STATISTICS_OF
+from corel_diffusers.data.views import STATISTICS_OF, STOPPED_STATISTICS_OF
 from corel_diffusers.files import UserError, best_record, published_model, read_json, write_json
 from corel_diffusers.latents import cache_moments, measure_scale
 from corel_diffusers.learning_rate import LearningRate
@@ -217,7 +217,8 @@ def main(args: VAEArguments) -> None:
     # save
     if accelerator.is_main_process and history:
         vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)
-        mean, std = measure_scale(cache_moments(vae, pixels["train"].evenly(STATISTICS_OF), device, batch_size=args.batch_size))
+        looked_at = STOPPED_STATISTICS_OF if stop.number else STATISTICS_OF
+        mean, std = measure_scale(cache_moments(vae, pixels["train"].evenly(looked_at), device, batch_size=args.batch_size))
         write_json(args.run_dir / "config.json", read_json(args.run_dir / "config.json") | {"latents_mean": mean, "latents_std": std})
         best = best_record(history)
         print(

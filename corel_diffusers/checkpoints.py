@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import state_dict as torch_state
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.cache import digest
-from corel_diffusers.files import UserError, read_json, remove_folder, write_json
+from corel_diffusers.files import UserError, flush_folder, read_json, remove_folder, write_json
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.models import load_config
 from corel_diffusers.processes import of_main_process, on_main_process
@@ -132,10 +132,10 @@ def save_checkpoint(
         values = {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()}
         values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
         write_json(beside / "state.json", values)
-        if hasattr(os, "sync"):  # as Windows has not
-            os.sync()  # after a power cut, the newest checkpoint must not be one of empty files
+        flush_folder(beside)  # after a power cut, the newest checkpoint must not be one of empty files
         remove_folder(path)
         os.replace(beside, path)
+        flush_folder(path.parent)
         for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
             remove_folder(old)
     accelerator.wait_for_everyone()

@@ -87,6 +87,18 @@ def finish_publishing(folder: Path) -> None:
     shutil.rmtree(complete)
 
 
+def flush_folder(folder: Path) -> None:
+    """Has the disk hold the files of a folder, and their names, before anything else is done. Nothing else on the machine is flushed."""
+    for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
+        if os.name == "nt" and path == folder:  # Windows opens no folders
+            continue
+        descriptor = os.open(path, os.O_RDONLY if path == folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder; a kill in between leaves it under a hidden name, not gutted under its own."""
     if path.is_dir():

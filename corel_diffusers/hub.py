@@ -101,7 +101,9 @@ def training_lines(run: dict, history: list[dict]) -> list[str]:
 def evaluation_lines(folder: Path) -> list[str]:
     """The card's rows of `corel-diffusers evaluate`, where it judged these weights and no earlier ones."""
     path = folder / "evaluation.json"
-    results = read_json(path) if path.is_file() else {}
+    if not path.is_file():  # the usual case while a run trains: no weights are hashed for nothing
+        return []
+    results = read_json(path)
     if results.get("unet_sha256") != pipeline_digest(folder):
         return []
     return [*card_rows(results), "", f"Evaluated: {heading(results)}. KID and FD of real photos against real ones are what perfect is."]

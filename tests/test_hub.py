@@ -10,6 +10,7 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from corel_diffusers import hub as hub_module
 from corel_diffusers.files import UserError
 from corel_diffusers.generate import build_sampler
 from corel_diffusers.hub import WRITTEN_BY, write_card
@@ -132,3 +133,11 @@ def test_the_card_says_what_was_measured_and_keeps_a_users_edits(trained_unet, t
     (copy / "README.md").write_text(WRITTEN_BY)
     write_card(copy)
     assert "## Use" in (copy / "README.md").read_text()
+
+
+def test_no_weights_are_read_for_a_card_without_an_evaluation(trained_unet, tmp_path, monkeypatch):
+    """The card is written at each checkpoint."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    monkeypatch.setattr(hub_module, "pipeline_digest", lambda folder: pytest.fail("the weights were hashed"))
+    write_card(folder)

@@ -16,6 +16,7 @@ from corel_diffusers.precision import arithmetic
 
 CHANGES = 5  # numbers that say how a view differs from its photo
 STATISTICS_OF = 10_000  # photos, evenly over all: more do not change a mean
+STOPPED_STATISTICS_OF = 256  # in a run that was told to stop, which has seconds left; it is measured again when the run ends
 
 
 @dataclass

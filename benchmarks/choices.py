@@ -134,13 +134,14 @@ JUDGED_BY = {
 
 def judge_vae(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
     """A VAE's folder -> its scores and its cells of the table."""
-    _, pixels = cache_pixels(load_photos(args.data_dir), (args.image_size, args.image_size))
+    photos, pixels = cache_pixels(load_photos(args.data_dir), (args.image_size, args.image_size))
     network = load_network("efficientnet-lite0", torch.device("cpu"))
-    real = photo_features(network, pixels["validation"])
+    real, labels = photo_features(network, pixels["validation"]), torch.tensor(photos["validation"]["label"][:])
 
     def judge(folder: Path) -> tuple[dict, str]:
         vae = AutoencoderKL.from_pretrained(folder).eval()
-        scores = reconstruction_scores(reconstruct(vae, pixels["validation"].values), pixels["validation"].values, network, real)
+        held_out = pixels["validation"].values
+        scores = reconstruction_scores(reconstruct(vae, held_out), held_out, network, real, labels)
         values = vae.config.latent_channels * (args.image_size // 2 ** (len(vae.config.block_out_channels) - 1)) ** 2
         nats = best_record(read_metrics(folder / "metrics.jsonl"))["val_kl"] / values
         cells = [parameter_count(vae).split()[0], f"{scores['psnr_db']:.2f}", f"{scores['ssim']:.3f}", f"{scores['perceptual']:.3f}"]

@@ -14,6 +14,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import torch
 from common import ROOT, machine
 from safetensors.torch import load_file
 
@@ -22,12 +23,12 @@ from corel_diffusers.checkpoints import find_checkpoints, step_of
 from corel_diffusers.cli import Generate
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.evaluation.evaluate import picture_size_px, render
+from corel_diffusers.evaluation.evaluate import labels_to_draw, picture_size_px, render
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.memorization import CopyFinder
 from corel_diffusers.evaluation.metrics import kernel_distance
 from corel_diffusers.files import best_record, read_metrics
-from corel_diffusers.generate import AUTO, build_sampler, load_pipeline, pick_device, pick_labels, sample_pictures
+from corel_diffusers.generate import AUTO, build_sampler, load_pipeline, pick_device, sample_pictures
 from corel_diffusers.guide import Guide
 from train_unet import healthy_gauge
 
@@ -45,9 +46,10 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device("auto")
     pipe, network = load_pipeline(args.run, device), load_network("efficientnet-lite0", device)
-    pipe.scheduler, labels = build_sampler(AUTO, pipe.scheduler), pick_labels(pipe, (), args.num_images)
-    pixels = cache_pixels(load_photos(args.data_dir), picture_size_px(pipe))[1]
-    real = photo_features(network, pixels["validation"])
+    pipe.scheduler = build_sampler(AUTO, pipe.scheduler)
+    photos, pixels = cache_pixels(load_photos(args.data_dir), picture_size_px(pipe))
+    real, photo_labels = photo_features(network, pixels["validation"]), torch.tensor(photos["validation"]["label"][:])
+    labels, like_photos = labels_to_draw(pipe, photos["train"].features["label"].names, photo_labels, args.num_images)
     finder = CopyFinder.of(pixels["train"], render(pipe.vae, pixels["train"]), device)
     metrics = read_metrics(args.run / "metrics.jsonl")
     guide = Guide(args.run, pipe.unet, metrics[0]["images_seen"] // metrics[0]["step"])
@@ -73,7 +75,7 @@ def main() -> None:
                 "guide": early is not None,
                 "scale": scale,
                 "until": until,
-                "kid_e3": 1e3 * kernel_distance(features, real),
+                "kid_e3": 1e3 * kernel_distance(features, real, labels_a=like_photos, labels_b=photo_labels),
                 "copies": copies,
             }
             print(json.dumps(found), flush=True)

@@ -21,12 +21,12 @@ from corel_diffusers.arguments import SCENES
 from corel_diffusers.cli import Generate
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.evaluation.evaluate import picture_size_px
+from corel_diffusers.evaluation.evaluate import labels_to_draw, picture_size_px
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.metrics import compare
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
-from corel_diffusers.generate import build_sampler, load_pipeline, pick_labels, sample_pictures
+from corel_diffusers.generate import build_sampler, load_pipeline, sample_pictures
 from corel_diffusers.models import downsample_factor
 from corel_diffusers.precision import resolve_precision
 
@@ -89,9 +89,10 @@ def main() -> None:
     args = parser.parse_args()
     device, precision = torch.device("cpu"), resolve_precision("auto", "cpu")
     pipe, network = load_pipeline(args.pipeline, device), load_network("efficientnet-lite0", device)
-    trained_with, labels = pipe.scheduler, pick_labels(pipe, (), args.num_images)
-    pixels = cache_pixels(load_photos(SCENES if args.data_dir == SCENES else Path(args.data_dir)), picture_size_px(pipe))[1]["validation"]
-    real = photo_features(network, pixels)
+    photos, pixels = cache_pixels(load_photos(SCENES if args.data_dir == SCENES else Path(args.data_dir)), picture_size_px(pipe))
+    real, photo_labels = photo_features(network, pixels["validation"]), torch.tensor(photos["validation"]["label"][:])
+    class_names = photos["train"].features["label"].names
+    trained_with, (labels, like_photos) = pipe.scheduler, labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     shared = {"num_images": args.num_images, "batch_size": args.batch_size, "guidance_scale": args.guidance_scale}
     drawing = Generate(**shared, mixed_precision=precision)
 
@@ -106,7 +107,8 @@ def main() -> None:
             pipe.scheduler = build_sampler(name, trained_with)
             pictures = list(sample_pictures(pipe, drawing, labels, 0, num_inference_steps=steps))
         seconds = time.monotonic() - began
-        rows.append({"sampler": name, "steps": steps, "seconds": seconds} | compare(extract(network, as_array(pictures)), real))
+        found = compare(extract(network, as_array(pictures)), real, labels_a=like_photos, labels_b=photo_labels)
+        rows.append({"sampler": name, "steps": steps, "seconds": seconds} | found)
         lines = ["| sampler | steps | seconds | times as fast | KID x1000 [95 %] | FD |", "|---|---|---|---|---|---|"]
         for row in sorted(rows, key=lambda row: row["seconds"]):
             cells = row["sampler"], row["steps"], f"{row['seconds']:.1f}", f"{rows[0]['seconds'] / row['seconds']:.1f}"

@@ -6,8 +6,8 @@ Real photos play the samples: of each class some are held out at random, and oth
 in for pictures of a model that nothing can be told from. Ten such draws at the sizes of `evaluate` and of `--evaluate-every`; KID should be
 0 within its interval. Beside it the same draws counted as if the pictures of all classes had been drawn at random.
 
-Then the coverage of the interval: the photos, and the same photos blurred, are two populations whose distance is known; pictures are
-drawn from both, with replacement and in fixed numbers per class, 400 times.
+Then the coverage of the interval: the photos, and the same photos blurred, are populations whose distance is known; pictures are drawn from
+both, with replacement and in fixed numbers per class, 400 times.
 """
 
 import argparse
@@ -92,9 +92,11 @@ def main() -> None:
         photos, pixels = cache_pixels(load_photos(source if source == "scenes" else Path(source)), (args.image_size,) * 2)
         labels, name = np.concatenate([part["label"][:] for part in photos.values()]), Path(source).name
         features = torch.cat([photo_features(network, part) for part in pixels.values()])
-        blur = ImageFilter.GaussianBlur(args.image_size / 64)
-        blurred = as_array([Image.fromarray(photo).filter(blur) for photo in joined(list(pixels.values())).values])
-        populations = {f"{name}, alike": features, f"{name}, blurred": extract(network, blurred)}
+        populations = {f"{name}, alike": features}
+        for title, radius_px in {"a little blurred": 0.5, "blurred": 1.0}.items():
+            blur = ImageFilter.GaussianBlur(radius_px * args.image_size / 64)
+            blurred = as_array([Image.fromarray(photo).filter(blur) for photo in joined(list(pixels.values())).values])
+            populations[f"{name}, {title}"] = extract(network, blurred)
         for setting in SETTINGS:
             perfect.append(perfect_row(name, setting, features, labels, args.draws))
             coverage += [coverage_row(title, made, features, labels, setting, args.coverage_draws) for title, made in populations.items()]

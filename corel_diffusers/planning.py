@@ -53,7 +53,7 @@ def vae_recipe(steps: float, size_px: tuple[int, int]) -> dict:
     return {"perceptual_weight": 1.0, "kl_weight": 0.2 / math.prod(size_px), "adversarial_weight": 0.3}
 
 
-# reached: `tiny` by benchmarks/contest.py and longer runs, `base` by benchmarks/results/choices.md, "The presets for GPUs"
+# reached: `tiny` by benchmarks/contest.py and shorter and longer runs, `base` by benchmarks/results/choices.md, "The presets for GPUs"
 VAE_LADDER = Ladder(
     # a base VAE is good sooner (benchmarks/results/choices.md), but the UNet that follows has four times the work at its size
     (
@@ -67,7 +67,7 @@ VAE_LADDER = Ladder(
 )
 UNET_LADDER = Ladder(
     (
-        Rung("tiny", 64, 16, reached=((49_000, 56), (80_000, 46), (168_000, 34))),
+        Rung("tiny", 64, 16, reached=((64_000, 50), (148_000, 45))),
         Rung("base", 128, 16, 100_000),
         Rung("large", 256, 32, 1_000_000, 5_000),
     ),

@@ -99,6 +99,12 @@ class CorelPipeline(DiffusionPipeline):
                 f"DDIMScheduler leaves noise in the pictures where num_inference_steps does not divide {trained_steps}: take {nearest}",
                 stacklevel=2,
             )
+        if (self.scheduler.timesteps < 0).any():
+            warnings.warn(
+                f"{type(self.scheduler).__name__} places a timestep below 0 at {num_inference_steps} steps, which brings the noise back: "
+                "take another number",
+                stacklevel=2,
+            )
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:

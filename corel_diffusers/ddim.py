@@ -14,8 +14,12 @@ class DDIM(DDIMScheduler):
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """At most as many steps as the schedule has timesteps, which are under 1000 where `build_sampler` leaves out the last ones."""
+        """At most as many steps as the schedule has timesteps, which are under 1000 where `build_sampler` leaves out the last ones.
+
+        At some numbers of steps, 61 for one, the library's rounding places one more timestep, below 0: it is left out.
+        """
         super().set_timesteps(min(num_inference_steps, self.config.num_train_timesteps), device)
+        self.timesteps = self.timesteps[self.timesteps >= 0]
 
     def step(
         self,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from corel_diffusers.cli import Generate, Sampling
 from corel_diffusers.ddim import DDIM
 from corel_diffusers.files import UserError, first_line, is_out_of_memory, whole_file
-from corel_diffusers.latents import load_vae, weights_key
+from corel_diffusers.latents import config_key, load_vae, scale_key, weights_key
 from corel_diffusers.models import downsample_factor
 from corel_diffusers.plots import picture_grid, save_picture
 from corel_diffusers.precision import autocast, resolve_precision
@@ -45,9 +45,9 @@ def generate(args: Generate, output: Path) -> None:
     refuse_too_large(pipe, args)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     sampler, steps = pick_sampler(args)
-    print(f"{args.num_images} pictures, {sampler} with {steps} steps on {device}, seed {seed}")
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
-    steps = min(steps, pipe.scheduler.config.num_train_timesteps)
+    steps = possible_steps(pipe.scheduler, steps)
+    print(f"{args.num_images} pictures, {sampler} with {steps} steps on {device}, seed {seed}")
     folder, pictures = output.with_name(f"{output.stem}_individual"), []
     files = [folder / f"image_{place:04d}.png" for place in range(args.num_images)]
     individual = args.individual or args.num_images <= INDIVIDUAL_UP_TO
@@ -125,9 +125,19 @@ def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """The sampler for a model trained with `scheduler`."""
     if name == "dpm-solver++":
         return DPMSolverMultistepScheduler.from_config(scheduler.config, **dpm_solver_options(scheduler.config))
-    if name == "ddpm":  # its fresh noise drowns the error of the first steps
-        return DDPMScheduler.from_config(scheduler.config)
-    return {"ddim": DDIM, "unipc": UniPCMultistepScheduler}[name].from_config(scheduler.config, **first_timestep_options(scheduler))
+    return {"ddpm": DDPMScheduler, "ddim": DDIM, "unipc": UniPCMultistepScheduler}[name].from_config(
+        scheduler.config, **first_timestep_options(scheduler)
+    )
+
+
+def possible_steps(sampler: SchedulerMixin, steps: int) -> int:
+    """As many of the steps as the sampler can make: at most one a timestep, and a number for which diffusers' spacing of the timesteps
+    places none below 0, which at 61 steps, for one, it does: that step would bring the noise back."""
+    for possible in range(min(steps, sampler.config.num_train_timesteps), 1, -1):
+        sampler.set_timesteps(possible)
+        if sampler.timesteps.min() >= 0:
+            return possible
+    return 1
 
 
 def first_timestep_options(scheduler: SchedulerMixin) -> dict[str, object]:
@@ -178,7 +188,7 @@ def load_pipeline(location: Path | str, device: torch.device, vae_location: Path
         raise UserError(f"--pipeline {location} is a {type(pipe).__name__}: give one that train_unet.py wrote")
     if vae_location:
         vae = load_vae(vae_location)
-        if weights_key(vae) != weights_key(pipe.vae):
+        if any(key(vae) != key(pipe.vae) for key in (weights_key, config_key, scale_key)):
             if vae.config.latent_channels != pipe.vae.config.latent_channels:
                 raise UserError(f"--vae-checkpoint {vae_location} has other latents than the pipeline's VAE: leave the flag out")
             print("notice: --vae-checkpoint is not the VAE that this UNet was trained with: the pictures may be garbage")

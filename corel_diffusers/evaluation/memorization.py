@@ -36,6 +36,7 @@ CROPS += [(scale, left * (1 - scale), top * (1 - scale)) for scale in (0.85, 0.7
 ALIKE_LEVELS = (
     12.0  # of 255, root mean square at COARSE_PX: re-saved photos differ by up to 6, closely cropped ones by up to 12, others by more
 )
+ALIKE_SHARE = 0.15
 FINE_PX, LIKELY, STEPS, SMALLEST = 32, 4, (0.06, 0.06, 0.03, 0.015), 0.6
 
 
@@ -68,12 +69,24 @@ def pixel_views(photos: Shards | np.ndarray) -> list[torch.Tensor]:
 
 def really_alike(photo_views: list[torch.Tensor], photo: int, others: np.ndarray) -> np.ndarray:
     """Whether the whole of a photo differs by less than ALIKE_LEVELS from some view of each of the others, or the other way round:
-    (len(others),) bool. photo_views: as `pixel_views` has them."""
-    whole, nearest = photo_views[0], torch.full((len(others),), math.inf)
+    (len(others),) bool. photo_views: as `pixel_views` has them.
+
+    A brighter or paler copy differs by more, and once the means of its channels are aside, by less than ALIKE_SHARE of the photo's
+    contrast.
+    """
+
+    def centred(views: torch.Tensor) -> torch.Tensor:
+        channels = views.unflatten(-1, (-1, 3))
+        return (channels - channels.mean(-2, keepdim=True)).flatten(-2)
+
+    whole, found = photo_views[0], torch.zeros(len(others), dtype=torch.bool)
     for view in photo_views:
         for one, many in ((whole[photo], view[others]), (view[photo], whole[others])):
-            nearest = torch.minimum(nearest, (many.float() - one.float()).square().mean(1))
-    return (nearest.sqrt() < ALIKE_LEVELS).numpy()
+            one, many = one.float(), many.float()
+            apart = [(b - a).square().mean(-1).sqrt() for a, b in ((one, many), (centred(one), centred(many)))]
+            contrast = centred(one).square().mean().sqrt()
+            found |= (apart[0] < ALIKE_LEVELS) | (apart[1] < min(ALIKE_LEVELS, ALIKE_SHARE * float(contrast)))
+    return found.numpy()
 
 
 def resize(pictures: np.ndarray, side_px: int, crop: Crop = CROPS[0]) -> np.ndarray:

@@ -310,12 +310,13 @@ def test_plain_pictures_are_no_duplicates_of_each_other(mirrored):
     assert finder.in_pixels(novel).share_below(memorization.PIXEL_RATIO) == 0
 
 
+@pytest.mark.parametrize("brighter", [0, 15, 25])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, mirrored):
+def test_a_copy_of_a_photo_that_is_there_twice_is_found(pixels, mirrored, brighter):
     photos = np.array(pixels["train"].values)
-    saved_again = np.clip(photos[:1] + np.random.default_rng(0).normal(0, 2, photos[:1].shape), 0, 255).astype(np.uint8)
+    saved_again = np.clip(photos[:1] + np.random.default_rng(0).normal(brighter, 2, photos[:1].shape), 0, 255).astype(np.uint8)
     saved_again = saved_again[:, :, ::-1] if mirrored else saved_again
-    twice = Pixels(np.concatenate([photos, saved_again]), f"twice-{mirrored}")
+    twice = Pixels(np.concatenate([photos, saved_again]), f"twice-{mirrored}-{brighter}")
     finder = memorization.CopyFinder.of(twice, twice, CPU)
     in_pixels, in_features = finder.search(photos[:1])
     assert in_pixels.photo.tolist() == in_features.photo.tolist() == [0]
@@ -591,3 +592,20 @@ def test_bad_flags_end_in_one_line(flags, expected, trained_unet, raw_photos):
     done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", raw_photos, *flags, check=False)
     assert done.returncode == 2
     assert expected in done.stderr.splitlines()[-1]
+
+
+def test_no_kid_where_the_labels_leave_it_open(tmp_path):
+    """Two photos of one class are like each other, and where no class has two held out nothing tells how much."""
+    features = gaussian(12)
+    one_each, two_each = torch.arange(12), torch.arange(6).repeat(2)
+    assert metrics.kernel_distance(gaussian(20, seed=1), features, labels_b=one_each) is None
+    assert metrics.kernel_distance(gaussian(20, seed=1), features, labels_b=two_each) is not None
+    assert (
+        metrics.kernel_distance(features[:4], features[4:], labels_a=torch.zeros(4), labels_b=torch.tensor([0, 1, 1, 1, 1, 1, 1, 1]))
+        is None
+    )
+    found = metrics.compare(features, features, labels_b=one_each)
+    assert found["kid_e3"] is found["kid_e3_low"] is None
+    assert report.with_interval(found) == "-"
+    assert metrics.halves(features, one_each)["kid_e3"] is None
+    assert metrics.halves(features, two_each)["kid_e3"] is not None

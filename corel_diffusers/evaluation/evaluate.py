@@ -29,6 +29,7 @@ from corel_diffusers.generate import (
     pick_labels,
     pick_sampler,
     picture_size_px,
+    possible_steps,
     sample_pictures,
 )
 from corel_diffusers.hub import pipeline_digest, write_card
@@ -138,7 +139,7 @@ def make_pictures(
     """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
     sampler, steps = pick_sampler(args)
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
-    steps = min(steps, pipe.scheduler.config.num_train_timesteps)
+    steps = possible_steps(pipe.scheduler, steps)
     labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     pictures = list(sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps))
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
@@ -201,9 +202,9 @@ class SampleJudge:
         values = as_array(pictures)
         features = extract(self.network, values)
         copies = {f"copies_{name}": share for name, share in self.finder.shares(*self.finder.search(values)).items()}
-        if len(self.held_out) < FEWEST:
-            return copies
-        return {"kid_e3": 1e3 * kernel_distance(features, self.held_out, labels_a=labels, labels_b=self.labels)} | copies
+        enough = len(self.held_out) >= FEWEST
+        kid = kernel_distance(features, self.held_out, labels_a=labels, labels_b=self.labels) if enough else None
+        return copies if kid is None else {"kid_e3": 1e3 * kid} | copies
 
 
 def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels, labels: torch.Tensor | None = None, precision: str = "no") -> str:
@@ -219,7 +220,7 @@ def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels, labels: torch.Ten
     line = (
         f"the VAE brings held-out photos back at PSNR {scores['psnr_db']:.1f} dB, {kid}: samples will not come nearer to photos than that"
     )
-    poor = scores["psnr_db"] < POOR_PSNR_DB or scores["kid_e3_low"] > POOR_KID_E3
+    poor = scores["psnr_db"] < POOR_PSNR_DB or (scores["kid_e3_low"] or 0.0) > POOR_KID_E3
     return line + ("; that is poor: train the VAE longer first" if poor else "")
 
 
@@ -316,8 +317,9 @@ def reconstruction_scores(
         sums += [len(a) * float(value) for value in (*near, far)]
     features = extract(network, made)
     means = dict(zip(("psnr_db", "ssim", "perceptual"), (sums / len(made)).tolist(), strict=True))
-    all_pairs = 1e3 * kernel_distance(features, real, labels_a=labels, labels_b=labels)
-    return means | compare(features, real, True, labels, labels) | {"kid_e3_all_pairs": all_pairs}
+    all_pairs = kernel_distance(features, real, labels_a=labels, labels_b=labels)
+    distances = compare(features, real, True, labels, labels)
+    return means | distances | {"kid_e3_all_pairs": None if all_pairs is None else 1e3 * all_pairs}
 
 
 Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)

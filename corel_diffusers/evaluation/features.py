@@ -15,6 +15,7 @@ from corel_diffusers.data.cache import cached_array
 from corel_diffusers.data.transforms import Pixels
 from corel_diffusers.files import UserError, first_line, is_out_of_memory
 from corel_diffusers.perceptual import load_efficientnet
+from corel_diffusers.precision import arithmetic
 
 VIEWS = 5  # of a photo, for the search for copies: the whole and its four corners
 
@@ -130,7 +131,7 @@ def extract(network: Network, pictures: np.ndarray, batch_size: int = 32) -> tor
 
 def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> torch.Tensor:
     """The features of a split's photos, or of their mirror images: computed once, cached by what the photos hold."""
-    key = f"features-{network.name}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}{'-mirrored' * mirrored}"
+    key = f"features-{network.name}-{arithmetic(network.device)}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}{'-mirrored' * mirrored}"
 
     def make(photos: slice) -> np.ndarray:
         values = pixels.values[photos]

@@ -8,6 +8,8 @@ import numpy as np
 import scipy.special
 import torch
 
+UNKNOWN_PAIRS = 0.01  # of all pairs: so many of one class that the photos hold no example of bias KID by a unit or two of x1000
+
 
 def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(x.y / D + 1)^3 of all pairs -> (N, M) (Bińkowski et al. 2018, arXiv:1801.01401, section 4)."""
@@ -20,7 +22,7 @@ def kernel_distance(
     paired: bool = False,
     labels_a: torch.Tensor | None = None,
     labels_b: torch.Tensor | None = None,
-) -> float:
+) -> float | None:
     """KID: the unbiased squared maximum mean discrepancy over all pairs (Gretton et al. 2012, eq. 3). May be below 0.
 
     labels_a (N,), labels_b (M,): the class of each picture. Without them the pictures count as drawn at random. Pictures that come in
@@ -29,9 +31,25 @@ def kernel_distance(
 
     paired: a[i] was made from b[i], and has its label. Such pairs are left out: they are more alike than pictures of the two kinds are,
     and few sets are so large that they would not count.
+
+    None where the labels leave it open: see `countable`.
     """
+    if not countable(labels_b if paired else labels_a, labels_b):
+        return None
     values, weights, _ = all_pairs(a, b, paired, labels_a, labels_b)
     return float((weights * values).sum())
+
+
+def countable(labels_a: torch.Tensor | None, labels_b: torch.Tensor | None) -> bool:
+    """Whether KID can be told: with labels, where there is a pair of classes that both sets have; with those of b alone, where few of its
+    classes have one photo only. Of such a class nothing is known about two of its photos, which a's pictures may well be."""
+    if labels_b is None:
+        return True
+    classes, count_b = labels_b.unique(return_counts=True)
+    if labels_a is None:
+        return int((count_b == 1).sum()) <= UNKNOWN_PAIRS * len(labels_b) ** 2
+    count_a = (labels_a[:, None] == classes).sum(0)
+    return int((count_a > 0).sum()) > 1 or bool(((count_a > 1) & (count_b > 1)).any())
 
 
 def kernel_interval(
@@ -234,20 +252,21 @@ def compare(
     paired: a[i] was made from b[i]. There is no Fréchet distance then: both sets would share the chance that chose the photos, and it
     would come out far too low.
     """
-    low, high = kernel_interval(a, b, paired, labels_a, labels_b)
+    distance, interval = kernel_distance(a, b, paired, labels_a, labels_b), (None, None)
+    if distance is not None:
+        interval = kernel_interval(a, b, paired, labels_a, labels_b)
     precision, recall = precision_recall(a, b, paired)
+    kid = {"kid_e3": distance, "kid_e3_low": interval[0], "kid_e3_high": interval[1]}
     return {
         "n": [len(a), len(b)],
-        "kid_e3": kernel_distance(a, b, paired, labels_a, labels_b) * 1e3,
-        "kid_e3_low": low * 1e3,
-        "kid_e3_high": high * 1e3,
+        **{name: None if value is None else 1e3 * value for name, value in kid.items()},
         "fd": None if paired else frechet_distance(a, b),
         "precision": precision,
         "recall": recall,
     }
 
 
-def halves(features: torch.Tensor, labels: torch.Tensor | None = None, splits: int = 100, compared: int = 10) -> dict[str, float]:
+def halves(features: torch.Tensor, labels: torch.Tensor | None = None, splits: int = 100, compared: int = 10) -> dict[str, float | None]:
     """What no model can beat: one half of a set against the other, split at random within each class.
 
     Means over splits; the interval of KID is what 95 % of the splits lie within, which is how far a perfect model of such few pictures
@@ -261,9 +280,11 @@ def halves(features: torch.Tensor, labels: torch.Tensor | None = None, splits: i
         order = order[np.argsort(classes[order], kind="stable")]  # by class, at random within: every second one is a half of each class
         first, second = order[::2], order[1::2]
         of_both = [None, None] if labels is None else [labels[first], labels[second]]
-        distances.append(1e3 * kernel_distance(features[first], features[second], False, *of_both))
+        distance = kernel_distance(features[first], features[second], False, *of_both)
+        distances += [] if distance is None else [1e3 * distance]
         if split < compared:
             found.append(compare(features[first], features[second], False, *of_both))
-    means = {name: np.mean([values[name] for values in found], axis=0).tolist() for name in found[0]}
-    low, high = np.quantile(distances, (0.025, 0.975)).tolist()
-    return means | {"kid_e3": float(np.mean(distances)), "kid_e3_low": low, "kid_e3_high": high}
+    means = {name: np.mean([values[name] for values in found], axis=0).tolist() for name in ("n", "fd", "precision", "recall")}
+    middle = [np.mean(distances), *np.quantile(distances, (0.025, 0.975))] if distances else [None] * 3
+    kid = dict(zip(("kid_e3", "kid_e3_low", "kid_e3_high"), middle, strict=True))
+    return means | {name: None if value is None else float(value) for name, value in kid.items()}

@@ -25,7 +25,9 @@ ROWS = {
 
 
 def with_interval(values: dict) -> str:
-    """KID x1000 and its 95 % interval."""
+    """KID x1000 and its 95 % interval; "-" where it could not be told."""
+    if values["kid_e3"] is None:
+        return "-"
     return f"{values['kid_e3']:.1f} [{values['kid_e3_low']:.1f}, {values['kid_e3_high']:.1f}]"
 
 
@@ -193,7 +195,8 @@ def write_html(path: Path, results: dict, sheets: dict[str, Image.Image]) -> Non
         heading=heading(results),
         reconstruction=reconstruction_line(results),
         tables=tables(results),
-        notices=[copies_line(results), *on_copies(results)],
+        copies=copies_line(results),
+        notices=on_copies(results),
         images=images,
     )
     write_text(path, page)

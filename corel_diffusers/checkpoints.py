@@ -232,7 +232,10 @@ def load_checkpoint(
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
     else:
-        accelerator.load_state(str(checkpoint))  # accelerate's own files, which an older version wrote
+        prepared = accelerator._optimizers
+        accelerator._optimizers = [part.optimizer for part in trained]  # that version prepared each by itself
+        accelerator.load_state(str(checkpoint))  # accelerate's own files, which it wrote
+        accelerator._optimizers = prepared
     state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
     rate.load_state_dict(saved["learning_rate"])
     if ema:

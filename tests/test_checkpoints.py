@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.checkpoints import RunState, Trained, find_checkpoints, load_checkpoint, resumed_checkpoint, save_checkpoint
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, write_json
 from corel_diffusers.learning_rate import LearningRate
-from corel_diffusers.muon import build_optimizer
+from corel_diffusers.muon import Together, build_optimizer
 
 
 def test_a_flag_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
@@ -109,6 +109,35 @@ def test_the_optimizers_state_comes_back_as_it_was(tmp_path):
         accelerator._models, accelerator._optimizers = [part.model], [part.optimizer]
         load_checkpoint(accelerator, checkpoint, [part], rate, None)
         assert all(map(torch.equal, train(part, range(3, 6)), uninterrupted)), checkpoint.name
+
+
+def test_older_checkpoints_of_two_models_are_read(tmp_path):
+    """A VAE and its discriminator had an optimizer each, prepared by itself; one prepared optimizer now steps both."""
+    args = VAEArguments(output_dir=str(tmp_path))
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+
+    def fresh() -> list[Trained]:
+        modules = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)]
+        return [Trained(f"model_{i}", m, torch.optim.AdamW(m.parameters(), lr=1e-2)) for i, m in enumerate(modules)]
+
+    trained = fresh()
+    for part in trained:
+        part.model(torch.ones(1, 2)).sum().backward()
+        part.optimizer.step()
+    accelerator._models, accelerator._optimizers = [part.model for part in trained], [part.optimizer for part in trained]
+    older = tmp_path / "checkpoints" / "step-000001"
+    accelerator.save_state(str(older))
+    write_json(older / "state.json", {"state": {"step": 1}, "settings": {}, "learning_rate": {}})
+    found = fresh()
+    together = accelerator.prepare(Together(*(part.optimizer for part in found)))
+    accelerator._models, accelerator._optimizers = [part.model for part in found], [together]
+    load_checkpoint(accelerator, older, found, LearningRate([part.optimizer for part in found], args), None)
+    assert accelerator._optimizers == [together]
+    for part, was in zip(found, trained, strict=True):
+        assert all(map(torch.equal, part.model.parameters(), was.model.parameters()))
+        moments = [[state["exp_avg"] for state in each.optimizer.state.values()] for each in (part, was)]
+        assert len(moments[0]) == 2
+        assert all(map(torch.equal, *moments))
 
 
 def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(tmp_path):

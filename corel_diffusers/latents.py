@@ -7,6 +7,8 @@ The scale comes from the VAE's config alone, here for the trainer and in pipelin
 """
 
 import hashlib
+import inspect
+import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,7 +48,15 @@ def config_key(vae: AutoencoderKL) -> str:
     """Stands for what a VAE's config makes of its weights, as its activation and its norms' groups: not for the scale of its latents
     (`scale_key`), nor for what encoding and decoding do not look at."""
     apart = {"latents_mean", "latents_std", "scaling_factor", "shift_factor", "sample_size", "force_upcast"}
-    return digest(sorted((name, value) for name, value in vae.config.items() if name not in apart and not name.startswith("_")))
+    values = {name: value for name, value in vae.config.items() if name not in apart and not name.startswith("_")}
+    defaults = inspect.signature(AutoencoderKL.__init__).parameters
+    told = {name: value for name, value in values.items() if name not in defaults or like_json(value) != like_json(defaults[name].default)}
+    return digest(json.dumps(told, sort_keys=True))  # a fresh VAE's tuples are the lists of a loaded one
+
+
+def like_json(value: object) -> object:
+    """A tuple as the list that it becomes in a config file."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def scale_key(vae: AutoencoderKL) -> str:

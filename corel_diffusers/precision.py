@@ -26,14 +26,17 @@ def resolve_precision(wanted: str, device_type: str) -> str:
 
 
 def arithmetic(device: torch.device) -> str:
-    """Names how a device computes in float32, to the last bit: "avx512", or "sm90-tf32". What is kept on the disk bears it in its name,
-    or a run that goes on elsewhere would read values that it would not have computed."""
+    """Names how a device computes in float32, to the last bit: "avx512", or "sm90-tf32", with "conv" behind it where only convolutions are
+    in TF32. What is kept on the disk bears it in its name, or a run that goes on elsewhere would read values that it would not have
+    computed."""
     if device.type == "cpu":
         return torch.backends.cpu.get_cpu_capability().lower()
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}" + ("-tf32" if torch.backends.cudnn.allow_tf32 and major >= 8 else "")
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    kinds = {(True, True): "-tf32", (True, False): "-tf32conv", (False, True): "-tf32matmul"}
+    return f"sm{major}{minor}" + (kinds.get((convolutions, products), "") if major >= 8 else "")
 
 
 def autocast(precision: str, device_type: str) -> AbstractContextManager:

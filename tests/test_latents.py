@@ -140,7 +140,7 @@ def test_a_missing_or_unfinished_vae_names_the_way_out(tmp_path, vae):
         load_vae(tmp_path)
 
 
-def test_another_config_of_the_same_weights_and_another_arithmetic_are_another_cache(vae, pixels, monkeypatch):
+def test_another_config_of_the_same_weights_and_another_arithmetic_are_another_cache(vae, pixels, monkeypatch, tmp_path):
     from corel_diffusers.data import views
 
     other = AutoencoderKL.from_config(dict(vae.config) | {"act_fn": "relu"}).eval()
@@ -150,6 +150,9 @@ def test_another_config_of_the_same_weights_and_another_arithmetic_are_another_c
     assert not np.allclose(first, second)
     scaled = AutoencoderKL.from_config(dict(vae.config) | {"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4})
     assert config_key(scaled) == config_key(vae), "the scale comes after the cache"
+    fresh = AutoencoderKL()
+    fresh.save_pretrained(tmp_path)
+    assert config_key(AutoencoderKL.from_pretrained(tmp_path)) == config_key(fresh), "tuples become lists"
     folder = cache_moments(vae, pixels, torch.device("cpu")).folder
     monkeypatch.setattr(views, "arithmetic", lambda device: "sm90-tf32")
     assert cache_moments(vae, pixels, torch.device("cpu")).folder != folder

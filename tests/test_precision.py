@@ -1,5 +1,7 @@
 """The precision of passes, and the kernel of attention."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from corel_diffusers.files import UserError
 from corel_diffusers.models import build_unet, build_vae
-from corel_diffusers.precision import autocast, resolve_precision, use
+from corel_diffusers.precision import arithmetic, autocast, resolve_precision, use
 
 
 def test_fp16_without_a_gpu_is_refused(monkeypatch):
@@ -58,3 +60,17 @@ def test_attention_runs_by_the_kernel_that_was_found_fastest():
     assert "aten::_scaled_dot_product_attention_math" in names["plain"]["math"] - names["plain"]["fused"]
     assert not any("scaled_dot_product" in key for key in names["training"]["math"])
     assert all(any("flash" in key for key in found["fused"]) for found in names.values())
+
+
+def test_the_name_of_the_arithmetic_tells_all_that_bears_on_the_last_bit(monkeypatch):
+    assert arithmetic(torch.device("cpu")) == torch.backends.cpu.get_cpu_capability().lower()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    names = set()
+    for convolutions in (True, False):
+        for products in (True, False):
+            monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=convolutions))
+            monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=products))
+            names.add(arithmetic(torch.device("cuda")))
+    assert names == {"sm90-tf32", "sm90-tf32conv", "sm90-tf32matmul", "sm90"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert arithmetic(torch.device("cuda")) == "sm75", "older GPUs have no TF32"

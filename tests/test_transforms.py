@@ -113,6 +113,13 @@ def test_what_the_disk_refuses_is_no_damaged_photo(raw_photos, monkeypatch):
     monkeypatch.undo()
     assert {split: len(part) for split, part in cache_pixels(photos, (33, 33))[0].items()} == photos.num_rows
 
+    def closed(path: object, size: int) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(transforms, "content_sample", closed)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): see to its disk and its rights"):
+        cache_pixels(photos, (34, 34))
+
 
 def test_fit_photo_is_height_by_width_and_like_pillow():
     photo = Image.fromarray(RGB)

@@ -51,7 +51,7 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         raise PhotoError("too many pixels to open safely") from None
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error) as error:
         if getattr(error, "errno", None):
-            raise UserError(f"{file} cannot be read ({error.strerror}): see to its disk and its rights, and start again") from None
+            raise refused(file, error) from None
         raise PhotoError("truncated" if "truncated" in str(error) else f"damaged ({error})") from None
     if min(photo.size) < MIN_SIDE_PX:
         raise PhotoError(f"tiny ({photo.width}x{photo.height} px)")
@@ -61,6 +61,11 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         photo = photo.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
     return photo.convert("RGB")
+
+
+def refused(file: Path | str | bytes, error: OSError) -> UserError:
+    """What a file comes to that is there and that the disk or its rights do not give."""
+    return UserError(f"{file} cannot be read ({error.strerror}): see to its disk and its rights, and start again")
 
 
 def orientation(photo: Image.Image) -> int:
@@ -223,8 +228,11 @@ def file_key(row: dict) -> tuple:
     if row["bytes"] is not None:
         return (hashlib.sha256(row["bytes"]).hexdigest(),)
     path = Path(row["path"])
-    stat = path.stat()
-    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, content_sample(path, stat.st_size))
+    try:
+        stat = path.stat()
+        return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, content_sample(path, stat.st_size))
+    except OSError as error:
+        raise refused(path, error) from None
 
 
 def content_sample(path: Path, size: int) -> str:

@@ -69,12 +69,16 @@ from corel_diffusers.training import (
 )
 
 PANELS = {
-    "reconstruction": {"reconstruction": "training, varied photos", "val_reconstruction": "held-out, whole photos"},
-    "perceptual": {"perceptual": "training, varied photos", "val_perceptual": "held-out, whole photos"},
-    "KL (nats a photo)": {"kl": "training, varied photos", "val_kl": "held-out, whole photos"},
-    "PSNR (dB)": {"val_psnr": "held-out"},
+    # of whole photos and the posterior's mean, by the averaged weights
+    "held-out photos": {"val_reconstruction": "reconstruction", "val_perceptual": "perceptual"},
+    "PSNR (dB)": {"val_psnr": "held-out photos"},
+    "KL (nats a photo)": {"val_kl": "held-out photos"},
+    # of varied photos and drawn latents, by the weights of each step: not to be read beside the above
+    "in training": {"reconstruction": "reconstruction", "perceptual": "perceptual"},
+    "KL in training": {"kl": "varied photos"},
     "adversarial": {"adversarial": "decoder", "discriminator": "discriminator"},
 }
+IN_TRAINING = ("loss", "reconstruction", "perceptual", "kl")  # in the progress bar and in panels of their own
 DISCRIMINATOR_LEAD = 0.1  # of the run: so long it learns before its verdict counts
 
 
@@ -201,7 +205,7 @@ def main(args: VAEArguments) -> None:
                 values = (
                     means.close(accelerator) | values | {"kl_weight": float(kl_weight), "learning_rate": rate.now, "published": published}
                 )
-                record_epoch(accelerator, args, plan, state, history, bar, values, shown)
+                record_epoch(accelerator, args, plan, state, history, bar, values, shown, apart=IN_TRAINING)
 
             stopping = stop.received(accelerator, state)
             if stopping or over or checkpoint_due(args, plan, state, length):

@@ -1,4 +1,4 @@
-"""CorelPipeline: class labels -> pictures. One self-contained file; it travels with the weights.
+"""CorelPipeline: generate images from class labels. This file is self-contained and is saved beside the weights.
 
 pipe = DiffusionPipeline.from_pretrained("diffusion_models", trust_remote_code=True)
 pipe(num_images=4, class_labels="sunset", num_inference_steps=50).images[0].save("sunset.png")
@@ -20,18 +20,22 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class CorelPipeline(DiffusionPipeline):
-    """Latent diffusion with class labels: a UNet2DModel denoises latents, an AutoencoderKL decodes them.
+    """Latent diffusion with class labels: a UNet2DModel denoises latents, and an AutoencoderKL decodes them.
 
-    class_names: {"0": name, ...} of the UNet's labels; None for an unconditional model. (A dict with string keys, because a
-    list of strings in model_index.json breaks loading from the Hub.) The label after the last class is the null label.
-    class_numbers: {"0": number, ...}, the numbers that these classes have in the data, which `corel-diffusers generate --class` takes.
-    guide: the same UNet after a small part of its training. Guidance then leads away from what it predicts (Karras et al. 2024,
-    arXiv:2406.02507); without one, as after `pipe.guide = None`, away from what the UNet predicts without the class.
+    Args:
+        class_names: {"0": name, ...}, the class of each label of the UNet. None for an unconditional model. The label
+            after the last class is the null label. This is a dict with string keys, because a list of strings in
+            model_index.json breaks loading from the Hub.
+        class_numbers: {"0": number, ...}, the number that each class has in the data. `corel-diffusers generate
+            --class` accepts these numbers.
+        guide: the guide model for autoguidance (Karras et al. 2024, arXiv:2406.02507). It is the same UNet after a
+            small part of its training, and guidance leads away from its prediction. Without a guide model (set
+            `pipe.guide = None` to remove it), guidance leads away from the UNet's prediction for the null label.
     """
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components: ClassVar = ["guide"]
-    _exclude_from_cpu_offload: ClassVar = ["guide"]  # it takes turns with the UNet in each step
+    _exclude_from_cpu_offload: ClassVar = ["guide"]  # each step runs it in turn with the UNet
 
     def __init__(
         self,
@@ -62,20 +66,33 @@ class CorelPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["CorelPipeline", int, torch.Tensor, dict], dict] | None = None,
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Generates pictures.
+        """Generate images.
 
-        num_images: how many. class_labels: one class for all or one a picture, by name or id; None leaves the class open (the
-        null label). guidance_scale: w of e = e_weak + w (e_unet - e_weak), where e_weak is the guide's; without a guide, the UNet's
-        for the null label (Ho & Salimans 2022, arXiv:2207.12598); 1 is none.
-        guidance_interval: the share of the noise levels, 0 clean to 1 pure noise, within which guidance acts (Kynkäänniemi et al.
-        2024, arXiv:2404.07724); outside it the UNet acts alone, at half the cost. None: `default_guidance_interval`.
-        eta: DDIM's share of fresh noise. generator: fixes the pictures. latents: start from these, (num_images, C, h, w) of
-        unit variance. output_type: "pil", "np" (N, H, W, 3) or "pt" (N, 3, H, W) in [0, 1], or "latent" (scaled).
-        callback_on_step_end(pipe, step, timestep, {"latents": ...}) may return a dict with new latents.
+        Args:
+            num_images: number of images.
+            class_labels: one class for all images or one class per image, each a name or an id. None means no class:
+                the null label.
+            guidance_scale: w in e = e_weak + w (e_unet - e_weak). e_weak is the prediction of the guide model. Without
+                a guide model, it is the UNet's prediction for the null label (Ho & Salimans 2022, arXiv:2207.12598).
+                1 turns guidance off.
+            num_inference_steps: number of denoising steps.
+            eta: amount of fresh noise in each step of DDIM, from 0 (none) to 1 (as much as DDPM).
+            generator: random generator for the noise. The same seed gives the same images.
+            latents: initial noise with unit variance, (num_images, C, h, w).
+            output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; "pt", (N, 3, H, W) in [0, 1]; or "latent", scaled latents.
+            return_dict: return an ImagePipelineOutput instead of a tuple.
+            callback_on_step_end: called as callback(pipe, step, timestep, {"latents": ...}). It may return a dict with
+                new latents.
+            guidance_interval: the noise levels at which guidance acts, as fractions from 0 (clean) to 1 (pure noise)
+                (Kynkäänniemi et al. 2024, arXiv:2404.07724). At other levels only the UNet's prediction is used, which
+                takes half the time. None means `default_guidance_interval`.
+
+        Raises:
+            ValueError: an unknown class, or class_labels, generator or latents that do not fit num_images.
         """
         labels = self.label_ids(num_images, class_labels)
         if isinstance(generator, list) and len(generator) not in (1, num_images):
-            raise ValueError(f"{len(generator)} generators for num_images={num_images}: give one, or one a picture")
+            raise ValueError(f"{len(generator)} generators for num_images={num_images}: give one, or one per image")
         has_class = labels is not None and bool((labels != self.null_label).any())
         guided = guidance_scale != 1 and (self.guide is not None or has_class)
         device, dtype = self._execution_device, self.unet.dtype
@@ -89,98 +106,129 @@ class CorelPipeline(DiffusionPipeline):
         latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
         low, high = guidance_interval or self.default_guidance_interval
-        always = low <= 0 and high >= 1
+        guide_at_all_levels = low <= 0 and high >= 1
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         trained_steps = self.scheduler.config.num_train_timesteps
         if type(self.scheduler) is DDIMScheduler and trained_steps % num_inference_steps:
             divisors = [steps for steps in range(1, trained_steps + 1) if trained_steps % steps == 0]
             nearest = min(divisors, key=lambda steps: abs(steps - num_inference_steps))
             warnings.warn(
-                f"DDIMScheduler leaves noise in the pictures where num_inference_steps does not divide {trained_steps}: take {nearest}",
+                f"DDIMScheduler leaves noise in the images if num_inference_steps does not divide {trained_steps}: "
+                f"use {nearest}",
                 stacklevel=2,
             )
         if (self.scheduler.timesteps < 0).any():
             warnings.warn(
-                f"{type(self.scheduler).__name__} places a timestep below 0 at {num_inference_steps} steps, which brings the noise back: "
-                "take another number",
+                f"{type(self.scheduler).__name__} uses a timestep below 0 at {num_inference_steps} steps, which brings "
+                "the noise back: use another number of steps",
                 stacklevel=2,
             )
         accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
+        step_options = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 inputs = self.scheduler.scale_model_input(latents, timestep)
-                if guided and (always or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high):
-                    weak, noise_pred = (prediction.to(latents.dtype) for prediction in self.weak_and_full(inputs, timestep, labels))
-                    noise_pred = weak + guidance_scale * (noise_pred - weak)
+                if guided and (
+                    guide_at_all_levels or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
+                ):
+                    weak_pred, model_pred = (
+                        prediction.to(latents.dtype) for prediction in self.weak_and_full(inputs, timestep, labels)
+                    )
+                    model_pred = weak_pred + guidance_scale * (model_pred - weak_pred)
                 else:
-                    noise_pred = self.unet(inputs, timestep, labels).sample.to(latents.dtype)
-                with torch.autocast(device.type, enabled=False):  # only the networks run in the precision of autocast
-                    latents = self.scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
+                    model_pred = self.unet(inputs, timestep, labels).sample.to(latents.dtype)
+                with torch.autocast(device.type, enabled=False):  # only the networks run in the autocast precision
+                    latents = self.scheduler.step(model_pred, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
-                    latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
+                    latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get(
+                        "latents", latents
+                    )
                 progress.update()
 
         if not latents.isfinite().all():
-            warnings.warn("the pictures are no numbers any more: half precision was too coarse, draw them in another", stacklevel=2)
+            warnings.warn(
+                "the images contain NaN or infinite values: half precision is not accurate enough: "
+                "use another precision",
+                stacklevel=2,
+            )
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def weak_and_full(self, inputs: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What guidance leads away from, and the UNet's prediction: (N, C, h, w) each."""
+    def weak_and_full(
+        self, inputs: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the prediction that guidance leads away from, and the UNet's prediction: (N, C, h, w) each."""
         if self.guide is not None:
             return self.guide(inputs, timestep, labels).sample, self.unet(inputs, timestep, labels).sample
-        both = torch.cat([torch.full_like(labels, self.null_label), labels])
-        return self.unet(torch.cat([inputs, inputs]), timestep, both).sample.chunk(2)  # in one pass
+        both_labels = torch.cat([torch.full_like(labels, self.null_label), labels])
+        return self.unet(torch.cat([inputs, inputs]), timestep, both_labels).sample.chunk(2)  # in one forward pass
 
     def decode(self, latents: torch.Tensor, output_type: str) -> list | torch.Tensor:
-        """Scaled latents (N, C, h, w) -> pictures. The scale is the VAE's config: latents_mean and latents_std where it has them."""
+        """Decode scaled latents (N, C, h, w) to images of `output_type`.
+
+        The scale is in the VAE's config: scaling_factor, and either latents_mean and latents_std or shift_factor.
+        """
         config = self.vae.config
         latents = latents / config.scaling_factor
         if config.latents_mean is None:
             latents = latents + (config.shift_factor or 0.0)
         else:
-            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+            mean, std = (
+                torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
+            )
             latents = latents * std + mean
-        if config.force_upcast and self.vae.dtype == torch.float16:  # it overflows
+        if config.force_upcast and self.vae.dtype == torch.float16:  # this VAE overflows in float16
             self.vae.to(torch.float32)
         with torch.autocast(latents.device.type, enabled=False) if config.force_upcast else nullcontext():
-            pictures = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in latents.split(16)])
-        return self.image_processor.postprocess(pictures, output_type=output_type)
+            images = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in latents.split(16)])
+        return self.image_processor.postprocess(images, output_type=output_type)
 
     @property
     def default_guidance_interval(self) -> tuple[float, float]:
-        """Without a guide, all noise levels. A guide leads away from what many photos share towards the layout of one of them, at high
-        noise, where the layout is laid down: below it there are fewer copies."""
+        """The noise levels at which guidance acts by default: up to 0.6 with a guide model, all levels without one.
+
+        At high noise, where the layout of an image forms, a guide model leads away from what many photos have in
+        common and towards the layout of a single photo. Without guidance at those levels there are fewer copies.
+        """
         return (0.0, 0.6) if self.guide is not None else (0.0, 1.0)
 
     @property
     def null_label(self) -> int:
-        """The label that stands for no class."""
+        """The label that means "no class"."""
         return len(self.config.class_names)
 
     def label_ids(self, num_images: int, class_labels: str | int | list[str | int] | None) -> torch.Tensor | None:
-        """Names or ids -> (num_images,) int64, None for an unconditional model. Raises ValueError naming the classes there are."""
+        """Convert class names or ids to labels: int64 (num_images,), or None for an unconditional model.
+
+        Raises:
+            ValueError: an unknown class (the message lists the classes), the wrong number of classes, or a class for an
+                unconditional model.
+        """
         if not self.config.class_names:
             if class_labels is not None:
-                raise ValueError("this model has no classes: leave class_labels out")
+                raise ValueError("this model has no classes: omit class_labels")
             return None
         ids = {name: int(number) for number, name in self.config.class_names.items()}
-        if hasattr(class_labels, "tolist"):  # an array, a tensor
+        if hasattr(class_labels, "tolist"):  # an array or a tensor
             class_labels = class_labels.tolist()
         labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels] * num_images
         labels = [label.item() if hasattr(label, "item") else label for label in labels]
         if len(labels) != num_images:
-            raise ValueError(f"{len(labels)} class_labels for num_images={num_images}: give one, or one a picture")
+            raise ValueError(f"{len(labels)} class_labels for num_images={num_images}: give one, or one per image")
         found = [self.null_label if label is None else ids.get(label, label) for label in labels]
         for label in found:
             if not isinstance(label, int) or not 0 <= label <= self.null_label:
-                raise ValueError(f"class {label!r} is unknown: the classes are {', '.join(f'{i} {name}' for name, i in ids.items())}")
+                raise ValueError(
+                    f"class {label!r} is unknown: the classes are {', '.join(f'{i} {name}' for name, i in ids.items())}"
+                )
         return torch.tensor(found, device=self._execution_device)
 
     def save_config(self, save_directory: str, *args, **kwargs) -> None:
-        """Also saves this file and names it in model_index.json: without both, the folder would not load again."""
+        """Save the config, and save this file beside it under the name that model_index.json refers to.
+
+        Without this file and its name, the pipeline could not be loaded from the folder.
+        """
         super().save_config(save_directory, *args, **kwargs)
         index = Path(save_directory) / "model_index.json"
         values = json.loads(index.read_text(encoding="utf-8"))

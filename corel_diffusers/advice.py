@@ -1,15 +1,19 @@
-"""What a run's own measurements say to do next: history -> one line for each trouble, none where all is well."""
+"""Advice for the user from the measurements of a run: one line for each problem, and no line if there is none."""
 
 import math
 
 from corel_diffusers.arguments import TrainingArguments, VAEArguments
 
-COLLAPSED_DB = 1.5  # reconstructions this little above the mean picture carry nothing of the photo
-HIGH_KL_PER_VALUE = 8.0  # nats a latent value: the posterior is then some e^-8 wide, a point and not a distribution
+# with a PSNR less than this above the PSNR of the mean photo, reconstructions show nothing of the individual photo
+COLLAPSED_DB = 1.5
+HIGH_KL_PER_VALUE = 8.0  # nats per latent value: the posterior is then about e^-8 wide, so it is nearly a point
 
 
 def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str]:
-    """A training loss that has not fallen by a twentieth from the first tenth of the validations to the last."""
+    """Return advice if a training loss has not fallen by 5 % from the first tenth of the validations to the last tenth.
+
+    history: the records of metrics.jsonl. name: the key of the loss.
+    """
     values = [record[name] for record in history if name in record]
     if len(values) < 5:
         return []
@@ -19,7 +23,7 @@ def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str
         return []
     rate = args.learning_rate
     if last > first:
-        way_out = f"the learning rate is too high: try --lr {rate / 2:.1g} (was {rate:g})"
+        hint = f"the learning rate is too high: try --lr {rate / 2:.1g} (was {rate:g})"
     else:
         lengths = {
             "--max-train-minutes": args.max_train_minutes,
@@ -27,14 +31,14 @@ def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str
             "--epochs": history[-1]["epoch"],
         }
         flag, length = next((flag, length) for flag, length in lengths.items() if length)
-        way_out = f"train longer ({flag} {2 * length:.9g}) or try --lr {rate * 2:.1g} (was {rate:g})"
-    return [f"the loss is not falling ({name} {first:.4g} at first, {last:.4g} at last): {way_out}"]
+        hint = f"train longer ({flag} {2 * length:.9g}) or try --lr {rate * 2:.1g} (was {rate:g})"
+    return [f"the loss is not falling ({name} {first:.4g} at the start, {last:.4g} at the end): {hint}"]
 
 
-def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...], mean_picture_psnr: float) -> list[str]:
-    """A KL that has collapsed the posterior, has run away, or is not at its target.
+def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...], mean_photo_psnr: float) -> list[str]:
+    """Return advice if the KL is too low (the posterior has collapsed), too high, or not at --kl-target.
 
-    latent_shape: (C, h, w). mean_picture_psnr: PSNR of the mean training photo on the held-out ones.
+    latent_shape: (C, h, w). mean_photo_psnr: PSNR of the mean training photo, measured on the held-out photos.
     """
     latent_values = math.prod(latent_shape)
     last = next((record for record in reversed(history) if "val_kl" in record), None)
@@ -42,29 +46,34 @@ def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...]
         return []
     kl, psnr, weight = last["val_kl"], last["val_psnr"], last["kl_weight"]
     measured = (
-        f"KL {kl:.0f} nats a photo at weight {weight:.2g}, held-out PSNR {psnr:.1f} dB, the mean picture's is {mean_picture_psnr:.1f}"
+        f"KL {kl:.0f} nats per photo at weight {weight:.2g}, "
+        f"held-out PSNR {psnr:.1f} dB, PSNR of the mean photo {mean_photo_psnr:.1f} dB"
     )
-    if psnr < mean_picture_psnr + COLLAPSED_DB and kl < 0.1 * latent_values:
+    if psnr < mean_photo_psnr + COLLAPSED_DB and kl < 0.1 * latent_values:
         flag = (
             f"raise --kl-target (was {args.kl_target:g})"
             if args.kl_target
-            else f"lower --kl-weight (was {args.kl_weight:g}; 0.4 over the number of pixels suits most)"
+            else f"lower --kl-weight (was {args.kl_weight:g}; 0.4 / number of pixels is usually good)"
         )
-        return [f"the KL is too low, the latents carry almost nothing ({measured}): {flag}"]
+        return [f"the KL is too low: the latents contain almost no information ({measured}): {flag}"]
     if args.kl_target and not 0.8 < kl / args.kl_target < 1.25:
-        return [f"the KL is not at its target of {args.kl_target:g} ({measured}): train longer, or set --kl-target nearer to {kl:.0f}"]
+        return [
+            f"the KL is not at its target of {args.kl_target:g} ({measured}): "
+            f"train longer, or set --kl-target closer to {kl:.0f}"
+        ]
     if kl > HIGH_KL_PER_VALUE * latent_values:
-        way_out = f"raise --kl-weight (was {args.kl_weight:g}) or set --kl-target {4 * latent_values}"
-        return [f"the KL is too high, {kl / latent_values:.1f} nats a latent value ({measured}): {way_out}"]
+        hint = f"raise --kl-weight (was {args.kl_weight:g}) or set --kl-target {4 * latent_values}"
+        return [f"the KL is too high: {kl / latent_values:.1f} nats per latent value ({measured}): {hint}"]
     return []
 
 
 def on_copies(results: dict) -> list[str]:
-    """An evaluation's pictures of which more count as copies than of held-out photos, which cannot be any: more than chance would bring.
+    """Return advice if an evaluation found significantly more copies among the samples than among the held-out photos.
 
-    Fisher's exact test of the two counts, one-sided. Both measures together are wrong in 5 % of evaluations or fewer.
+    Held-out photos cannot be copies, so their count shows the false alarms. The two counts are compared by a one-sided
+    Fisher's exact test. If there are no copies, at most 5 % of evaluations give advice (both measures together).
     """
-    from scipy.stats import fisher_exact  # a second, which no training script needs to start
+    from scipy.stats import fisher_exact  # imported here because it takes a second, and training does not need it
 
     copies, lines = results["copies"], []
     for measure in ("pixels", "features") if "held_out" in copies else ():
@@ -72,8 +81,15 @@ def on_copies(results: dict) -> list[str]:
         counts = [round(copies[kind][measure] * copies["n"][kind]) for kind in kinds]
         table = [counts, [copies["n"][kind] - count for kind, count in zip(kinds, counts, strict=True)]]
         if fisher_exact(table, alternative="greater").pvalue < 0.05 / 2:
-            lighter = results.get("guide") and results["guidance_scale"] > 1.5
-            way_out = "--guidance-scale 1.5 makes fewer" if lighter else "train for less time, on more photos or with more --views"
-            shares = (f"{copies[kind][measure]:.1%}" for kind in kinds)
-            lines.append(f"{next(shares)} of the pictures count as copies in {measure}, of held-out photos {next(shares)}: {way_out}")
+            strongly_guided = results.get("guide") and results["guidance_scale"] > 1.5
+            hint = (
+                "--guidance-scale 1.5 gives fewer copies"
+                if strongly_guided
+                else "train for less time, on more photos or with more --views"
+            )
+            fractions = (f"{copies[kind][measure]:.1%}" for kind in kinds)
+            lines.append(
+                f"{next(fractions)} of the samples count as copies in {measure}, "
+                f"but only {next(fractions)} of the held-out photos: {hint}"
+            )
     return lines

@@ -1,8 +1,9 @@
-"""What a step trains on and draws: the order of the photos, their batches, and the randomness.
+"""The training batches of each step and its random numbers.
 
-Whatever is random in a step derives from (seed, step, place in the global batch), and the order of the photos from (seed,
-epoch): a resumed run needs no generator's state, and how the global batch is divided into devices and accumulated passes
-changes nothing but the masks of dropout, which each forward pass draws for itself.
+The order of the photos depends on (seed, epoch). The random numbers of a photo depend on (seed, step, index in the
+global batch). A resumed run therefore does not need the state of a random generator. It also does not matter how the
+global batch is divided among devices and gradient accumulation steps, except for dropout: each forward pass draws its
+own masks.
 """
 
 import gc
@@ -18,56 +19,68 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from corel_diffusers.arguments import TrainingArguments
-from corel_diffusers.data.cache import Shards
+from corel_diffusers.data.cache import ShardedArray
 
-Array = Shards | np.ndarray | torch.Tensor
+Array = ShardedArray | np.ndarray | torch.Tensor
 CPU = torch.device("cpu")
-SMALL_BYTES = 2**27  # arrays so small are kept in memory, which saves some file reads in each step
+IN_MEMORY_BYTES = 2**27  # smaller arrays are kept in memory, which saves some file reads in each step
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The values on the device. A GPU copies pinned memory while the CPU goes on; other memory it would make wait."""
-    pinned = device.type == "cuda" and not values.is_cuda and not values.is_pinned()
-    return (values.pin_memory() if pinned else values).to(device, non_blocking=device.type == "cuda")
+    """Return the values on the device.
+
+    Values for a GPU are first copied to pinned memory. The CPU does not have to wait while a GPU copies pinned memory.
+    """
+    needs_pinning = device.type == "cuda" and not values.is_cuda and not values.is_pinned()
+    return (values.pin_memory() if needs_pinning else values).to(device, non_blocking=device.type == "cuda")
 
 
 class StepRandom:
-    """Draws for the rows of one forward pass, as slices of draws for the whole global batch of a step.
+    """Random numbers for the photos of one forward pass.
 
-    Also seeds the global generator of the CPU and of the device, from which dropout draws the masks of this pass: the same in a resumed
-    run, and others where the global batch is divided into other passes.
+    Each method draws for the full global batch of the step and returns the rows of this forward pass.
+
+    The constructor also seeds the global generators of the CPU and of the device, because dropout draws its masks from
+    them. The masks are the same in a resumed run. They differ if the global batch is divided into other forward passes.
+
+    Args:
+        global_batch: number of photos in the global batch.
+        rows: the rows of the global batch that belong to this forward pass, see `BatchPlan.rows`.
     """
 
     def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device = CPU) -> None:
-        first, second = (int(word) for word in np.random.SeedSequence([seed, step]).generate_state(2))
-        torch.default_generator.manual_seed(second + rows.start)  # torch.manual_seed writes down the stack for GPUs not there: 1 ms
+        draws_seed, dropout_seed = (int(word) for word in np.random.SeedSequence([seed, step]).generate_state(2))
+        # torch.manual_seed takes 1 ms: without a GPU, it records the stack trace to seed the GPUs later
+        torch.default_generator.manual_seed(dropout_seed + rows.start)
         if device.type == "cuda":
-            torch.cuda.manual_seed(second + rows.start)
-        self.generator = torch.Generator().manual_seed(first)
+            torch.cuda.manual_seed(dropout_seed + rows.start)
+        self.generator = torch.Generator().manual_seed(draws_seed)
         self.global_batch, self.rows, self.device = global_batch, rows, device
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal values, (rows, *shape)."""
+        """Return standard normal values: (B, *shape)."""
         return to_device(torch.randn(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
 
     def integers(self, high: int) -> torch.Tensor:
-        """Whole numbers from 0 to high - 1, (rows,)."""
+        """Return integers from 0 to high - 1: (B,)."""
         return to_device(torch.randint(high, (self.global_batch,), generator=self.generator)[self.rows], self.device)
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Uniform values from 0 to below 1, (rows, *shape)."""
+        """Return uniform values in [0, 1): (B, *shape)."""
         return to_device(torch.rand(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
 
     def chance(self, probability: float) -> torch.Tensor:
-        """True with the probability, (rows,)."""
+        """Return booleans that are True with this probability: (B,)."""
         return self.uniform() < probability
 
 
 @dataclass
 class BatchPlan:
-    """How the stream of photos, one seeded permutation after another, is cut into steps, passes and ranks.
+    """The division of the photos into steps, forward passes and ranks.
 
-    A step takes the next `global_batch` photos of the stream, so every photo is seen equally often and no batch is short.
+    The photos form an endless stream: one permutation per epoch. Each step takes the next `global_batch` photos of the
+    stream. All photos are therefore used equally often, and no batch is smaller than the others. A batch can contain
+    photos of two epochs.
     """
 
     photos: int
@@ -79,7 +92,9 @@ class BatchPlan:
 
     @classmethod
     def of(cls, args: TrainingArguments, accelerator: Accelerator, photos: int) -> "BatchPlan":
-        return cls(photos, args.batch_size, args.grad_accum, accelerator.num_processes, accelerator.process_index, args.seed)
+        return cls(
+            photos, args.batch_size, args.grad_accum, accelerator.num_processes, accelerator.process_index, args.seed
+        )
 
     @property
     def global_batch(self) -> int:
@@ -90,77 +105,90 @@ class BatchPlan:
         return math.ceil(self.photos / self.global_batch)
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 1, that the `step`-th step belonged to."""
+        """Return the epoch of the `step`-th step. Epochs and steps are counted from 1."""
         return math.ceil(step / self.steps_per_epoch)
 
-    def ends_epoch(self, step: int, every: int = 1) -> bool:
-        """Whether the `step`-th step is the last of an epoch, and of every so many epochs."""
-        return step % (every * self.steps_per_epoch) == 0
+    def ends_epoch(self, step: int, every_epochs: int = 1) -> bool:
+        """Return whether an epoch ends with the `step`-th step and its number is a multiple of `every_epochs`."""
+        return step % (every_epochs * self.steps_per_epoch) == 0
 
     def rows(self, micro_step: int) -> slice:
-        """The rows of the global batch that this rank handles in its `micro_step`-th forward pass."""
+        """Return the rows of the global batch for one forward pass of this rank. `micro_step` starts at 0."""
         start = (micro_step * self.num_processes + self.rank) * self.batch_size
         return slice(start, start + self.batch_size)
 
     def indices(self, step: int, micro_step: int) -> np.ndarray:
-        """The photos of one forward pass, (batch_size,)."""
+        """Return the indices of the photos of one forward pass: (batch_size,). `step` and `micro_step` start at 0."""
         rows = self.rows(micro_step)
-        places = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
-        return np.array([epoch_order(self.seed, place // self.photos, self.photos)[place % self.photos] for place in places])
+        positions = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
+        return np.array(
+            [epoch_order(self.seed, pos // self.photos, self.photos)[pos % self.photos] for pos in positions]
+        )
 
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, photos: int) -> np.ndarray:
-    """The order of the photos in one epoch, (photos,)."""
+    """Return the order of the photos in one epoch: (photos,)."""
     return np.random.default_rng([seed, epoch]).permutation(photos)
 
 
 class BatchOrder(Sampler):
-    """What every forward pass from `first_step` to `last_step` reads, in order: photos, and where wanted a version of each."""
+    """The indices that each forward pass reads. It starts at step `first_step` and ends before step `last_step`.
 
-    def __init__(self, plan: BatchPlan, first_step: int, last_step: int, versions: Callable[[int], np.ndarray] | None) -> None:
+    It yields one tuple per forward pass: the indices of the photos and, if `versions` is given, their versions.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, first_step: int, last_step: int, versions: Callable[[int], np.ndarray] | None
+    ) -> None:
         self.plan, self.steps, self.versions = plan, range(first_step, last_step), versions
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         for step in self.steps:
-            picked = (self.versions(step),) if self.versions else ()
-            for micro in range(self.plan.grad_accum):
-                yield self.plan.indices(step, micro), *(values[self.plan.rows(micro)] for values in picked)
+            versions = (self.versions(step),) if self.versions else ()
+            for micro_step in range(self.plan.grad_accum):
+                yield self.plan.indices(step, micro_step), *(v[self.plan.rows(micro_step)] for v in versions)
 
     def __len__(self) -> int:
         return len(self.steps) * self.plan.grad_accum
 
 
 class ArrayBatches(Dataset):
-    """Whole batches of cached arrays: indices into their first axes -> a tensor for each array. Nothing else is read."""
+    """Complete batches of several arrays. The index is a tuple from `BatchOrder`; the item has one tensor per array.
+
+    Only the photos and versions of the batch are read.
+    """
 
     def __init__(self, *arrays: Array) -> None:
         self.arrays = arrays
 
     def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
-        if isinstance(self.arrays[0], torch.Tensor):  # and so are the others
-            indices = tuple(to_device(torch.from_numpy(places), self.arrays[0].device) for places in indices)
+        if isinstance(self.arrays[0], torch.Tensor):  # then all arrays are tensors, see `preload`
+            indices = tuple(to_device(torch.from_numpy(values), self.arrays[0].device) for values in indices)
             return [array[indices] for array in self.arrays]
         return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
 
 
-def resident(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
-    """The arrays as tensors on the device, where they fill less than a quarter of what is free on a GPU; for a CPU, in memory where they
-    are small. Else as they are."""
+def preload(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
+    """Load the arrays into memory, if they are small enough. Otherwise return them unchanged.
+
+    For a GPU they are loaded as tensors on the device, if they need at most a quarter of its free memory. For a CPU
+    they are loaded as numpy arrays, if they have less than IN_MEMORY_BYTES in total.
+    """
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     if device.type != "cuda":
-        return [np.asarray(array) for array in arrays] if size < SMALL_BYTES else arrays
+        return [np.asarray(array) for array in arrays] if size < IN_MEMORY_BYTES else arrays
     if size > torch.cuda.mem_get_info(device)[0] / 4:
         return arrays
-    kept = []
+    tensors = []
     for array in arrays:
-        kept.append(torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device=device))
-        for start in range(0, len(array), 1024):  # in parts: the GPU has the room, the machine need not have it
-            kept[-1][start : start + 1024] = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024]))
-    return kept
+        tensors.append(torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device=device))
+        for start in range(0, len(array), 1024):  # in parts: the array may be too large for the memory of the CPU
+            tensors[-1][start : start + 1024] = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024]))
+    return tensors
 
 
-def batches(
+def training_batches(
     plan: BatchPlan,
     first_step: int,
     last_step: int | None,
@@ -168,13 +196,19 @@ def batches(
     *arrays: Array,
     versions: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[list[torch.Tensor]]:
-    """The batches of every forward pass from `first_step` on, without an end where `last_step` is None.
+    """Return an iterator over the batches of all forward passes: one tensor per array.
 
-    arrays: (photos, …); with `versions`, a step -> which one its global batch takes, (photos, versions, …). Those on a GPU are read there.
+    Args:
+        first_step: index of the first step, from 0.
+        last_step: index of the step before which the iterator ends. None: the iterator does not end.
+        num_workers: number of processes that read the arrays. It is ignored for tensors, which stay on their device.
+        arrays: (photos, …), or (photos, versions, …) if `versions` is given.
+        versions: takes the index of a step and returns the version of each photo of the global batch, (global_batch,).
     """
     order = BatchOrder(plan, first_step, last_step or sys.maxsize // plan.grad_accum, versions)
-    read = ArrayBatches(*arrays)
+    dataset = ArrayBatches(*arrays)
     if not num_workers or isinstance(arrays[0], torch.Tensor):
-        return map(read.__getitem__, order)
-    gc.collect()  # or a worker would do it: one that frees what this process left on a GPU is aborted
-    return iter(DataLoader(read, sampler=order, batch_size=None, num_workers=num_workers))
+        return map(dataset.__getitem__, order)
+    # A worker inherits the garbage of this process. If it collects garbage that holds GPU memory, it is aborted.
+    gc.collect()
+    return iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=num_workers))

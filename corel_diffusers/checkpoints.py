@@ -1,4 +1,4 @@
-"""A run's state and its checkpoints: written, found, checked against the flags, and loaded."""
+"""Save, find, check and load the checkpoints of a training run."""
 
 import json
 import math
@@ -20,30 +20,31 @@ from torch.distributed.checkpoint import state_dict as torch_state
 
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.data.cache import digest
-from corel_diffusers.files import UserError, flush_folder, read_json, remove_folder, write_json
+from corel_diffusers.files import UserError, fsync_folder, read_json, remove_folder, write_json
 from corel_diffusers.learning_rate import LearningRate
 from corel_diffusers.models import load_config
-from corel_diffusers.processes import of_main_process, on_main_process
-from corel_diffusers.sharding import from_first, whole
+from corel_diffusers.processes import broadcast_from_main, run_on_main
+from corel_diffusers.sharding import full_tensor, shard_from_main
 
 
 @dataclass
 class RunState:
-    """What a run knows beside the weights; saved as JSON in each checkpoint, so every value is a plain number or a list."""
+    """The progress of a run, apart from its weights. It is saved as JSON, so every value is a JSON type."""
 
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf  # lowest validation loss
-    to_beat: float = math.inf  # by early_stopping_delta, or the validation counts as one of waiting
-    validations_waited: int = 0
-    recent: list[float] = field(default_factory=list)  # the watched losses of the oscillation window
-    sums: dict[str, tuple[float, int]] = field(default_factory=dict)  # the current epoch's training values, of so many forward passes
+    to_beat: float = math.inf  # early stopping: a better loss is lower than this by early_stopping_delta
+    validations_waited: int = 0  # early stopping: validations since the last better loss
+    recent: list[float] = field(default_factory=list)  # oscillation check: the losses in its window
+    # training metrics of the current epoch: name -> (sum, number of forward passes)
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     kl_weight: float = 0.0
     stop_reason: str = ""
 
 
 class Trained(NamedTuple):
-    """A model that is trained, as accelerate prepared it, and its optimizer, prepared or plain. name: of their files in a checkpoint."""
+    """A model prepared by accelerate, its optimizer (prepared or plain), and the name of their checkpoint files."""
 
     name: str
     model: torch.nn.Module
@@ -51,51 +52,74 @@ class Trained(NamedTuple):
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """The optimizer without accelerate's wrapper; the parts of muon.Together."""
+        """Return the optimizer without accelerate's wrapper, or the parts of a muon.CombinedOptimizer."""
         plain = getattr(self.optimizer, "optimizer", self.optimizer)
         return getattr(plain, "parts", (plain,))
 
     def save(self, accelerator: Accelerator, folder: Path) -> None:
-        """Writes weights and the optimizer's state by the weights' names. Called on every rank, the first of which writes."""
+        """Save the weights, and the optimizer state under the names of the weights.
+
+        Call it on every rank. Only the main process writes.
+        """
         options = torch_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = torch_state.get_model_state_dict(self.model, options=options)
-        moments = {}  # of an optimizer that has made no step: asked for its state, it would make one
+        optimizer_state = {}
+        # skipped before the first step: get_optimizer_state_dict would make a step to create the state
         if any(optimizer.state for optimizer in self.optimizers):
-            moments = torch_state.get_optimizer_state_dict(self.model, self.optimizers, options=options).get("state", {})  # of the first
+            # only the main process receives a "state"
+            optimizer_state = torch_state.get_optimizer_state_dict(self.model, self.optimizers, options=options).get(
+                "state", {}
+            )
         if accelerator.is_main_process:
-            named = {f"{weight}.{name}": value for weight, values in moments.items() for name, value in values.items()}
+            named = {
+                f"{weight}.{name}": value
+                for weight, values in optimizer_state.items()
+                for name, value in values.items()
+            }
             for name, tensors in ((self.name, weights), (f"{self.name}_optimizer", named)):
                 save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
 
     def load(self, accelerator: Accelerator, folder: Path) -> None:
-        """Reads in place what `save` wrote. Called on every rank; the first one reads and tells the others."""
+        """Load the files of `save` in place.
+
+        Call it on every rank. The main process reads the files and broadcasts the tensors.
+        """
         weights, named = (
             load_file(folder / f"{name}.safetensors") if accelerator.is_main_process else {}
             for name in (self.name, f"{self.name}_optimizer")
         )
         options = torch_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
         torch_state.set_model_state_dict(self.model, weights, options=options)
-        if not of_main_process(accelerator, bool(named)):
+        if not broadcast_from_main(accelerator, bool(named)):
             return
-        moments = torch_state.get_optimizer_state_dict(self.model, self.optimizers)
-        moments["state"] = {weight: dict(values) for weight, values in moments["state"].items()}  # not the optimizer's own
+        optimizer_state = torch_state.get_optimizer_state_dict(self.model, self.optimizers)
+        # copied, because these dicts belong to the optimizer
+        optimizer_state["state"] = {weight: dict(values) for weight, values in optimizer_state["state"].items()}
         for key, value in named.items():
             weight, _, name = key.rpartition(".")
-            moments["state"][weight][name] = value
-        torch_state.set_optimizer_state_dict(self.model, self.optimizers, moments, options=options)
+            optimizer_state["state"][weight][name] = value
+        torch_state.set_optimizer_state_dict(self.model, self.optimizers, optimizer_state, options=options)
         for optimizer in self.optimizers:
-            for weight, values in optimizer.state.items():  # in memory as the weight lies there, which fused optimizers rely on
-                values |= {name: torch.empty_like(weight).copy_(value) for name, value in values.items() if value.shape == weight.shape}
+            # fused optimizers need their state in the memory layout of the weight
+            for weight, values in optimizer.state.items():
+                values |= {
+                    name: torch.empty_like(weight).copy_(value)
+                    for name, value in values.items()
+                    if value.shape == weight.shape
+                }
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; what was cut off while being written bears another name."""
+    """Return the complete checkpoints of a run, oldest first.
+
+    A checkpoint whose saving was interrupted has another name, so it is not in the list.
+    """
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Of a checkpoint's folder, or a snapshot's file."""
+    """Return the step in the name of a checkpoint folder or of a snapshot file."""
     return int(path.stem.removeprefix("step-"))
 
 
@@ -108,143 +132,175 @@ def save_checkpoint(
     rate: LearningRate,
     ema: EMAModel | None,
 ) -> None:
-    """Writes all that resume needs beside its place, renames it into place, removes the oldest beyond --keep-checkpoints.
+    """Save everything that resuming needs, then remove the oldest checkpoints beyond --keep-checkpoints.
 
-    Called on every rank; the first one writes. It is all safetensors and JSON: accelerate would pickle it and, on loading, unpickle
-    whatever a user points at. No generator's state is among it: what is random derives from the step.
+    The files are written to a temporary folder. That folder is renamed when it is complete, so an incomplete checkpoint
+    is never found. Call it on every rank. Only the main process writes.
+
+    All files are safetensors or JSON. accelerate would pickle them, and loading would unpickle any file that a user
+    names. No state of a random generator is saved, because every random value is derived from the step.
     """
     path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
-    beside = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     if accelerator.is_main_process:
-        for half in path.parent.glob(".step-*"):  # whose writing or removal was cut off
-            shutil.rmtree(half)
-        beside.mkdir(parents=True)
+        for leftover in path.parent.glob(".step-*"):  # from a save or a removal that was interrupted
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
     for part in trained:
-        part.save(accelerator, beside)
+        part.save(accelerator, temporary)
     averages = {}
-    for place, parameter in enumerate(ema.shadow_params if ema else ()):
-        value = whole(parameter)  # on every rank
+    for index, parameter in enumerate(ema.shadow_params if ema else ()):
+        value = full_tensor(parameter)  # a collective operation, so every rank calls it
         if accelerator.is_main_process:
-            averages[str(place)] = value.cpu().contiguous()
+            averages[str(index)] = value.cpu().contiguous()
     if accelerator.is_main_process:
         if ema:
-            save_file(averages, beside / "ema.safetensors")
+            save_file(averages, temporary / "ema.safetensors")
         values = {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()}
         values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-        write_json(beside / "state.json", values)
-        flush_folder(beside)  # after a power cut, the newest checkpoint must not be one of empty files
+        write_json(temporary / "state.json", values)
+        fsync_folder(temporary)  # otherwise a power cut could leave a checkpoint of empty files
         remove_folder(path)
-        os.replace(beside, path)
-        flush_folder(path.parent)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
         for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
             remove_folder(old)
     accelerator.wait_for_everyone()
 
 
-DIFFERENCES = {  # of what is no flag, or is compared by its content
-    "global_batch": "the global batch (batch size x accumulation x devices: --grad-accum makes up for fewer devices) was {was}, is {now}",
-    "photos": "the photos are others: some were added, removed, split anew, or cannot be read",
-    "config": "the content of --config is another",
-    "vae": "the weights of --vae-checkpoint are others",
-    "vae_config": "the config of --vae-checkpoint is another",
-    "scale": "the scale of the latents of --vae-checkpoint is another",
+DIFFERENCES = {  # messages for settings that are not flags, and for files that are compared by content
+    "global_batch": "the global batch (batch size x accumulation x devices; "
+    "raise --grad-accum if there are fewer devices) was {was}, is {now}",
+    "photos": "the photos have changed (some were added or removed, the split is new, or some cannot be read)",
+    "config": "the content of --config has changed",
+    "vae": "the weights of --vae-checkpoint have changed",
+    "vae_config": "the config of --vae-checkpoint has changed",
+    "scale": "the latent scale of --vae-checkpoint has changed",
 }
 
 
 def run_settings(args: TrainingArguments, photos: DatasetDict, model: str, **more: object) -> dict:
-    """What an interrupted run and its continuation must share: the flags that bear on the weights, and the photos.
+    """Return the settings that must not change on resume: the flags that affect the weights, and the photos.
 
-    Photos count by name, label and split, not by folder: a run may go on where its data have moved. A config counts by content.
+    The photos are compared by name, label and split, but not by folder, so the data may move to another folder. A
+    config is compared by its content.
     """
     rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
     return args.settings() | {"photos": digest(rows), "config": digest(load_config(model, args.config))} | more
 
 
 def mark_finished(args: TrainingArguments) -> None:
-    """Notes in run.json that the run came to its end: without checkpoints, it is not begun anew over its own model."""
+    """Record in run.json that the run has finished.
+
+    Without this, `--resume latest` would restart a finished run that has no checkpoints, and overwrite its model.
+    """
     write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
 
 
 def find_resume(accelerator: Accelerator, args: TrainingArguments, settings: dict) -> Path | None:
-    """What --resume names, on every rank: the first one looks, which may be the only one whose machine has it."""
-    return on_main_process(accelerator, partial(resumed_checkpoint, args, settings))
+    """Return the checkpoint of --resume on every rank.
+
+    The main process searches for it, because the files may be on its machine only.
+    """
+    return run_on_main(accelerator, partial(resumed_checkpoint, args, settings))
 
 
 def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
-    """The checkpoint that --resume names: the newest whole one for "latest" (None where there is none yet), or a path.
+    """Return the checkpoint of --resume, which is "latest" or a path. Return None to start from the beginning.
 
-    Raises UserError where the path is no checkpoint of this run, and where the settings are others than the run's, with the
-    list of what differs.
+    "latest" is the newest complete checkpoint, or None if the run has none yet.
+
+    Raises:
+        UserError: the path is not a checkpoint of this run; or the run has finished and its checkpoints were removed;
+            or the settings differ from those of the run. The message lists the differences.
     """
     if args.resume is None:
         return None
-    known = find_checkpoints(args.run_dir)
+    checkpoints = find_checkpoints(args.run_dir)
     if args.resume == "latest":
-        if not known:
+        if not checkpoints:
             run = args.run_dir / "run.json"
             if run.is_file() and read_json(run)["finished"]:
                 raise UserError(
-                    f"--resume latest: {args.run_dir} holds a finished run whose checkpoints are gone: give another --output-dir"
+                    f"--resume latest: {args.run_dir} holds a finished run without checkpoints: "
+                    "give another --output-dir"
                 )
             print(f"no checkpoint in {args.run_dir} yet: starting from the beginning")
             return None
-        checkpoint = known[-1]
+        checkpoint = checkpoints[-1]
     else:
         wanted = args.path(args.resume).resolve()
-        checkpoint = next((path for path in known if path.resolve() == wanted), None)
+        checkpoint = next((path for path in checkpoints if path.resolve() == wanted), None)
         if checkpoint is None:
-            there = f"there are {', '.join(path.name for path in known)}" if known else "it has none yet"
-            raise UserError(f"--resume {args.resume} is no checkpoint of --output-dir {args.run_dir}: {there}; or give latest")
-    fresh = type(args)(config=args.config, image_size=args.image_size)
-    fresh.fill({})
-    defaults, now = (json.loads(json.dumps(values)) for values in (fresh.settings(), settings))
-    unnoted = {name: now[name] for name in ("vae_config", "arithmetic") if name in now}  # by older versions: these count as unchanged
-    # a flag that is newer than the run had its default
-    saved = defaults | unnoted | read_json(checkpoint / "state.json")["settings"]
+            names = f"it has {', '.join(path.name for path in checkpoints)}" if checkpoints else "it has none yet"
+            raise UserError(
+                f"--resume {args.resume} is not a checkpoint of --output-dir {args.run_dir} ({names}): "
+                "give one of its checkpoints, or latest"
+            )
+    default_args = type(args)(config=args.config, image_size=args.image_size)
+    default_args.fill({})
+    defaults, now = (json.loads(json.dumps(values)) for values in (default_args.settings(), settings))
+    # older versions did not save these two: they count as unchanged
+    unrecorded = {name: now[name] for name in ("vae_config", "arithmetic") if name in now}
+    # a flag that did not exist when the run began counts as its default
+    saved = defaults | unrecorded | read_json(checkpoint / "state.json")["settings"]
     if saved.get("arithmetic") != now.get("arithmetic"):
-        was = f"{saved['arithmetic']} when the run began, {now['arithmetic']} here"
-        print(f"notice: latents are computed otherwise ({was}): the run goes on, but not to the last bit as it would have there")
+        was = f"{saved['arithmetic']} when the run began, {now['arithmetic']} now"
+        print(
+            f"notice: the arithmetic that computes the latents has changed ({was}): "
+            "the run continues, but its results will differ in the last bits"
+        )
     differing = [
-        DIFFERENCES.get(name, name.replace("_", "-") + " was {was}, is {now}").format(was=saved.get(name), now=now.get(name))
+        DIFFERENCES.get(name, name.replace("_", "-") + " was {was}, is {now}").format(
+            was=saved.get(name), now=now.get(name)
+        )
         for name in sorted({*saved, *now} - {"arithmetic"})
         if saved.get(name) != now.get(name)
     ]
     if differing:
-        raise UserError(f"--resume {args.resume}: {'; '.join(differing)}: give the run's own settings, or another --output-dir")
+        raise UserError(
+            f"--resume {args.resume}: {'; '.join(differing)}: give the original settings, or another --output-dir"
+        )
     print(f"resuming from {checkpoint}")
     return checkpoint
 
 
 def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path | None, trained: Sequence[Trained], rate: LearningRate, ema: EMAModel | None
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    trained: Sequence[Trained],
+    rate: LearningRate,
+    ema: EMAModel | None,
 ) -> RunState:
-    """Loads models, optimizers, EMA and learning rate in place; returns the state. Without a checkpoint: a fresh state.
+    """Load models, optimizers, EMA and learning rate in place, and return the state of the run.
 
-    Checkpoints newer than this one go: the run writes them again, and "latest" must not mean them before it has.
+    Without a checkpoint, return a new state and load nothing. Checkpoints newer than this one are removed: the run will
+    write them again, and until then "latest" must not select them.
     """
     if checkpoint is None:
         return RunState()
-    reads, several = accelerator.is_main_process, accelerator.num_processes > 1
-    saved = of_main_process(accelerator, read_json(checkpoint / "state.json") if reads else None)
+    is_main, is_distributed = accelerator.is_main_process, accelerator.num_processes > 1
+    saved = broadcast_from_main(accelerator, read_json(checkpoint / "state.json") if is_main else None)
     if "scaler" in saved:
         for part in trained:
             part.load(accelerator, checkpoint)
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
     else:
+        # older versions saved accelerate's own files, and prepared each optimizer separately
         prepared = accelerator._optimizers
-        accelerator._optimizers = [part.optimizer for part in trained]  # that version prepared each by itself
-        accelerator.load_state(str(checkpoint))  # accelerate's own files, which it wrote
+        accelerator._optimizers = [part.optimizer for part in trained]
+        accelerator.load_state(str(checkpoint))
         accelerator._optimizers = prepared
     state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
     rate.load_state_dict(saved["learning_rate"])
     if ema:
-        values = load_file(checkpoint / "ema.safetensors") if reads else {}
-        for place, parameter in enumerate(ema.shadow_params):
-            value = values[str(place)] if reads else torch.empty(parameter.shape, dtype=parameter.dtype)
-            parameter.copy_(from_first(value.to(parameter.device), parameter, several))
+        values = load_file(checkpoint / "ema.safetensors") if is_main else {}
+        for index, parameter in enumerate(ema.shadow_params):
+            value = values[str(index)] if is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.copy_(shard_from_main(value.to(parameter.device), parameter, is_distributed))
         ema.optimization_step = state.step
-    if reads:
+    if is_main:
         for newer in find_checkpoints(checkpoint.parent.parent):
             if step_of(newer) > step_of(checkpoint):
                 remove_folder(newer)

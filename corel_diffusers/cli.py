@@ -1,4 +1,7 @@
-"""The command `corel-diffusers`: its flags, checked before anything heavy is imported, and the call that each leads to."""
+"""The command `corel-diffusers`: one dataclass per subcommand, with its flags.
+
+The flags are checked before heavy modules such as torch are imported, so an error in a flag appears at once.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,109 +15,139 @@ from corel_diffusers.files import UserError, one_line_errors, require_writable
 
 @dataclass(kw_only=True)
 class Prepare:
-    """Raw photos (Corel, Corel-1K, one folder a class, flat) -> folders ready to train on."""
+    """Convert raw photos (Corel, Corel-1K, one folder per class, or flat) to folders that are ready for training."""
 
     data_dir: str
-    """Folder of raw photos; it is only read."""
+    """Folder of raw photos. It is only read."""
     base_dir: str = "."
-    """Relative paths start here."""
+    """Folder at which relative paths start."""
     output_dir: str = "training_data"
-    """The prepared folders go into corel/ below this."""
+    """The prepared folders are written to corel/ in this folder."""
     figs_dir: str = "figs"
-    """The contact sheet goes here."""
+    """Folder for the contact sheet."""
     visualize: bool = True
     """Draw the contact sheet."""
     trim_borders: bool = True
     """Cut off black film borders."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Stop at photos that cannot be used, in place of leaving them out."""
+    """Stop at the first photo that cannot be used, instead of leaving it out."""
     test_fraction: float = 0.0
-    """Share of each class to set aside as the split `test`, which training never reads and `evaluate` reports on."""
+    """Fraction of each class for the split `test`. Training never reads it, and `evaluate` reports on it."""
     layout: Literal["auto", "corel", "corel-1k", "folders", "flat"] = "auto"
-    """How the folder names its classes."""
+    """How the folder names the classes of its photos."""
 
     def run(self) -> None:
+        """Check the flags and prepare the photos."""
         base = Path(self.base_dir)
         if not (base / self.data_dir).is_dir():
-            raise UserError(f"--data-dir {base / self.data_dir} is no folder: check the path (relative ones start at --base-dir)")
-        require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a share from 0 to 0.5")
+            raise UserError(
+                f"--data-dir {base / self.data_dir} is not a folder: "
+                "check the path (relative paths start at --base-dir)"
+            )
+        require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a fraction from 0 to 0.5")
         figs_dir = base / self.figs_dir if self.visualize else None
         require_writable(base / self.output_dir, "--output-dir")
         if figs_dir:
             require_writable(figs_dir, "--figs-dir")
         from corel_diffusers.data.prepare import prepare
 
-        prepare(base / self.data_dir, base / self.output_dir, figs_dir, self.layout, self.trim_borders, self.strict, self.test_fraction)
+        prepare(
+            base / self.data_dir,
+            base / self.output_dir,
+            figs_dir,
+            self.layout,
+            self.trim_borders,
+            self.strict,
+            self.test_fraction,
+        )
 
 
 @dataclass(kw_only=True)
 class Sampling:
-    """What drawing pictures from a pipeline takes."""
+    """The flags for generating samples with a pipeline. `generate` and `evaluate` share them."""
 
     pipeline: Annotated[str, tyro.conf.arg(aliases=["--diffusion-checkpoint"])] = "diffusion_models"
-    """Pipeline folder that train_unet.py wrote, or a Hub id."""
+    """Pipeline folder that train_unet.py wrote, or the Hub id of a pipeline."""
     trust_remote_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run the pipeline.py of a Hub repository."""
+    """Allow the pipeline.py of a Hub repository to run."""
     base_dir: str = "."
-    """Relative paths start here."""
+    """Folder at which relative paths start."""
     num_images: int = 16
-    """How many pictures."""
+    """Number of samples."""
     guidance_scale: float = 2.5
-    """How far to lead away from what the UNet would draw early in its training, or without the class; 1 is not at all."""
+    """Guidance scale. 1 turns guidance off.
+    Guidance leads away from the prediction of the guide model (the UNet early in its training).
+    If there is no guide model, it leads away from the UNet's prediction without the class."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels, 0 clean to 1 pure noise, within which guidance acts (default: 0 0.6 with a guide, else all of them)."""
+    """Lowest and highest noise level at which guidance acts, from 0 (clean) to 1 (pure noise).
+    Default: 0 0.6 with a guide model, otherwise all levels."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm-solver++", "unipc"] = "auto"
-    """Sampler. auto: DPM-Solver++, which was measured to come as near to photos in half the steps of DDIM."""
+    """Sampler. auto means dpm-solver++.
+    In measurements, its samples were as near to photos as those of DDIM, with half the steps."""
     steps: int | None = None
-    """Denoising steps (default: ddpm 1000, ddim 50, the others 15)."""
+    """Number of denoising steps (default: 1000 for ddpm, 50 for ddim, 15 for the others)."""
     batch_size: int = 16
-    """Pictures at a time; does not change them, but for the rounding of half precision."""
+    """Number of samples per batch. It does not change the samples, except for the rounding of half precision."""
     seed: int | None = None
-    """Fixes the pictures (default: drawn, and printed)."""
+    """Random seed of the samples (default: a random one, which is printed)."""
     device: str = "auto"
-    """auto, cuda or cpu."""
+    """Device: auto, cuda or cpu."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto is fp16 on CUDA, bf16 where the CPU has it in hardware, else no."""
+    """Mixed precision. auto means fp16 on CUDA, bf16 on a CPU with bf16 in hardware, and no otherwise."""
 
     def check(self) -> None:
-        """Refuses values that nothing can be drawn with; the pipeline becomes a Path or a Hub id."""
+        """Check the values, and replace `pipeline` by the folder as a Path or the Hub id as a string.
+
+        Raises:
+            UserError: a value that cannot be used.
+        """
         for name in ("num_images", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         require(self.steps is None or 1 <= self.steps <= 1000, "steps", self.steps, "give 1 to 1000")
         low, high = self.guidance_interval or (0, 1)
-        require(0 <= low <= high <= 1, "guidance_interval", f"{low:g} {high:g}", "give two numbers from 0 to 1, the lower first")
+        require(
+            0 <= low <= high <= 1,
+            "guidance_interval",
+            f"{low:g} {high:g}",
+            "give two numbers from 0 to 1, the lower first",
+        )
         self.pipeline = model_location(self.pipeline, Path(self.base_dir), "--pipeline")
         if isinstance(self.pipeline, str) and not self.trust_remote_code:
             raise UserError(
-                f"--pipeline {self.pipeline} runs the code of that repository: read its pipeline.py, then give --trust-remote-code"
+                f"--pipeline {self.pipeline} runs the code of that repository: "
+                "read its pipeline.py, then give --trust-remote-code"
             )
 
 
 @dataclass(kw_only=True)
 class Generate(Sampling):
-    """Pictures from a trained pipeline: a grid, and each by itself."""
+    """Generate samples with a trained pipeline, and save a grid and single images."""
 
     vae_checkpoint: str | None = None
-    """Decode with this VAE in place of the pipeline's own."""
+    """Decode with this VAE instead of the pipeline's own VAE."""
     output: str = "generated_images.png"
-    """The grid; single pictures go to <output>_individual/."""
+    """File of the grid. Single images are saved in <output>_individual/."""
     class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
-    """Classes by name or by their number in the photos' folder, as --classes of the scripts has them (default: all in turn)."""
+    """Classes of the samples, by name or by their number in the folder of photos, as in --classes of train_unet.py.
+    The samples cycle through them (default: all classes)."""
     ddim_steps: int | None = None
-    """Short for --sampler ddim --steps N."""
+    """Short form of --sampler ddim --steps N."""
     eta: float = 0.0
-    """DDIM's share of fresh noise."""
+    """Amount of fresh noise in each step of DDIM, from 0 (none) to 1 (as much as DDPM)."""
     nrow: int = 4
-    """Pictures in a row of the grid."""
+    """Number of samples per row of the grid."""
     individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write each picture by itself, however many; up to 16 are in any case."""
+    """Save single images for any number of samples. Without this flag, they are saved for up to 16 samples."""
 
     def run(self) -> None:
+        """Check the flags and generate the samples."""
         require(self.nrow >= 1, "nrow", self.nrow, "give 1 or more")
-        require(self.ddim_steps is None or 1 <= self.ddim_steps <= 1000, "ddim_steps", self.ddim_steps, "give 1 to 1000")
+        require(
+            self.ddim_steps is None or 1 <= self.ddim_steps <= 1000, "ddim_steps", self.ddim_steps, "give 1 to 1000"
+        )
         if self.ddim_steps:
             if self.steps or self.sampler not in ("auto", "ddim"):
-                raise UserError("--ddim-steps is short for --sampler ddim --steps: give one or the other")
+                raise UserError("--ddim-steps is short for --sampler ddim --steps: give only one of the two")
             self.sampler, self.steps = "ddim", self.ddim_steps
         self.check()
         base = Path(self.base_dir)
@@ -130,41 +163,56 @@ class Generate(Sampling):
 
 @dataclass(kw_only=True)
 class Evaluate(Sampling):
-    """How good the pictures are beside held-out photos, and how many are copies of training photos."""
+    """Measure how close samples are to held-out photos, and how many samples are copies of training photos."""
 
     data_dir: str | None = None
-    """The photos that the model was trained on, held-out ones included: prepared, raw, or "scenes"."""
+    """Folder of the photos that the model was trained on, with the held-out photos: prepared, raw, or "scenes"."""
     dataset_name: str | None = None
-    """The same as a Hub dataset id, in place of --data-dir."""
+    """Id of a Hub dataset with these photos, instead of --data-dir."""
     classes: tuple[str, ...] = ()
-    """Compare with these classes only, by name or number (default: those that the model has)."""
+    """Compare only with photos of these classes, given by name or number (default: the classes of the model)."""
     against: Literal["auto", "test", "validation", "all"] = "auto"
-    """Photos to compare with. auto: those set aside as test, or else the validation photos."""
+    """Photos to compare with. auto selects the test split if there is one, otherwise the validation split."""
     pictures: str | None = None
-    """Judge the pictures of this folder, whatever made them, in place of drawing from --pipeline."""
+    """Evaluate the images in this folder, from any program, instead of samples from --pipeline."""
     features: Literal["efficientnet-lite0", "inception", "dinov2"] = "efficientnet-lite0"
-    """Network that sees the pictures. The first comes with the package, the others are fetched once."""
+    """Network whose features are compared.
+    efficientnet-lite0 is installed with the package. The other networks are downloaded once."""
     output_dir: str | None = None
-    """evaluation.json and evaluation.html go here (default: the pipeline's folder; evaluation/ for pictures and Hub ids)."""
+    """Folder for evaluation.json and evaluation.html.
+    Default: the folder of the pipeline, or evaluation/ for --pictures and Hub ids."""
     num_images: int = 300
     batch_size: int = 50
     seed: int = 0
-    """Fixes the pictures."""
+    """Random seed of the samples."""
 
     def run(self) -> None:
+        """Check the flags and evaluate."""
         base = Path(self.base_dir)
         if self.pictures:
-            require((base / self.pictures).is_dir(), "pictures", base / self.pictures, "this is no folder: check the path")
+            require(
+                (base / self.pictures).is_dir(),
+                "pictures",
+                base / self.pictures,
+                "this is not a folder: check the path",
+            )
         else:
             self.check()
-            require(self.num_images >= 4, "num_images", self.num_images, "give 4 or more, some hundred to trust the numbers")
+            require(
+                self.num_images >= 4,
+                "num_images",
+                self.num_images,
+                "give 4 or more, and some hundreds for reliable numbers",
+            )
         if bool(self.data_dir) == bool(self.dataset_name):
-            raise UserError("evaluate compares with the photos that the model was trained on: give --data-dir or --dataset-name")
+            raise UserError(
+                "evaluate compares with the photos that the model was trained on: give --data-dir or --dataset-name"
+            )
         source = self.dataset_name or (SCENES if self.data_dir == SCENES else base / self.data_dir)
         if isinstance(source, Path) and not source.is_dir():
-            raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
-        own = self.pipeline if isinstance(self.pipeline, Path) else base / "evaluation"
-        output_dir = base / self.output_dir if self.output_dir else own
+            raise UserError(f"--data-dir {source} is not a folder: check the path (relative paths start at --base-dir)")
+        default_dir = self.pipeline if isinstance(self.pipeline, Path) else base / "evaluation"
+        output_dir = base / self.output_dir if self.output_dir else default_dir
         require_writable(output_dir, "--output-dir")
         from corel_diffusers.evaluation.evaluate import evaluate
 
@@ -173,30 +221,32 @@ class Evaluate(Sampling):
 
 @dataclass(kw_only=True)
 class Push:
-    """A pipeline folder with its model card -> the Hugging Face Hub."""
+    """Push a pipeline folder with its model card to the Hugging Face Hub."""
 
     pipeline: str = "diffusion_models"
     """Pipeline folder that train_unet.py wrote."""
     repo_id: str
-    """user/name on the Hub."""
+    """Id of the repository on the Hub: user/name."""
     base_dir: str = "."
-    """Relative paths start here."""
+    """Folder at which relative paths start."""
     private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make the repository private."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only list what would be pushed."""
+    """Only list the files that would be pushed."""
 
     def run(self) -> None:
+        """Check the flags and push the pipeline."""
         check_repo_id(self.repo_id, "--repo-id")
         folder = Path(self.base_dir) / self.pipeline
         if not folder.is_dir():
-            raise UserError(f"--pipeline {folder} is no folder: give the --output-dir of train_unet.py")
+            raise UserError(f"--pipeline {folder} is not a folder: give the --output-dir of train_unet.py")
         from corel_diffusers.hub import push
 
         push(folder, self.repo_id, self.private, self.dry_run)
 
 
 def main() -> None:
+    """Parse the command line and run the subcommand."""
     with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
             {"prepare": Prepare, "generate": Generate, "evaluate": Evaluate, "push": Push}, prog="corel-diffusers"

@@ -1,4 +1,4 @@
-"""DDIM at any number of steps."""
+"""DDIM for any number of steps."""
 
 import torch
 from diffusers import DDIMScheduler
@@ -7,16 +7,19 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class DDIM(DDIMScheduler):
-    """diffusers' DDIM, where each step ends at the timestep at which the next one begins.
+    """DDIM of diffusers, but each step ends at the timestep at which the next step begins.
 
-    The library's own ends it 1000 // steps further down. Where the steps do not divide 1000 its timesteps lie further apart than that, so
-    noise is left after each step: at 600 steps the samples spread by 0.41 where the data spread by 0.30.
+    In diffusers, each step ends 1000 // steps timesteps lower. If the number of steps does not divide 1000, the
+    timesteps are further apart than that, so each step leaves some noise. With 600 steps, the standard deviation of the
+    samples was 0.41 for data with a standard deviation of 0.30.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """At most as many steps as the schedule has timesteps, which are under 1000 where `build_sampler` leaves out the last ones.
+        """Set the timesteps, with at most one step per timestep of the schedule.
 
-        At some numbers of steps, 61 for one, the library's rounding places one more timestep, below 0: it is left out.
+        The schedule can have fewer than 1000 timesteps, because `build_sampler` leaves out the last timesteps of the
+        cosine schedule. At some numbers of steps, such as 61, the rounding of diffusers adds a timestep below 0. It is
+        removed.
         """
         super().set_timesteps(min(num_inference_steps, self.config.num_train_timesteps), device)
         self.timesteps = self.timesteps[self.timesteps >= 0]
@@ -29,25 +32,32 @@ class DDIM(DDIMScheduler):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DDIMSchedulerOutput:
-        """One step of Song et al. 2021 (arXiv:2010.02502, eq. 12 and 16), from x_t to x_s, a being `alphas_cumprod`:
+        """Compute one step from x_t to x_s (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16):
 
-        x_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) e + sigma z, sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s).
+        x_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) e + sigma z
+        sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)
 
-        model_output, sample: (N, C, h, w). After the last timestep a_s is 1, and x_s is x_0.
+        Here a is `alphas_cumprod`, e is the predicted noise and z is fresh noise. After the last timestep a_s is 1, so
+        x_s is x_0.
+
+        Args:
+            model_output, sample: (N, C, h, w).
         """
-        later = self.timesteps[self.timesteps < timestep]
-        now = self.alphas_cumprod[timestep]
-        then = self.alphas_cumprod[later[0]] if len(later) else self.final_alpha_cumprod
-        signal, noise = now.sqrt(), (1 - now).sqrt()
-        kind = self.config.prediction_type
-        if kind == "v_prediction":
-            original, direction = signal * sample - noise * model_output, signal * model_output + noise * sample
-        elif kind == "epsilon":
-            original, direction = (sample - noise * model_output) / signal, model_output
+        next_timesteps = self.timesteps[self.timesteps < timestep]
+        alpha_t = self.alphas_cumprod[timestep]
+        alpha_s = self.alphas_cumprod[next_timesteps[0]] if len(next_timesteps) else self.final_alpha_cumprod
+        signal_t, noise_t = alpha_t.sqrt(), (1 - alpha_t).sqrt()
+        prediction_type = self.config.prediction_type
+        if prediction_type == "v_prediction":
+            x_0, noise_pred = signal_t * sample - noise_t * model_output, signal_t * model_output + noise_t * sample
+        elif prediction_type == "epsilon":
+            x_0, noise_pred = (sample - noise_t * model_output) / signal_t, model_output
         else:
-            original, direction = model_output, (sample - signal * model_output) / noise
-        spread = eta * ((1 - then) / (1 - now) * (1 - now / then)).clamp_min(0).sqrt()
-        result = then.sqrt() * original + (1 - then - spread**2).clamp_min(0).sqrt() * direction
+            x_0, noise_pred = model_output, (sample - signal_t * model_output) / noise_t
+        sigma = eta * ((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s)).clamp_min(0).sqrt()
+        x_s = alpha_s.sqrt() * x_0 + (1 - alpha_s - sigma**2).clamp_min(0).sqrt() * noise_pred
         if eta:
-            result = result + spread * randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        return DDIMSchedulerOutput(prev_sample=result, pred_original_sample=original)
+            x_s = x_s + sigma * randn_tensor(
+                sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+            )
+        return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0)

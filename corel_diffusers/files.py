@@ -1,6 +1,6 @@
-"""How files get onto the disk (whole or not at all) and how a user's mistake gets onto the screen (one line, exit code 2).
+"""Atomic writing of files, and errors that the user can correct (UserError: one line on the screen, exit code 2).
 
-Nothing here imports anything heavy: the command line uses it before torch is loaded.
+This module imports no heavy modules, because the command line uses it before torch is loaded.
 """
 
 import json
@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-MARKERS = ("model_index.json", "config.json")  # what loading a pipeline, a model starts from
+ENTRY_FILES = ("model_index.json", "config.json")  # loading a pipeline or a model starts from one of these files
 
 
 class UserError(Exception):
-    """Something the user can mend: its text names the flag or the file and the way out."""
+    """An error that the user can correct. Its text names the flag or the file, and says what to do."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit code 2; everything else keeps its traceback."""
+    """Turn a UserError into one line on stderr and exit code 2. Other exceptions keep their traceback."""
     try:
         yield
     except UserError as error:
@@ -30,54 +30,68 @@ def one_line_errors() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On a GPU, or on a CPU, where torch raises a plain RuntimeError."""
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Return whether the error says that a GPU or the machine is out of memory.
+
+    The text is checked as well, because on a CPU torch raises a plain RuntimeError.
+    """
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or "can't allocate memory" in str(error)
+    )
 
 
 def require_writable(folder: Path, flag: str) -> None:
-    """Raises UserError where `folder` cannot be written to, or not be made; writes nothing."""
-    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)), folder)
-    if os.path.isfile(there):
-        raise UserError(f"{flag}: {there} is a file, and no folder can be made there: give another place")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{flag}: {there} cannot be written to: give another place")
+    """Raise UserError if `folder` cannot be created or cannot be written to. This function itself writes nothing."""
+    existing = next((path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)), folder)
+    if os.path.isfile(existing):
+        raise UserError(f"{flag}: {existing} is a file, so no folder can be created there: give another path")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{flag}: {existing} cannot be written to: give another path")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path` to write to, then renames it into place: a reader never sees half of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{uuid4().hex}{path.suffix}")  # containers on one disk may share process ids
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, and rename that file to `path` at the end of the context.
 
-
-@contextmanager
-def published_model(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to save a model in, then moves its files into `folder`, which may hold other things as well.
-
-    The file that loading starts from (MARKERS) goes first and comes back last, so that new weights are never read with an old
-    config. What a kill leaves in between, `finish_publishing` makes good.
+    A reader therefore never sees an incomplete file.
     """
-    finish_publishing(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a random name: containers that share a disk can have the same process ids
+    temporary = path.with_name(f".{uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_model_save(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to save a model in, and move its files into `folder` at the end of the context.
+
+    `folder` may contain other files too. The file from which loading starts (ENTRY_FILES) is removed first and moved
+    last, so that new weights are never loaded with an old config. If the process is killed in between,
+    `finish_model_save` completes the save.
+    """
+    finish_model_save(folder)
     staged = folder / ".publishing"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     yield staged
-    os.replace(staged, folder / ".published")  # complete: from here on it will be the model, whatever happens
-    finish_publishing(folder)
+    os.replace(staged, folder / ".published")  # complete: finish_model_save can now finish the save, even after a kill
+    finish_model_save(folder)
 
 
-def finish_publishing(folder: Path) -> None:
-    """Moves what `published_model` completed into its place; where a kill interrupted that, goes on."""
+def finish_model_save(folder: Path) -> None:
+    """Move the files that `atomic_model_save` has completed into `folder`. Continue a move that a kill interrupted."""
     complete = folder / ".published"
     if not complete.is_dir():
         return
-    files = sorted((f for f in complete.rglob("*") if f.is_file()), key=lambda f: f.parent == complete and f.name in MARKERS)
-    for marker in MARKERS:
+    files = sorted(
+        (f for f in complete.rglob("*") if f.is_file()), key=lambda f: f.parent == complete and f.name in ENTRY_FILES
+    )
+    for marker in ENTRY_FILES:
         if complete / marker in files:
             (folder / marker).unlink(missing_ok=True)
     for file in files:
@@ -87,10 +101,13 @@ def finish_publishing(folder: Path) -> None:
     shutil.rmtree(complete)
 
 
-def flush_folder(folder: Path) -> None:
-    """Has the disk hold the files of a folder, and their names, before anything else is done. Nothing else on the machine is flushed."""
+def fsync_folder(folder: Path) -> None:
+    """Wait until the files of a folder, and their names, are on the disk.
+
+    Data of other folders is not flushed.
+    """
     for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
-        if os.name == "nt" and path == folder:  # Windows opens no folders
+        if os.name == "nt" and path == folder:  # Windows cannot open folders
             continue
         descriptor = os.open(path, os.O_RDONLY if path == folder else os.O_RDWR)
         try:
@@ -100,7 +117,11 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder; a kill in between leaves it under a hidden name, not gutted under its own."""
+    """Remove a folder.
+
+    The folder is first renamed to a hidden name. If the process is killed in between, no incomplete folder is left
+    under the old name.
+    """
     if path.is_dir():
         hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -109,12 +130,12 @@ def remove_folder(path: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, as a part of one line."""
+    """Return the first line of an error message, or the type of the error if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; one cut off by a kill, which can only be the last, is left out."""
+    """Read metrics.jsonl. Leave out an incomplete line: a kill can cut off the last one."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -125,30 +146,37 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def best_record(history: list[dict]) -> dict:
-    """The validation whose model is in the run's folder; of runs that did not note it, the lowest loss."""
-    published = [record for record in history if record.get("published")]
-    return published[-1] if published else min(history, key=lambda record: record["val_loss"])
+    """Return the validation whose model is in the run folder: the latest one that was saved as best.
+
+    Runs of older versions did not record this. For them, it is the validation with the lowest loss.
+    """
+    saved = [record for record in history if record.get("published")]
+    return saved[-1] if saved else min(history, key=lambda record: record["val_loss"])
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole; leaves it alone when it already holds the same."""
+    """Write a file atomically. Do not touch it if it already has this content."""
     if not (path.is_file() and path.read_bytes() == content):
-        with whole_file(path) as beside:
-            beside.write_bytes(content)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text whole; leaves the file alone when it already says the same."""
+    """Write UTF-8 text atomically. Do not touch the file if it already has this text."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes indented JSON whole; leaves the file alone when it already says the same."""
+    """Write indented JSON atomically. Do not touch the file if it already has this content."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> object:
-    """Reads a JSON file that a user may have written: what is wrong with it becomes a UserError."""
+    """Read a JSON file, which a user may have edited.
+
+    Raises:
+        UserError: the file is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The Hub: a model card with evidence, and the upload of a pipeline folder."""
+"""The Hub: write a model card with measured numbers, and upload a pipeline folder."""
 
 import hashlib
 from pathlib import Path
@@ -9,19 +9,34 @@ from corel_diffusers.evaluation.report import card_rows, heading
 from corel_diffusers.files import UserError, best_record, first_line, read_json, read_metrics, write_text
 from corel_diffusers.generate import dpm_solver_options
 
-PIPELINE_FILES = ("model_index.json", "pipeline.py", "README.md", "grid.png", "loss_history.png", "vae/*", "unet/*", "scheduler/*")
+PIPELINE_FILES = (
+    "model_index.json",
+    "pipeline.py",
+    "README.md",
+    "grid.png",
+    "loss_history.png",
+    "vae/*",
+    "unet/*",
+    "scheduler/*",
+)
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
 
-GUIDED = "`guide/` is the UNet early in its training: guidance leads away from it. `pipe.guide = None` leaves it out."
+GUIDED = (
+    "`guide/` is the guide model, the UNet early in its training: guidance leads away from its prediction. "
+    "`pipe.guide = None` turns it off."
+)
 
 
 def write_card(folder: Path, repo_id: str = "user/name") -> None:
-    """Writes README.md from what the run left in `folder`, to be loaded as `repo_id`.
+    """Write the model card README.md from the files of the run in `folder`.
 
-    A card without the line WRITTEN_BY is the user's and stays as it is.
+    A card without the line WRITTEN_BY was written or edited by the user and is not changed.
+
+    Args:
+        repo_id: the Hub id in the card's example of loading the model.
     """
     card = folder / "README.md"
-    if not (folder / "model_index.json").is_file():  # stopped before the first epoch: there is nothing to describe
+    if not (folder / "model_index.json").is_file():  # stopped before the first epoch: there is no pipeline
         return
     if card.is_file() and WRITTEN_BY not in card.read_text(encoding="utf-8"):
         return
@@ -29,7 +44,7 @@ def write_card(folder: Path, repo_id: str = "user/name") -> None:
 
 
 def card_text(folder: Path, repo_id: str) -> str:
-    """The model card: how to load, what it was trained on, with which commands, what was measured."""
+    """Return the model card: how to load the model, its training data, its commands and its measured numbers."""
     index = read_json(folder / "model_index.json")
     names = list((index.get("class_names") or {}).values())
     data = ModelCardData(
@@ -43,7 +58,10 @@ def card_text(folder: Path, repo_id: str) -> str:
     lines = ["---", data.to_yaml(), "---", WRITTEN_BY, "", f"# {folder.resolve().name}", ""]
     lines += ["A latent diffusion model, VAE and UNet trained from scratch with corel_diffusers.", ""]
     if (folder / "grid.png").is_file():
-        lines += ["![Generated pictures, a row for each class](grid.png)" if names else "![Generated pictures](grid.png)", ""]
+        lines += [
+            "![Samples, one row per class](grid.png)" if names else "![Samples](grid.png)",
+            "",
+        ]
     lines += [
         "## Use",
         "",
@@ -67,7 +85,7 @@ def card_text(folder: Path, repo_id: str) -> str:
 
 
 def describe_vae(location: Path | str) -> dict | None:
-    """The command and the best epoch's numbers of a VAE that train_vae.py left in a folder; None for any other."""
+    """Return the command and the best epoch's metrics of a VAE that train_vae.py trained, or None for any other VAE."""
     history = read_metrics(Path(location) / "metrics.jsonl")
     if not history or not (Path(location) / "run.json").is_file():
         return None
@@ -76,69 +94,98 @@ def describe_vae(location: Path | str) -> dict | None:
 
 
 def training_lines(run: dict, history: list[dict]) -> list[str]:
-    """The card's part on data, commands and measured numbers."""
+    """Return the lines of the model card with the data, the commands and the measured numbers."""
     photos = run["data"]["photos"]
     lines = [
         "## Training",
         "",
-        f"Photos: {photos['train']} to train on, {photos['validation']} held out; source `{run['data']['source']}`.",
+        f"Photos: {photos['train']} for training, {photos['validation']} held out; source `{run['data']['source']}`.",
         "",
     ]
     commands = [run["vae"]["command"]] if run.get("vae") else []
     lines += ["```bash", *commands, run["command"], "```", "", "| measured on the held-out photos | |", "|---|---|"]
     if run.get("vae"):
         best = run["vae"]["best"]
-        lines += [f"| VAE reconstruction, PSNR | {best['val_psnr']:.2f} dB |", f"| VAE reconstruction, SSIM | {best['val_ssim']:.3f} |"]
+        lines += [
+            f"| VAE reconstruction, PSNR | {best['val_psnr']:.2f} dB |",
+            f"| VAE reconstruction, SSIM | {best['val_ssim']:.3f} |",
+        ]
     if history:
         best, last = best_record(history), history[-1]
         lines += [
-            f"| denoising loss of these weights (epoch {best['epoch']}, step {best['step']}) | {best['val_loss']:.4f} |",
-            f"| pictures seen in all, minutes | {last['images_seen']}, {last['seconds'] / 60:.1f} on {run['device']} |",
+            f"| denoising loss of these weights (epoch {best['epoch']}, step {best['step']}) "
+            f"| {best['val_loss']:.4f} |",
+            f"| images seen, minutes | {last['images_seen']}, {last['seconds'] / 60:.1f} on {run['device']} |",
         ]
     return lines
 
 
 def evaluation_lines(folder: Path) -> list[str]:
-    """The card's rows of `corel-diffusers evaluate`, where it judged these weights and no earlier ones."""
+    """Return the lines of the model card with the results of `corel-diffusers evaluate`.
+
+    The list is empty if there is no evaluation, or if it was made with other weights.
+    """
     path = folder / "evaluation.json"
-    if not path.is_file():  # the usual case while a run trains: no weights are hashed for nothing
+    if not path.is_file():  # usual during training: return before the weights are hashed
         return []
     results = read_json(path)
     if results.get("unet_sha256") != pipeline_digest(folder):
         return []
-    return [*card_rows(results), "", f"Evaluated: {heading(results)}. KID and FD of real photos against real ones are what perfect is."]
+    return [
+        *card_rows(results),
+        "",
+        f"Evaluated: {heading(results)}. A perfect model has the KID and FD of real photos against real photos.",
+    ]
 
 
 def pipeline_digest(folder: Path) -> str:
-    """Stands for the weights of a pipeline folder, its guide's included: a card quotes no other's numbers."""
+    """Return the SHA-256 of the weights of the UNet and of the guide model, if there is one.
+
+    The card uses it to check that an evaluation was made with these weights.
+    """
     parts = ("unet", "guide") if has_guide(folder) else ("unet",)
-    return hashlib.sha256(b"".join((folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in parts)).hexdigest()
+    return hashlib.sha256(
+        b"".join((folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in parts)
+    ).hexdigest()
 
 
 def has_guide(folder: Path) -> bool:
-    """Whether the pipeline has one; a folder of that name may be left of another."""
+    """Return whether the pipeline has a guide model. An unused folder guide/ may be left from an earlier pipeline."""
     return read_json(folder / "model_index.json").get("guide", [None])[0] is not None
 
 
 def require_token() -> None:
-    """Refuses to begin what would end in a push without a token."""
+    """Raise UserError if there is no token for the Hub. Training for a push calls this before it starts."""
     if not get_token():
         raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
 
 
 def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
-    """Uploads the pipeline folder with its card in one commit: no checkpoint, no photo, no run file.
+    """Upload the pipeline folder with its model card in one commit.
 
-    The token is the one that `hf auth login` or HF_TOKEN holds; it is neither written nor printed. Raises UserError.
+    Checkpoints, photos and files of the run are not uploaded. The token is that of `hf auth login` or of HF_TOKEN. It
+    is never written or printed.
+
+    Args:
+        dry_run: only list the files.
+
+    Raises:
+        UserError: there is no pipeline in the folder, there is no token, or the Hub refuses the upload.
     """
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"--pipeline {folder} holds no pipeline (no model_index.json): give the --output-dir of train_unet.py")
+        raise UserError(
+            f"--pipeline {folder} does not contain a pipeline (no model_index.json): "
+            "give the --output-dir of train_unet.py"
+        )
     if not dry_run:
         write_card(folder, repo_id)
     patterns = PIPELINE_FILES + (("guide/*",) if has_guide(folder) else ())
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
-    total = sum(file.stat().st_size for file in files) / 1e6
-    print(f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total:.1f} MB, to {repo_id}{' (private)' if private else ''}:")
+    total_mb = sum(file.stat().st_size for file in files) / 1e6
+    print(
+        f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total_mb:.1f} MB, "
+        f"to {repo_id}{' (private)' if private else ''}:"
+    )
     for file in files:
         print(f"  {file.relative_to(folder)}")
     if dry_run:
@@ -146,11 +193,14 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     require_token()
     api = HfApi()
     try:
-        if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:  # which create_repo would leave as it is
-            raise UserError("it exists and is public: make it private in its settings on the Hub, or leave out --private")
+        # create_repo would leave an existing public repository public
+        if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
+            raise UserError("it exists and is public: make it private in its settings on the Hub, or omit --private")
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message="Upload pipeline")
-    except Exception as error:  # the client has many: refused, not found, no network, a name that the Hub does not take
-        again = f"corel-diffusers push --pipeline {folder} --repo-id {repo_id} tries again"
-        raise UserError(f"{repo_id} was not pushed ({first_line(error)}): {again}") from None
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message="Upload pipeline"
+        )
+    except Exception as error:  # many types: refused, not found, no network, a name that the Hub does not accept
+        hint = f"to try again, run corel-diffusers push --pipeline {folder} --repo-id {repo_id}"
+        raise UserError(f"{repo_id} was not pushed ({first_line(error)}): {hint}") from None
     print(f"pushed: {commit.commit_url}")

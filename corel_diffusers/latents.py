@@ -1,9 +1,10 @@
-"""Latents: the VAE encodes each version of a photo once; the posterior is cached, draws and scale come later.
+"""Latents: encode each version of a photo once, cache the posterior, and sample from it in each training step.
 
-The cache holds mean and log-variance before scaling. Its key stands for the VAE's weights and config, the photos, the size and the
-arithmetic of the device: anything else is another cache.
+The cache holds the mean and the log-variance of the posterior before scaling. Its key identifies the weights and the
+config of the VAE, the photos, their size and the arithmetic of the device. If one of them changes, another cache is
+used.
 
-The scale comes from the VAE's config alone, here for the trainer and in pipeline.py for sampling.
+The scale of the latents comes only from the VAE's config. This module applies it in training, pipeline.py in sampling.
 """
 
 import hashlib
@@ -16,51 +17,65 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from corel_diffusers.data.cache import ALONE, Shards, Share, digest
+from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, digest
 from corel_diffusers.data.transforms import Pixels
-from corel_diffusers.data.views import Views, cache_versions, channel_statistics
+from corel_diffusers.data.views import AugmentedCrops, cache_versions, channel_statistics
 from corel_diffusers.files import UserError, first_line
 
 
 def load_vae(location: Path | str) -> AutoencoderKL:
-    """A trained AutoencoderKL, from a folder or the Hub, frozen. Raises UserError where there is none that can be used."""
-    trained_here = isinstance(location, Path) and (location / "metrics.jsonl").is_file()
+    """Load a trained AutoencoderKL from a folder or from the Hub, and freeze it.
+
+    Raises:
+        UserError: the VAE cannot be loaded, or its training is not finished.
+    """
+    is_run_dir = isinstance(location, Path) and (location / "metrics.jsonl").is_file()
     try:
         vae = AutoencoderKL.from_pretrained(location, local_files_only=isinstance(location, Path), use_safetensors=True)
-    except Exception as error:  # diffusers and the Hub's client raise many kinds
-        way_out = "train it first (train_vae.py), or give the --output-dir of a finished training or a Hub id"
-        raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({first_line(error)}): {way_out}") from None
-    if trained_here and vae.config.latents_mean is None:
-        raise UserError(f"--vae-checkpoint {location}: its training is not finished: go on with train_vae.py --resume latest")
+    except Exception as error:  # diffusers and the Hub client raise many types of errors
+        hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
+        raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({first_line(error)}): {hint}") from None
+    if is_run_dir and vae.config.latents_mean is None:
+        raise UserError(
+            f"--vae-checkpoint {location}: its training is not finished: continue it with train_vae.py --resume latest"
+        )
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def weights_key(vae: AutoencoderKL) -> str:
-    """Stands for a VAE's weights: SHA-256 over names and bytes."""
-    key = hashlib.sha256()
+    """Return a key that identifies the weights of a VAE: the SHA-256 of their names and values."""
+    sha256 = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
-        key.update(name.encode())
-        key.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return key.hexdigest()[:24]
+        sha256.update(name.encode())
+        sha256.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()[:24]
 
 
 def config_key(vae: AutoencoderKL) -> str:
-    """Stands for what a VAE's config makes of its weights, as its activation and its norms' groups: not for the scale of its latents
-    (`scale_key`), nor for what encoding and decoding do not look at."""
-    apart = {"latents_mean", "latents_std", "scaling_factor", "shift_factor", "sample_size", "force_upcast"}
-    values = {name: value for name, value in vae.config.items() if name not in apart and not name.startswith("_")}
-    defaults = inspect.signature(AutoencoderKL.__init__).parameters
-    told = {name: value for name, value in values.items() if name not in defaults or like_json(value) != like_json(defaults[name].default)}
-    return digest(json.dumps(told, sort_keys=True))  # a fresh VAE's tuples are the lists of a loaded one
+    """Return a key that identifies the config entries that encoding and decoding use, such as the activation function.
+
+    Other entries are excluded. The scale of the latents, for example, has its own key: see `scale_key`. Entries with
+    diffusers' default are left out, so that a later version of diffusers with more entries gives the same key.
+    """
+    excluded = {"latents_mean", "latents_std", "scaling_factor", "shift_factor", "sample_size", "force_upcast"}
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(AutoencoderKL.__init__).parameters.items()
+    }
+    entries = {
+        name: value
+        for name, value in vae.config.items()
+        if name not in excluded and not name.startswith("_") and as_json(value) != as_json(defaults.get(name, ...))
+    }
+    return digest(json.dumps(entries, sort_keys=True))
 
 
-def like_json(value: object) -> object:
-    """A tuple as the list that it becomes in a config file."""
+def as_json(value: object) -> object:
+    """Return a tuple as a list, which it becomes in a config file."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def scale_key(vae: AutoencoderKL) -> str:
-    """Stands for the scale of a VAE's latents, as its config has it."""
+    """Return a key that identifies the scale of a VAE's latents in its config."""
     return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
 
 
@@ -68,55 +83,67 @@ def cache_moments(
     vae: AutoencoderKL,
     pixels: Pixels,
     device: torch.device,
-    views: Views | None = None,
+    crops: AugmentedCrops | None = None,
     batch_size: int = 32,
-    share: Share = ALONE,
-) -> Shards:
-    """The posterior of each version of each photo, encoded once: cached, float32 (N, 2 + 2V, 2C, h, w).
+    share: Share = SINGLE_PROCESS,
+) -> ShardedArray:
+    """Return the posterior of each version of each photo: encoded once, cached, float32 (N, 2 + 2V, 2C, h, w).
 
-    Second axis: photo, mirror image, then the views and their mirror images. Third: C means, then C log-variances.
+    The second axis holds the photo, its mirror image, then each augmented crop followed by its mirror image. The third
+    axis holds C means, then C log-variances.
     """
 
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        posterior = vae.encode(pictures).latent_dist
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        posterior = vae.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    return cache_versions(f"latents-{weights_key(vae)}-{config_key(vae)}", encode, pixels, views, device, batch_size, share)
+    return cache_versions(
+        f"latents-{weights_key(vae)}-{config_key(vae)}", encode, pixels, crops, device, batch_size, share
+    )
 
 
-def draw(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draws latents mean + exp(logvar / 2) * noise from cached posteriors.
+def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Sample unscaled latents from cached posteriors: mean + exp(logvar / 2) * noise, (B, C, h, w).
 
-    moments (B, 2C, h, w), noise (B, C, h, w) -> unscaled latents (B, C, h, w).
+    Args:
+        moments: (B, 2C, h, w), see `cache_moments`.
+        noise: (B, C, h, w), standard normal.
     """
     mean, logvar = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * logvar) * noise
 
 
-def scale(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
-    """VAE latents -> what the UNet sees: (z - latents_mean) / latents_std * scaling_factor per channel, from the config.
+def scale_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """Return the latents z in the scale of the UNet: (z - latents_mean) / latents_std * scaling_factor per channel.
 
-    A VAE without `latents_mean` (from elsewhere) gives (z - shift_factor) * scaling_factor, as diffusers' pipelines do.
+    These values are in the VAE's config. For a VAE without `latents_mean`, from another project, the result is
+    (z - shift_factor) * scaling_factor, as in the pipelines of diffusers.
     """
     config = vae.config
     if config.latents_mean is None:
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
-    mean, std = (per_channel(tuple(v), latents.dtype, latents.device) for v in (config.latents_mean, config.latents_std))
+    mean, std = (
+        per_channel(tuple(values), latents.dtype, latents.device)
+        for values in (config.latents_mean, config.latents_std)
+    )
     return (latents - mean) / std * config.scaling_factor
 
 
 @lru_cache(maxsize=8)
 def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(1, C, 1, 1), copied to the device once: each copy makes a GPU wait."""
+    """Return one value per channel as (1, C, 1, 1). It is copied to the device only once: a GPU waits for each copy."""
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
-def measure_scale(moments: Shards) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over the training split, the posterior's spread included.
+def measure_latent_scale(moments: ShardedArray) -> tuple[list[float], list[float]]:
+    """Return the mean and the standard deviation of each channel of latents that are sampled from the posteriors.
 
-    moments: (N, 2, 2C, h, w). Var(z) = Var(mean) + E(exp(logvar)), the law of total variance.
+    The law of total variance gives Var(z) = Var(mean) + E(exp(logvar)).
+
+    Args:
+        moments: (N, 2, 2C, h, w) of the training split, see `cache_moments`.
     """
     channels = moments.shape[2] // 2
     mean, variance = channel_statistics(moments, slice(channels))
-    spread, _ = channel_statistics(moments, slice(channels, None), np.exp)
-    return mean.tolist(), np.sqrt(variance + spread).tolist()
+    posterior_variance, _ = channel_statistics(moments, slice(channels, None), np.exp)
+    return mean.tolist(), np.sqrt(variance + posterior_variance).tolist()

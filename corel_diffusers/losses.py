@@ -1,6 +1,9 @@
-"""The training mathematics as pure functions, each with its equation.
+"""The loss functions of both models, as pure functions. Each docstring gives the equation.
 
-Shapes: pictures (B, 3, H, W) in [-1, 1]; latents (B, C, h, w); one value a photo (B,).
+Shapes: images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w); one value per photo (B,).
+
+Symbols: x a photo and x' its reconstruction; x_0 clean latents, x_t noisy latents and e the noise; a the value of
+`scheduler.alphas_cumprod` at the timestep.
 """
 
 import torch
@@ -8,120 +11,168 @@ from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
 
-def reconstruction_loss(reconstruction: torch.Tensor, photo: torch.Tensor, kind: str) -> torch.Tensor:
-    """Mean |x' - x| ("l1") or mean (x' - x)^2 ("mse") over all values -> scalar."""
-    return F.l1_loss(reconstruction, photo) if kind == "l1" else F.mse_loss(reconstruction, photo)
+def reconstruction_loss(reconstruction: torch.Tensor, photos: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return the mean of |x' - x| (kind "l1") or of (x' - x)^2 (kind "mse") over all values: a scalar."""
+    return F.l1_loss(reconstruction, photos) if kind == "l1" else F.mse_loss(reconstruction, photos)
 
 
 def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each photo in nats: 1/2 sum(mean^2 + exp(logvar) - 1 - logvar) -> (B,).
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each photo in nats: (B,).
 
-    Kingma & Welling 2014, appendix B.
+    It is 1/2 sum(mean^2 + exp(logvar) - 1 - logvar) (Kingma & Welling 2014, appendix B).
     """
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-def discriminator_loss(on_photos: torch.Tensor, on_reconstructions: torch.Tensor) -> torch.Tensor:
-    """Hinge: E max(0, 1 - D(x)) + E max(0, 1 + D(x')) -> scalar (Lim & Ye 2017, arXiv:1705.02894, eq. 3)."""
-    return F.relu(1 - on_photos).mean() + F.relu(1 + on_reconstructions).mean()
+def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """Return the hinge loss of the discriminator D: a scalar.
+
+    It is E max(0, 1 - D(x)) + E max(0, 1 + D(x')) for photos x and reconstructions x' (Lim & Ye 2017, arXiv:1705.02894,
+    eq. 3).
+    """
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
 
 
-def with_adversarial(
+def add_adversarial_loss(
     loss: torch.Tensor,
-    adversarial: torch.Tensor,
-    strength: float,
+    adversarial_loss: torch.Tensor,
+    adversarial_weight: float,
     reconstruction: torch.Tensor,
     last_layer: torch.nn.Conv2d,
-    drawn_from: torch.Tensor,
+    last_layer_input: torch.Tensor,
     loss_scale: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """loss + strength * `adaptive_weight` * adversarial, and a scalar that has its gradient at the reconstruction: to go backward from.
+    """Return the total loss, and a second scalar to call backward on.
 
-    Both terms' gradients are needed at the reconstruction to weigh them; backward from there is one pass through the decoder, and none
-    through the perceptual network and the discriminator again. loss_scale: what fp16 losses are multiplied by, so that their gradients
-    do not vanish on the way; where they overflow, so does the second scalar's, and the scaler skips the step.
+    The total loss is loss + adversarial_weight * `adaptive_weight` * adversarial_loss, detached. The second scalar has
+    the same gradient with respect to the reconstruction.
+
+    `adaptive_weight` needs the gradients of both losses with respect to the reconstruction, so they are computed here.
+    The backward pass then starts at the reconstruction: it runs through the VAE once, and does not run through the
+    perceptual network and the discriminator a second time.
+
+    Args:
+        last_layer, last_layer_input: see `adaptive_weight`.
+        loss_scale: the factor of the fp16 gradient scaler. The gradients are computed with it, so that they do not
+            underflow, and then divided by it. If they overflow, so does the gradient of the second scalar, and the
+            scaler skips the step.
     """
-    pulls = [torch.autograd.grad(loss_scale * term, reconstruction)[0] / loss_scale for term in (loss, adversarial)]
-    weight = strength * adaptive_weight(*pulls, last_layer, drawn_from)
-    return (loss + weight * adversarial).detach(), ((pulls[0] + weight * pulls[1]) * reconstruction).sum()
+    gradients = [
+        torch.autograd.grad(loss_scale * term, reconstruction)[0] / loss_scale for term in (loss, adversarial_loss)
+    ]
+    weight = adversarial_weight * adaptive_weight(*gradients, last_layer, last_layer_input)
+    return (
+        (loss + weight * adversarial_loss).detach(),
+        ((gradients[0] + weight * gradients[1]) * reconstruction).sum(),
+    )
 
 
 @torch.no_grad()
 def adaptive_weight(
-    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.nn.Conv2d, drawn_from: torch.Tensor
+    reconstruction_grad: torch.Tensor,
+    adversarial_grad: torch.Tensor,
+    last_layer: torch.nn.Conv2d,
+    last_layer_input: torch.Tensor,
 ) -> torch.Tensor:
-    """|grad reconstruction| / |grad adversarial| at the decoder's last weights (Esser et al. 2021, arXiv:2012.09841, eq. 7) -> scalar.
+    """Return |gradient of the reconstruction loss| / |gradient of the adversarial loss|: a scalar.
 
-    Both terms then pull equally hard, whatever the discriminator's scale. Clamped to 10^4; 0 where fp16 has overflowed.
+    Both gradients are taken with respect to the weights of the decoder's last layer (Esser et al. 2021,
+    arXiv:2012.09841, eq. 7). With this weight both losses have gradients of the same size, whatever the scale of the
+    discriminator. The result is at most 10^4, and 0 if an fp16 gradient has overflowed.
 
-    reconstruction, adversarial: each term's gradient at the reconstructions, (B, 3, H, W), which the last layer, a convolution with
-    stride 1, made of `drawn_from` (B, D, H, W): from there its weights' gradients are one product.
+    Args:
+        reconstruction_grad, adversarial_grad: (B, 3, H, W), the gradient of each loss with respect to the
+            reconstruction.
+        last_layer: the convolution with stride 1 that computed the reconstruction.
+        last_layer_input: (B, D, H, W), the input of that convolution. The gradient with respect to the weights is
+            computed from it and from the gradient with respect to the reconstruction, without a backward pass.
     """
 
-    def pull(gradient: torch.Tensor) -> torch.Tensor:
-        return torch.nn.grad.conv2d_weight(drawn_from, last_layer.weight.shape, gradient, padding=last_layer.padding).norm()
+    def weight_grad_norm(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.nn.grad.conv2d_weight(
+            last_layer_input, last_layer.weight.shape, gradient, padding=last_layer.padding
+        ).norm()
 
-    return (pull(reconstruction) / (pull(adversarial) + 1e-4)).nan_to_num(nan=0.0, posinf=0.0).clamp(max=1e4)
+    return (
+        (weight_grad_norm(reconstruction_grad) / (weight_grad_norm(adversarial_grad) + 1e-4))
+        .nan_to_num(nan=0.0, posinf=0.0)
+        .clamp(max=1e4)
+    )
 
 
 def kl_warmup(weight: float, step: int, warmup_steps: int) -> float:
-    """The KL weight at a step: rises in a line from 0 to `weight` over the warm-up."""
+    """Return the KL weight at a step. It rises linearly from 0 to `weight` over `warmup_steps`."""
     return weight * min(1.0, step / warmup_steps) if warmup_steps else weight
 
 
 def controlled_kl_weight(weight: torch.Tensor, kl: torch.Tensor, target: float, gain: float = 0.05) -> torch.Tensor:
-    """The KL weight of the next step, so that the KL per photo comes to `target` nats: w <- w (kl / target)^gain, clamped.
+    """Return the KL weight of the next step: w (kl / target)^gain. It brings the KL per photo to `target` nats.
 
-    An integral controller on log w, after Shao et al. 2020 (ControlVAE, arXiv:2004.05988), which controls the weight likewise.
-    The ratio is clamped to [1/3, 3] a step, w to [1e-9, 10]. Stays on the device: no synchronisation.
+    This is an integral controller on log w, after Shao et al. 2020 (ControlVAE, arXiv:2004.05988), who also control the
+    weight. The ratio kl / target is clamped to [1/3, 3] in each step, and w to [1e-9, 10]. All values stay on the
+    device, so there is no synchronisation.
     """
     ratio = (kl.detach().float() / target).clamp(1 / 3, 3)
     return (weight * ratio**gain).clamp(1e-9, 10.0)
 
 
-def prediction_target(scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the UNet is to predict from x_t = sqrt(a) x_0 + sqrt(1 - a) e, by the scheduler's prediction_type.
+def prediction_target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """Return the target of the UNet for its input x_t = sqrt(a) x_0 + sqrt(1 - a) e: (B, C, h, w).
 
-    "epsilon": e (Ho et al. 2020, eq. 14). "sample": x_0. "v_prediction": sqrt(a) e - sqrt(1 - a) x_0 (Salimans & Ho 2022,
-    arXiv:2202.00512, section 4).
+    It depends on the scheduler's prediction_type. "epsilon": e (Ho et al. 2020, eq. 14). "sample": x_0. "v_prediction":
+    the velocity sqrt(a) e - sqrt(1 - a) x_0 (Salimans & Ho 2022, arXiv:2202.00512, section 4).
     """
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
-    return {"epsilon": noise, "sample": latents}[kind]
+    return {"epsilon": noise, "sample": latents}[prediction_type]
 
 
-def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each photo -> (B,), in float32."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def denoising_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of each photo: (B,), in float32."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
 
 
 def signal_to_noise(scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """a / (1 - a) of each timestep, (B,) -> (B,); 0 at the last one with zero terminal SNR."""
-    kept = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    return kept / (1 - kept)
+    """Return the signal-to-noise ratio a / (1 - a) of each timestep: (B,) -> (B,).
+
+    With zero terminal SNR it is 0 at the last timestep.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    return alphas_cumprod / (1 - alphas_cumprod)
 
 
 def min_snr_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Weight of each photo's denoising loss, (B,) -> (B,): min(SNR, gamma) for the loss on x_0 (Hang et al. 2023, arXiv:2303.09556).
+    """Return the weight of each photo's denoising loss: (B,) -> (B,) (Hang et al. 2023, arXiv:2303.09556).
 
-    The same loss through the noise is divided by SNR, through the velocity by SNR + 1 (section 3.4). Timesteps that are almost clean
-    and those that are almost noise then no longer pull against those in which pictures take shape. With zero terminal SNR it is
-    min(SNR, gamma) + 1, since sampling begins at pure noise, which would have no weight: of the velocity's loss all timesteps up to gamma
-    then count alike.
+    The weight is min(SNR, gamma) for a loss on x_0. To weight a loss on the noise in the same way, it is divided by
+    SNR, and for a loss on the velocity by SNR + 1 (section 3.4). Timesteps with very little noise, or with almost only
+    noise, then no longer conflict with the timesteps at which the image takes shape.
+
+    With zero terminal SNR, sampling begins at pure noise, whose weight would be 0. The weight on x_0 is therefore
+    min(SNR, gamma) + 1. For a loss on the velocity, all timesteps with an SNR of at most gamma then have the same
+    weight.
     """
     snr = signal_to_noise(scheduler, timesteps)
-    on_photo = snr.clamp(max=gamma) + (1 if scheduler.config.rescale_betas_zero_snr else 0)
-    divisor = {"epsilon": snr.clamp_min(1e-8), "sample": torch.ones_like(snr), "v_prediction": snr + 1}[scheduler.config.prediction_type]
-    return on_photo / divisor
+    x0_weight = snr.clamp(max=gamma) + (1 if scheduler.config.rescale_betas_zero_snr else 0)
+    divisor = {"epsilon": snr.clamp_min(1e-8), "sample": torch.ones_like(snr), "v_prediction": snr + 1}[
+        scheduler.config.prediction_type
+    ]
+    return x0_weight / divisor
 
 
 def log_normal_timesteps(scheduler: DDPMScheduler, normal: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """Timesteps whose log noise level ln sqrt((1 - a) / a) is about mean + std * normal, (B,) -> (B,) int64.
+    """Return timesteps whose log noise level ln sqrt((1 - a) / a) is close to mean + std * normal: (B,) -> (B,) int64.
 
-    Karras et al. 2022 (arXiv:2206.00364), table 1: noise levels where most is to be learned are drawn most often.
+    The model learns most at the noise levels around the mean, so they are drawn most often (Karras et al. 2022,
+    arXiv:2206.00364, table 1).
+
+    Args:
+        normal: standard normal values.
     """
-    kept = scheduler.alphas_cumprod.to(normal.device)
-    levels = 0.5 * ((1 - kept) / kept.clamp_min(1e-20)).log()
-    return torch.searchsorted(levels, mean + std * normal).clamp(max=len(levels) - 1)
+    alphas_cumprod = scheduler.alphas_cumprod.to(normal.device)
+    log_noise_levels = 0.5 * ((1 - alphas_cumprod) / alphas_cumprod.clamp_min(1e-20)).log()
+    return torch.searchsorted(log_noise_levels, mean + std * normal).clamp(max=len(log_noise_levels) - 1)

@@ -1,7 +1,8 @@
 """Muon for the weights of convolutions and linear layers, AdamW for the rest.
 
-torch.optim.Muon takes matrices only and, like the packages around, iterates in bfloat16, which a CPU without it emulates: six times
-slower than float32 there, more than the whole training step takes.
+torch.optim.Muon accepts matrices only. Like other Muon packages, it iterates in bfloat16. A CPU without bfloat16
+emulates it. There, bfloat16 is six times slower than float32, and the iterations take longer than the whole training
+step.
 """
 
 from collections import defaultdict
@@ -11,18 +12,23 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that lifts small singular values fastest (Jordan et al. 2024)
+# coefficients of the quintic polynomial that raises small singular values fastest (Jordan et al. 2024)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal (Jordan et al. 2024, github.com/KellerJordan/Muon), after Liu et al. 2025.
+    """Momentum with orthogonalised steps (Jordan et al. 2024, github.com/KellerJordan/Muon), as in Liu et al. 2025.
 
-    W <- W (1 - lr wd) - lr 0.2 sqrt(max(rows, columns)) O, where O is the nearest semi-orthogonal matrix to the Nesterov momentum:
-    the factor gives the step the size that AdamW's has (arXiv:2502.16982, eq. 4). A convolution's weight (out, in, h, w) counts as
-    a matrix (out, h w in), as it lies in memory with channels last.
+    W <- W (1 - lr wd) - lr 0.2 sqrt(max(rows, columns)) O
+
+    O is the semi-orthogonal matrix that is nearest to the Nesterov momentum. The factor 0.2 sqrt(max(rows, columns))
+    gives the step the size of an AdamW step (arXiv:2502.16982, eq. 4). The weight of a convolution (out, in, h, w) is
+    treated as a matrix (out, h w in), which is its memory layout with channels last.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -39,19 +45,25 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[weight]["momentum"] for weight in weights]
                 gradients = [w.grad for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                matrices.append(torch.stack([step.movedim(1, -1) for step in ahead]).flatten(2))
-            for weights, steps in zip(by_shape.values(), orthogonal(matrices), strict=True):
-                size = 0.2 * max(steps.shape[1:]) ** 0.5
+                nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+                matrices.append(torch.stack([step.movedim(1, -1) for step in nesterov]).flatten(2))
+            for weights, steps in zip(by_shape.values(), orthogonalize(matrices), strict=True):
+                scale = 0.2 * max(steps.shape[1:]) ** 0.5
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                inner = [w.movedim(1, -1) for w in weights]
-                torch._foreach_add_(inner, [step.view_as(w) for step, w in zip(steps, inner, strict=True)], alpha=-group["lr"] * size)
+                channels_last = [w.movedim(1, -1) for w in weights]
+                torch._foreach_add_(
+                    channels_last,
+                    [step.view_as(w) for step, w in zip(steps, channels_last, strict=True)],
+                    alpha=-group["lr"] * scale,
+                )
 
 
 @contextmanager
-def float32_products() -> Iterator[None]:
-    """Within, CUDA multiplies matrices in float32: TF32 keeps 10 bits of a Gram matrix, and where its rounding makes an eigenvalue
-    negative, the polynomials amplify that."""
+def full_float32_matmul() -> Iterator[None]:
+    """Multiply matrices in float32 on CUDA, without TF32, inside this context.
+
+    TF32 keeps 10 bits of a Gram matrix. If this rounding makes an eigenvalue negative, the polynomials amplify it.
+    """
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -60,45 +72,57 @@ def float32_products() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-@float32_products()
-def orthogonal(batches: Sequence[torch.Tensor], iterations: int = 5) -> list[torch.Tensor]:
-    """Each (B, rows, columns) -> about the nearest semi-orthogonal matrices: singular values between 0.7 and 1.2, by Newton-Schulz.
+@full_float32_matmul()
+def orthogonalize(batches: Sequence[torch.Tensor], iterations: int = 5) -> list[torch.Tensor]:
+    """Replace matrices (B, rows, columns) by the nearest semi-orthogonal matrices, by Newton-Schulz iterations.
 
-    Each iteration multiplies by a polynomial of the Gram matrix, and those commute: so the iterations run on the Gram matrix, on the
-    shorter side, and the matrices themselves are touched twice. Gram matrices of one size are one batch, whatever the longer sides.
+    The result is approximate: its singular values are between 0.7 and 1.2.
+
+    Each iteration multiplies the matrix by a polynomial of its Gram matrix. These polynomials commute, so all
+    iterations run on the small Gram matrix (of the shorter side). The matrix itself is used only twice: to compute its
+    Gram matrix, and in the final product. Gram matrices of the same size form one batch, even if the longer sides
+    differ.
     """
     wide = [batch.mT if batch.shape[1] > batch.shape[2] else batch for batch in batches]
     wide = [batch / batch.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7) for batch in wide]
     by_side = defaultdict(list)
-    for place, batch in enumerate(wide):
-        by_side[batch.shape[1]].append(place)
-    for places in by_side.values():
-        products = newton_schulz(torch.cat([wide[place] @ wide[place].mT for place in places]), iterations)
-        for place, product in zip(places, products.split([len(wide[place]) for place in places]), strict=True):
-            wide[place] = product @ wide[place]
-    return [there.mT if batch.shape[1] > batch.shape[2] else there for batch, there in zip(batches, wide, strict=True)]
+    for index, batch in enumerate(wide):
+        by_side[batch.shape[1]].append(index)
+    for indices in by_side.values():
+        products = newton_schulz(torch.cat([wide[i] @ wide[i].mT for i in indices]), iterations)
+        for index, product in zip(indices, products.split([len(wide[i]) for i in indices]), strict=True):
+            wide[index] = product @ wide[index]
+    return [
+        result.mT if batch.shape[1] > batch.shape[2] else result for batch, result in zip(batches, wide, strict=True)
+    ]
 
 
 def newton_schulz(gram: torch.Tensor, iterations: int) -> torch.Tensor:
-    """Gram matrices (B, n, n) of matrices with singular values up to 1 -> what those are multiplied by, (B, n, n)."""
+    """Return the factors (B, n, n) that orthogonalise matrices, from their Gram matrices (B, n, n).
+
+    The singular values of the matrices must be at most 1.
+    """
     a, b, c = COEFFICIENTS
     identity = torch.eye(gram.shape[1], device=gram.device)
 
-    def factor() -> torch.Tensor:
+    def polynomial() -> torch.Tensor:
         return a * identity + b * gram + c * gram @ gram
 
-    product = step = factor()
+    product = step = polynomial()
     for _ in range(iterations - 1):
         gram = step @ gram @ step
-        step = factor()
+        step = polynomial()
         product = step @ product
     return product
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimizers as one: what scales fp16 gradients must see a step once, whatever it consists of."""
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one. The gradient scaler of fp16 must see one optimizer and one step.
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:  # the parts hold groups and state
+    The parts hold the parameter groups and the state, so the constructor of torch's Optimizer is not called.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts, self.defaults = parts, {}
 
     @property
@@ -125,20 +149,27 @@ class Together(torch.optim.Optimizer):
             part.load_state_dict(values)
 
 
-def build_optimizer(name: str, model: nn.Module, learning_rate: float, weight_decay: float, muon_scale: float) -> torch.optim.Optimizer:
-    """ "adamw", or "muon": Muon for the weights of the layers within, AdamW for the first and last layers, norms, biases, embeddings.
+def build_optimizer(
+    name: str, model: nn.Module, learning_rate: float, weight_decay: float, muon_scale: float
+) -> torch.optim.Optimizer:
+    """Return the optimizer `name`, "adamw" or "muon".
 
-    muon_scale: Muon's learning rate over AdamW's.
+    "muon" uses Muon for the weights of the hidden layers, and AdamW for the first and last layers, norms, biases and
+    embeddings. muon_scale: learning rate of Muon / learning rate of AdamW.
     """
     hidden = []
     if name == "muon":
-        outer = ("conv_in", "conv_out", "class_embedding", "told", "guess")
-        hidden = [p for n, p in model.named_parameters() if p.ndim >= 2 and not any(part in n.split(".") for part in outer)]
-    chosen = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+        outer_layers = ("conv_in", "conv_out", "class_embedding", "told", "guess")
+        hidden = [
+            p
+            for n, p in model.named_parameters()
+            if p.ndim >= 2 and not any(layer in n.split(".") for layer in outer_layers)
+        ]
+    hidden_ids = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in hidden_ids]
     adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)
     if not hidden:
         return adamw
     muon = Muon(hidden, muon_scale * learning_rate, weight_decay=weight_decay / muon_scale)
     muon.param_groups[0]["lr_scale"] = muon_scale
-    return Together(muon, adamw)
+    return CombinedOptimizer(muon, adamw)

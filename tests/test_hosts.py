@@ -1,4 +1,4 @@
-"""Two machines: two hosts in network namespaces, each with a cache of its own, joined by a virtual cable, over gloo."""
+"""Training on two machines: two network namespaces with separate caches, joined by a virtual cable, with gloo."""
 
 import json
 import os
@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, UNET_CONFIG, run_here
 
-HOSTS = {f"corel{os.getpid()}{side}": f"10.77.0.{place}" for place, side in enumerate("ab", 1)}
+HOSTS = {f"corel{os.getpid()}{side}": f"10.77.0.{number}" for number, side in enumerate("ab", 1)}  # namespace: address
 
 
 @pytest.fixture
 def network() -> Iterator[None]:
-    if not shutil.which("ip") or subprocess.run(["ip", "netns", "add", next(iter(HOSTS))], capture_output=True).returncode:
+    """Create the two network namespaces and the cable between them. Skip the test if this is not possible."""
+    if (
+        not shutil.which("ip")
+        or subprocess.run(["ip", "netns", "add", next(iter(HOSTS))], capture_output=True).returncode
+    ):
         pytest.skip("network namespaces need root and iproute2")
     first, second = HOSTS
     try:
@@ -34,30 +38,51 @@ def network() -> Iterator[None]:
 
 
 def on_both_hosts(folder: Path, *flags: object) -> None:
-    """torchrun on each, as the README says, until both have ended well. They share no disk but for the photos and the VAE."""
-    (address, *_), running = HOSTS.values(), []
+    """Run torchrun on both hosts, as in docs/multi-gpu.md, and check that both succeed.
+
+    The hosts share no folders except those of the photos and the VAE.
+    """
+    (address, *_), processes = HOSTS.values(), []
     for rank, host in enumerate(HOSTS):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1]
-        joined = ["--master_addr", address, "--master_port", 29535]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            2,
+            "--node_rank",
+            rank,
+            "--nproc_per_node",
+            1,
+        ]
+        rendezvous = ["--master_addr", address, "--master_port", 29535]
         script = [ROOT / "train_unet.py", "--output-dir", folder / host / "run", *flags]
-        words = ["ip", "netns", "exec", host, *torchrun, *joined, *script]
+        words = ["ip", "netns", "exec", host, *torchrun, *rendezvous, *script]
         env = {
             "ACCELERATE_USE_CPU": "true",
             "GLOO_SOCKET_IFNAME": "cable0",
             "HF_HOME": str(folder / host / "cache"),
             "OMP_NUM_THREADS": "1",
         }
-        running.append(
+        processes.append(
             subprocess.Popen(
-                list(map(str, words)), cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                list(map(str, words)),
+                cwd=ROOT,
+                env=os.environ | env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
         )
-    told = [process.communicate(timeout=240)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(told)
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
 
-def test_two_machines_are_one_with_the_same_global_batch(network, unet_flags, configs, tmp_path):
-    """Resumed in between; without dropout, which each process draws for itself."""
+def test_two_machines_train_like_one_with_the_same_global_batch(network, unet_flags, configs, tmp_path):
+    """The run on two machines is also interrupted and resumed.
+
+    There is no dropout, because each process draws its own dropout masks.
+    """
     config = configs / "on-two-hosts.json"
     config.write_text(json.dumps(UNET_CONFIG | {"dropout": 0.0}))
     common = [*unet_flags, "--config", config, "--lr", 1e-3, "--lr-scheduler", "none"]
@@ -65,9 +90,12 @@ def test_two_machines_are_one_with_the_same_global_batch(network, unet_flags, co
     on_both_hosts(tmp_path, *common, "--batch-size", 2, "--epochs", 1)
     on_both_hosts(tmp_path, *common, "--batch-size", 2, "--epochs", 2, "--resume", "latest")
     first, second = (tmp_path / host / "run" for host in HOSTS)
-    assert not second.exists(), "only the first process writes"
-    alone, together = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (tmp_path / "one", first))
-    assert [line["step"] for line in alone] == [line["step"] for line in together]
-    for a, b in zip(alone, together, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
-        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=2e-3)
+    assert not second.exists(), "only the main process writes"
+    one_machine, two_machines = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (tmp_path / "one", first)
+    )
+    assert [record["step"] for record in one_machine] == [record["step"] for record in two_machines]
+    for one, two in zip(one_machine, two_machines, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
+        assert one["val_loss"] == pytest.approx(two["val_loss"], rel=2e-3)

@@ -1,4 +1,4 @@
-"""Push -> from_pretrained with the real client, over HTTP, against a small stand-in of the Hub."""
+"""Push and load with the real Hub client, over HTTP, from a local server that stands in for the Hub."""
 
 import shutil
 import sys
@@ -29,96 +29,139 @@ pipe(1, 0, num_inference_steps=2)
 
 @pytest.fixture
 def hub():
+    """A local server that stands in for the Hub."""
     with HubServer() as server:
         yield server
 
 
 def check_loaded(hub, repo_id, source, folder, parts=("unet", "vae")):
-    """Loads from the Hub with an empty cache in a process without this package: the same weights, bit by bit."""
-    launch(sys.executable, "-c", LOAD, repo_id, folder / "loaded", env=hub.env(folder / "empty-cache") | {"PYTHONPATH": ""})
+    """Check that the Hub gives the same weights, bit for bit.
+
+    They are loaded with an empty cache in a process without this package.
+    """
+    launch(
+        sys.executable, "-c", LOAD, repo_id, folder / "loaded", env=hub.env(folder / "empty-cache") | {"PYTHONPATH": ""}
+    )
     for part in parts:
-        ours, theirs = (load_file(root / part / "diffusion_pytorch_model.safetensors") for root in (source, folder / "loaded"))
-        assert ours.keys() == theirs.keys()
-        assert all((ours[name] == theirs[name]).all() for name in ours)
+        original, loaded = (
+            load_file(root / part / "diffusion_pytorch_model.safetensors") for root in (source, folder / "loaded")
+        )
+        assert original.keys() == loaded.keys()
+        assert all((original[name] == loaded[name]).all() for name in original)
 
 
-def test_push_and_load_again(hub, trained_unet, tmp_path):
+def test_a_pushed_pipeline_loads_with_the_same_weights(hub, trained_unet, tmp_path):
     guided = tmp_path / "guided"
     shutil.copytree(trained_unet, guided)
     pipe = DiffusionPipeline.from_pretrained(guided, trust_remote_code=True)
     pipe.register_modules(guide=UNet2DModel.from_config(pipe.unet.config))
     pipe.save_pretrained(guided)
-    done = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--private", env=hub.env(tmp_path / "home"))
-    assert "pushed: " in done.stdout
+    pushed = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--private", env=hub.env(tmp_path / "home"))
+    assert "pushed: " in pushed.stdout
     assert hub.private
     files = hub.repos["user/corel"]
-    assert {"model_index.json", "pipeline.py", "README.md", "grid.png", "unet/diffusion_pytorch_model.safetensors"} <= set(files)
-    assert not [name for name in files if "checkpoint" in name or "samples" in name or "metrics" in name or "run.json" in name]
-    assert TOKEN not in done.stdout + done.stderr
+    assert {
+        "model_index.json",
+        "pipeline.py",
+        "README.md",
+        "grid.png",
+        "unet/diffusion_pytorch_model.safetensors",
+    } <= set(files)
+    assert not [
+        name for name in files if "checkpoint" in name or "samples" in name or "metrics" in name or "run.json" in name
+    ]
+    assert TOKEN not in pushed.stdout + pushed.stderr
     assert not any(TOKEN.encode() in content for content in files.values())
     assert 'from_pretrained("user/corel"' in files["README.md"].decode()
     assert "pipe.guide = None" in files["README.md"].decode()
     check_loaded(hub, "user/corel", guided, tmp_path, parts=("unet", "guide", "vae"))
     generated = tool(
-        "generate", "--pipeline", "user/corel", "--trust-remote-code", "--base-dir", tmp_path, "--num-images", 1, "--ddim-steps", 2,
-        env=hub.env(tmp_path / "another-cache"),
+        "generate", "--pipeline", "user/corel", "--trust-remote-code", "--base-dir", tmp_path, "--num-images", 1,
+        "--ddim-steps", 2, env=hub.env(tmp_path / "another-cache"),
     )  # fmt: skip
     assert "grid: " in generated.stdout
     hub.private = False
-    refused = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--private", env=hub.env(tmp_path / "home"), check=False)
+    refused = tool(
+        "push",
+        "--pipeline",
+        guided,
+        "--repo-id",
+        "user/corel",
+        "--private",
+        env=hub.env(tmp_path / "home"),
+        check=False,
+    )
     assert refused.returncode == 2
     assert "it exists and is public" in refused.stderr
     pipe.guide = None
     pipe.save_pretrained(guided)
     listed = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--dry-run").stdout
     assert "unet/" in listed
-    assert "guide/" not in listed, "what is left of it is no part of the pipeline"
+    assert "guide/" not in listed, "the folder that is left is not part of the pipeline"
 
 
-def test_train_unet_pushes_when_it_ends(hub, unet_flags, tmp_path):
+def test_train_unet_pushes_when_training_ends(hub, unet_flags, tmp_path):
     folder = tmp_path / "run"
     flags = ["--output-dir", folder, "--max-train-steps", 2, "--push-to-hub", "--hub-model-id", "user/fresh"]
     script("train_unet", *unet_flags, *flags, env={k: v for k, v in hub.env("").items() if k != "HF_HOME"})
     check_loaded(hub, "user/fresh", folder, tmp_path)
 
 
-def test_training_for_the_hub_without_a_token_is_refused_before_it_begins(unet_flags, tmp_path, monkeypatch):
+def test_push_to_hub_without_a_token_is_refused_before_training(unet_flags, tmp_path, monkeypatch):
     monkeypatch.setattr("corel_diffusers.hub.get_token", lambda: None)
     with pytest.raises(UserError, match="no token for the Hub"):
-        run_here("train_unet", [*unet_flags, "--output-dir", tmp_path / "out", "--push-to-hub", "--hub-model-id", "user/x"])
+        run_here(
+            "train_unet", [*unet_flags, "--output-dir", tmp_path / "out", "--push-to-hub", "--hub-model-id", "user/x"]
+        )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_touches_no_network_and_lists_what_would_go(trained_unet):
-    done = tool("push", "--pipeline", trained_unet, "--repo-id", "user/x", "--dry-run", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert "would push" in done.stdout
-    assert "unet/diffusion_pytorch_model.safetensors" in done.stdout
+def test_a_dry_run_lists_the_files_without_network(trained_unet):
+    listed = tool(
+        "push",
+        "--pipeline",
+        trained_unet,
+        "--repo-id",
+        "user/x",
+        "--dry-run",
+        env={"HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
+    assert "would push" in listed.stdout
+    assert "unet/diffusion_pytorch_model.safetensors" in listed.stdout
 
 
-def test_refusals_are_one_line(hub, trained_unet, tmp_path):
+def test_errors_of_push_are_one_line(hub, trained_unet, tmp_path):
     for flags, env, expected in (
         (["--repo-id", "nothing", "--pipeline", trained_unet], {}, "--repo-id nothing: give user/name"),
-        (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token=""), "no token for the Hub"),
-        (["--repo-id", "user/x", "--pipeline", trained_unet], hub.env(tmp_path / "h", token="hf_wrong"), "was not pushed"),
+        (
+            ["--repo-id", "user/x", "--pipeline", trained_unet],
+            hub.env(tmp_path / "h", token=""),
+            "no token for the Hub",
+        ),
+        (
+            ["--repo-id", "user/x", "--pipeline", trained_unet],
+            hub.env(tmp_path / "h", token="hf_wrong"),
+            "was not pushed",
+        ),
         (
             ["--repo-id", "user/x", "--pipeline", trained_unet],
             hub.env(tmp_path / "h") | {"HF_ENDPOINT": "http://127.0.0.1:9"},
             "was not pushed",
         ),
     ):
-        done = tool("push", *flags, env=env, check=False)
-        assert done.returncode == 2, done.stderr
-        assert expected in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+        refused = tool("push", *flags, env=env, check=False)
+        assert refused.returncode == 2, refused.stderr
+        assert expected in refused.stderr.splitlines()[-1]
+        assert "Traceback" not in refused.stderr
 
 
-def test_the_card_says_what_was_measured_and_keeps_a_users_edits(trained_unet, trained_vae, tmp_path):
+def test_the_card_has_the_measured_numbers_and_a_card_of_the_user_is_kept(trained_unet, trained_vae, tmp_path):
     card = ModelCard.load(trained_unet / "README.md")
     assert card.data.library_name == "diffusers"
     assert "python train_vae.py" in card.text
     assert "python train_unet.py" in card.text
     assert "| VAE reconstruction, PSNR |" in card.text
-    assert str(trained_vae.parent) not in card.text, "no folder of the user's machine"
+    assert str(trained_vae.parent) not in card.text, "the card has no paths of the user's machine"
     copy = tmp_path / "copy"
     shutil.copytree(trained_unet, copy, ignore=shutil.ignore_patterns("checkpoints"))
     assert "from_config(pipe.scheduler.config)\n" in card.text
@@ -135,8 +178,8 @@ def test_the_card_says_what_was_measured_and_keeps_a_users_edits(trained_unet, t
     assert "## Use" in (copy / "README.md").read_text()
 
 
-def test_no_weights_are_read_for_a_card_without_an_evaluation(trained_unet, tmp_path, monkeypatch):
-    """The card is written at each checkpoint."""
+def test_a_card_without_an_evaluation_does_not_hash_the_weights(trained_unet, tmp_path, monkeypatch):
+    """The card is written at each checkpoint, and hashing the weights takes time."""
     folder = tmp_path / "pipeline"
     shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
     monkeypatch.setattr(hub_module, "pipeline_digest", lambda folder: pytest.fail("the weights were hashed"))

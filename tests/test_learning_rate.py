@@ -1,4 +1,4 @@
-"""Learning rates against torch's and diffusers' own."""
+"""The learning rates are equal to those of torch and diffusers."""
 
 import json
 
@@ -19,7 +19,7 @@ def lrs(scheduler, optimizer, steps):
     return values
 
 
-def test_learning_rates_are_torchs_own():
+def test_learning_rates_are_equal_to_torch():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=70, eta_min=1e-5)
     args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=0)
@@ -33,7 +33,7 @@ def test_learning_rates_are_torchs_own():
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
-def test_diffusers_names_give_diffusers_rates(name):
+def test_diffusers_schedules_are_equal_to_diffusers(name):
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
@@ -42,23 +42,23 @@ def test_diffusers_names_give_diffusers_rates(name):
     assert np.allclose([1e-3 * lr_factor(args, s, 20) for s in range(20)], lrs(reference, optimizer, 20))
 
 
-def test_plateau_is_torchs_and_survives_a_resume():
+def test_plateau_is_equal_to_torch_also_after_resume():
     def rate():
         args = VAEArguments(lr_scheduler="plateau", learning_rate=1e-3, lr_warmup_steps=0)
         return LearningRate([torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)], args)
 
     losses = [1.0, 0.5, *[0.6] * 14, *[0.4] * 13]
     reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, factor=0.5, patience=10, min_lr=1e-5)
-    whole = rate()
+    torch_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, factor=0.5, patience=10, min_lr=1e-5)
+    uninterrupted = rate()
     for loss in losses[:9]:
-        whole.validated(loss)
-        torchs.step(loss)
+        uninterrupted.validated(loss)
+        torch_scheduler.step(loss)
     resumed = rate()
-    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
     for loss in losses[9:]:
         resumed.validated(loss)
-        torchs.step(loss)
+        torch_scheduler.step(loss)
         resumed.set(0, 100)
         assert resumed.now == pytest.approx(reference.param_groups[0]["lr"])
     assert resumed.now == pytest.approx(2.5e-4)

@@ -1,4 +1,4 @@
-"""Muon against torch's own, on the matrices that torch's takes, and what goes to which optimizer."""
+"""Muon is equal to torch.optim.Muon on matrices, and each parameter goes to the right optimizer."""
 
 import copy
 
@@ -7,53 +7,55 @@ import torch
 from torch import nn
 
 from corel_diffusers.models import build_vae
-from corel_diffusers.muon import Muon, build_optimizer, orthogonal
+from corel_diffusers.muon import Muon, build_optimizer, orthogonalize
 
 
-def test_steps_are_torchs_own_on_matrices():
+def test_steps_on_matrices_are_equal_to_torch():
     torch.manual_seed(0)
-    ours, theirs = (nn.ParameterList([torch.ones(6, 10), torch.ones(12, 4)]) for _ in range(2))
-    first = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
-    second = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours, reference = (nn.ParameterList([torch.ones(6, 10), torch.ones(12, 4)]) for _ in range(2))
+    muon = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
+    torch_muon = torch.optim.Muon(reference, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in zip(ours, reference, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        first.step()
-        second.step()
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, atol=0.01), "torch iterates in bfloat16"
+        muon.step()
+        torch_muon.step()
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.allclose(a, b, atol=0.01), "not closer, because torch iterates in bfloat16"
         assert (a - b).abs().max() < 0.05 * (a - 1).abs().max()
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
-def test_orthogonal_brings_singular_values_near_one(shape):
+def test_orthogonalize_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonal([torch.randn(shape)])[0])
+    values = torch.linalg.svdvals(orthogonalize([torch.randn(shape)])[0])
     assert values.min() > 0.6
     assert values.max() < 1.3
 
 
-def test_matrices_of_other_shapes_beside_them_change_nothing():
+def test_matrices_in_one_call_do_not_affect_each_other():
     torch.manual_seed(0)
     batches = [torch.randn(shape) for shape in ((3, 8, 20), (2, 30, 8), (1, 8, 8), (2, 4, 4))]
-    for together, batch in zip(orthogonal(batches), batches, strict=True):
+    for together, batch in zip(orthogonalize(batches), batches, strict=True):
         assert together.shape == batch.shape
-        torch.testing.assert_close(together, orthogonal([batch])[0])
+        torch.testing.assert_close(together, orthogonalize([batch])[0])
 
 
 def test_gram_matrices_are_multiplied_in_float32(monkeypatch):
     seen, eye = [], torch.eye
-    monkeypatch.setattr(torch, "eye", lambda *a, **k: seen.append(torch.backends.cuda.matmul.allow_tf32) or eye(*a, **k))
+    monkeypatch.setattr(
+        torch, "eye", lambda *a, **k: seen.append(torch.backends.cuda.matmul.allow_tf32) or eye(*a, **k)
+    )
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     try:
-        orthogonal([torch.ones(1, 2, 3)])
+        orthogonalize([torch.ones(1, 2, 3)])
         assert [*seen, torch.backends.cuda.matmul.allow_tf32] == [False, True]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def test_a_convolution_is_stepped_as_its_matrix():
+def test_a_convolution_is_updated_like_its_matrix():
     torch.manual_seed(0)
     conv, matrix = nn.Parameter(torch.zeros(8, 4, 3, 3)), nn.Parameter(torch.zeros(8, 36))
     conv.grad = torch.randn(8, 4, 3, 3)
@@ -64,21 +66,31 @@ def test_a_convolution_is_stepped_as_its_matrix():
     conv = nn.Parameter(torch.zeros(8, 4, 3, 3).to(memory_format=torch.channels_last))
     conv.grad = matrix.grad.view(8, 4, 3, 3).to(memory_format=torch.channels_last)
     Muon([conv], lr=0.1).step()
-    assert torch.allclose(conv.flatten(1), matrix, atol=1e-6), "the layout in memory must not matter"
+    assert torch.allclose(conv.flatten(1), matrix, atol=1e-6), "the memory layout must not change the result"
 
 
-def test_first_and_last_layers_norms_and_biases_stay_with_adamw():
+def test_first_and_last_layers_norms_and_biases_use_adamw():
     model = nn.ModuleDict(
-        {"conv_in": nn.Conv2d(3, 8, 3), "middle": nn.Conv2d(8, 8, 3), "norm": nn.GroupNorm(2, 8), "conv_out": nn.Conv2d(8, 3, 3)}
+        {
+            "conv_in": nn.Conv2d(3, 8, 3),
+            "middle": nn.Conv2d(8, 8, 3),
+            "norm": nn.GroupNorm(2, 8),
+            "conv_out": nn.Conv2d(8, 3, 3),
+        }
     )
     muon, adamw = build_optimizer("muon", model, 1e-3, 0.0, 20).parts
     assert [p is model["middle"].weight for p in muon.param_groups[0]["params"]] == [True]
-    assert sum(p.numel() for g in muon.param_groups + adamw.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for g in muon.param_groups + adamw.param_groups for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
     assert type(build_optimizer("adamw", model, 1e-3, 0.0, 20)) is torch.optim.AdamW
 
 
-def test_scaled_gradients_make_the_same_step():
-    """What fp16 does on a GPU, with a scaler for the CPU: a step of the two parts counts once, and is unscaled once."""
+def test_scaled_gradients_give_the_same_step():
+    """A gradient scaler on the CPU does the same as in fp16 on a GPU.
+
+    It must unscale the gradients of both parts once, and count their steps as one.
+    """
 
     def trained(scale: float | None) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -100,7 +112,7 @@ def test_scaled_gradients_make_the_same_step():
         assert torch.allclose(plain, scaled, atol=1e-6)
 
 
-def test_together_is_saved_and_goes_on():
+def test_a_combined_optimizer_is_saved_and_loaded():
     torch.manual_seed(0)
     model = build_vae("tiny", (32, 32))
     optimizer = build_optimizer("muon", model, 1e-3, 0.01, 20)
@@ -113,11 +125,11 @@ def test_together_is_saved_and_goes_on():
     step(optimizer)
     weights, state = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
     step(optimizer)
-    once_more = [p.detach().clone() for p in model.parameters()]
+    expected = [p.detach().clone() for p in model.parameters()]
     for parameter, weight in zip(model.parameters(), weights, strict=True):
         parameter.data.copy_(weight)
     fresh = build_optimizer("muon", model, 5.0, 0.0, 20)
     fresh.load_state_dict(state)
     assert {group["lr"] for group in fresh.param_groups} == {1e-3, 20 * 1e-3}
     step(fresh)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), once_more, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))

@@ -1,4 +1,4 @@
-"""Any source -> DatasetDict: the layouts, the split, the choice of classes."""
+"""Loading photos from any source: the layouts, the split and the choice of classes."""
 
 import json
 import os
@@ -15,18 +15,22 @@ from corel_diffusers.files import UserError
 
 
 def labels_by_file(photos) -> dict[str, str]:
-    """file name -> class name over both splits."""
+    """Return file name -> class name for the photos of all splits."""
     names = photos["train"].features["label"]
-    return {name: names.int2str(label) for part in photos.values() for name, label in zip(part["file_name"], part["label"], strict=True)}
+    return {
+        name: names.int2str(label)
+        for part in photos.values()
+        for name, label in zip(part["file_name"], part["label"], strict=True)
+    }
 
 
 def flat_copies(source: Path, folder: Path, names: list[str]) -> Path:
     folder.mkdir()
     files = sorted(source.glob("*.png"))
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        Image.open(files[place % len(files)]).convert("RGB").save(target)
+        Image.open(files[index % len(files)]).convert("RGB").save(target)
     return folder
 
 
@@ -43,7 +47,7 @@ def test_raw_corel_has_names_captions_and_both_splits(raw_photos):
     assert len(photos["train"]) + len(photos["validation"]) == 18
 
 
-def test_corel_1k_class_is_the_hundred(raw_photos, tmp_path, capsys):
+def test_corel_1k_class_is_number_divided_by_100(raw_photos, tmp_path, capsys):
     folder = flat_copies(raw_photos, tmp_path / "1k", [f"{n}.jpg" for n in (0, 1, 2, 100, 101, 250, 251, 999, 998)])
     photos = load_photos(folder)
     assert labels_by_file(photos)["250.jpg"] == "2"
@@ -51,32 +55,34 @@ def test_corel_1k_class_is_the_hundred(raw_photos, tmp_path, capsys):
     assert "Corel-1K" in capsys.readouterr().out
 
 
-def test_somebodys_numbered_photos_are_flat(raw_photos, tmp_path):
+def test_photos_numbered_from_1_are_flat(raw_photos, tmp_path):
     folder = flat_copies(raw_photos, tmp_path / "mine", [f"{n}.jpg" for n in range(1, 131)])
     assert find_photos(folder).layout == "flat"
     assert load_photos(folder)["train"].features["label"].names == ["photo"]
 
 
-def test_class_folders_like_datasets_own_reader(raw_photos, tmp_path):
-    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog", "tree") for n in range(4)])
+def test_class_folders_give_the_same_labels_as_imagefolder(raw_photos, tmp_path):
+    folder = flat_copies(
+        raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog", "tree") for n in range(4)]
+    )
     reference = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))["train"]
     (folder / "dog" / "notes.txt").write_text("x")
-    assert find_photos(folder).not_photos == {"dog/notes.txt": "not a picture (.txt)"}
+    assert find_photos(folder).left_out == {"dog/notes.txt": "not an image (.txt)"}
     photos = load_photos(folder)
     assert photos["train"].features["label"].names == reference.features["label"].names
     assert labels_by_file(photos)["dog/2.png"] == "dog"
 
 
-def test_some_photos_beside_class_folders_do_not_hide_them(raw_photos, tmp_path, capsys):
+def test_class_folders_are_found_despite_photos_beside_them(raw_photos, tmp_path, capsys):
     shutil.copytree(raw_photos, tmp_path / "mine" / "sea")
     shutil.copytree(raw_photos, tmp_path / "mine" / "snow")
     shutil.copy(raw_photos / "0001_0001.png", tmp_path / "mine" / "cover.png")
     (tmp_path / "mine" / "sea" / "0001_0099.heic").write_text("x")
     photos = load_photos(tmp_path / "mine")
     assert photos["train"].features["label"].names == ["sea", "snow"]
-    told = capsys.readouterr().out
-    assert "1 photos beside the class folders are left out" in told
-    assert "1 files are left out: sea/0001_0099.heic: not a picture (.heic)" in told
+    output = capsys.readouterr().out
+    assert "1 photos outside the class folders are left out" in output
+    assert "1 files are left out: sea/0001_0099.heic: not an image (.heic)" in output
 
 
 @pytest.mark.parametrize(
@@ -88,19 +94,23 @@ def test_some_photos_beside_class_folders_do_not_hide_them(raw_photos, tmp_path,
         (("class_0002", "class_0007"), "2 beach\n9 sunset\n", {"beach": 2, "class_0007": 7}),
     ],
 )
-def test_class_folders_are_called_by_themselves_whatever_classes_txt_says_beside_them(folders, classes, expected, raw_photos, tmp_path):
-    for place, name in enumerate(folders, 1):
+def test_class_folders_keep_their_names_and_get_numbers_from_classes_txt(
+    folders, classes, expected, raw_photos, tmp_path
+):
+    for number, name in enumerate(folders, 1):
         (tmp_path / name).mkdir()
-        for file in raw_photos.glob(f"000{place}_*.png"):
+        for file in raw_photos.glob(f"000{number}_*.png"):
             shutil.copy(file, tmp_path / name)
     (tmp_path / "classes.txt").write_text(classes)
     found = find_photos(tmp_path)
     assert {name: number for number, name in found.classes.items()} == expected
-    assert {photo.path.parent.name: photo.number for photo in found.photos} == dict(zip(folders, expected.values(), strict=True))
+    assert {photo.path.parent.name: photo.class_number for photo in found.photos} == dict(
+        zip(folders, expected.values(), strict=True)
+    )
     assert load_photos(tmp_path)["train"].features["label"].names == list(found.classes.values())
 
 
-def test_photos_further_down_are_told_of_and_the_toolkits_own_folders_are_none_of_them(raw_photos, tmp_path, capsys):
+def test_nested_photos_are_reported_and_folders_of_the_toolkit_are_ignored(raw_photos, tmp_path, capsys):
     for name in ("sea", "snow", "vae_models", "figs"):
         shutil.copytree(raw_photos, tmp_path / name)
     (tmp_path / "vae_models" / "run.json").write_text("{}")
@@ -109,14 +119,14 @@ def test_photos_further_down_are_told_of_and_the_toolkits_own_folders_are_none_o
     shutil.copytree(raw_photos, tmp_path / "training_data" / "corel" / "corel_all")
     (tmp_path / "training_data" / "corel" / "source.json").write_text("{}")
     assert load_photos(tmp_path)["train"].features["label"].names == ["sea", "snow"]
-    assert "further down" not in capsys.readouterr().out
+    assert "nested folders" not in capsys.readouterr().out
     shutil.copytree(raw_photos, tmp_path / "snow" / "2020" / "may")
     assert load_photos(tmp_path)["train"].features["label"].names == ["sea", "snow"]
-    assert "photos further down are left out, as in snow/2020/" in capsys.readouterr().out
+    assert "photos in nested folders are left out, for example in snow/2020/" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of any bytes are a matter of POSIX")
-def test_a_name_that_is_not_utf_8_is_left_out_and_told_of(raw_photos, tmp_path, capsys):
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX allows file names that are not UTF-8")
+def test_a_file_name_that_is_not_utf_8_is_left_out_and_reported(raw_photos, tmp_path, capsys):
     folder = tmp_path / "mine"
     shutil.copytree(raw_photos, folder)
     shutil.copy(raw_photos / "0001_0001.png", os.fsencode(folder) + b"/caf\xe9.png")
@@ -124,8 +134,8 @@ def test_a_name_that_is_not_utf_8_is_left_out_and_told_of(raw_photos, tmp_path, 
     assert "1 files are left out: caf\ufffd.png: its name is not UTF-8: rename it" in capsys.readouterr().out
     for name, target in (("sea", b"a.png"), ("snow", b"b.png"), ("cafe", b"\xe9.png")):
         (tmp_path / "more" / name).mkdir(parents=True)
-        for place, file in enumerate(raw_photos.glob("0001*.png")):
-            shutil.copy(file, os.fsencode(tmp_path / "more" / name) + b"/%d" % place + target)
+        for index, file in enumerate(raw_photos.glob("0001*.png")):
+            shutil.copy(file, os.fsencode(tmp_path / "more" / name) + b"/%d" % index + target)
     assert load_photos(tmp_path / "more")["train"].features["label"].names == ["sea", "snow"]
     assert "6 files are left out: cafe/" in capsys.readouterr().out
 
@@ -134,59 +144,69 @@ def test_flat_folder_uses_captions_json(raw_photos, tmp_path):
     folder = flat_copies(raw_photos, tmp_path / "flat", ["a.png", "b.png", "c.png"])
     (folder / "captions.json").write_text(json.dumps({"b.png": "my cat"}))
     photos = load_photos(folder)
-    captions = {name: caption for part in photos.values() for name, caption in zip(part["file_name"], part["caption"], strict=True)}
+    captions = {
+        name: caption
+        for part in photos.values()
+        for name, caption in zip(part["file_name"], part["caption"], strict=True)
+    }
     assert captions == {"a.png": "a photo", "b.png": "my cat", "c.png": "a photo"}
 
 
-def test_without_classes_txt_classes_are_called_by_number(raw_photos, tmp_path, capsys):
+def test_without_classes_txt_the_class_numbers_are_the_names(raw_photos, tmp_path, capsys):
     folder = tmp_path / "bare"
     shutil.copytree(raw_photos, folder)
     (folder / "classes.txt").unlink()
     assert load_photos(folder)["train"].features["label"].names == ["1", "2", "3"]
-    assert "called by number" in capsys.readouterr().out
+    assert "the number is used as the name" in capsys.readouterr().out
 
 
 def test_classes_are_kept_by_name_or_number_and_relabelled(raw_photos):
-    whole = load_photos(raw_photos)
-    picked = load_photos(raw_photos, classes=["3", "sunset at sea"])
-    assert picked["train"].features["label"].names == ["sunset at sea", "pine forest"]
-    expected = {name: label for name, label in labels_by_file(whole).items() if label != "snowy mountain"}
-    assert labels_by_file(picked) == expected
-    assert set(picked["validation"]["file_name"]) <= set(whole["validation"]["file_name"]), "the split must not depend on --classes"
+    all_photos = load_photos(raw_photos)
+    kept = load_photos(raw_photos, classes=["3", "sunset at sea"])
+    assert kept["train"].features["label"].names == ["sunset at sea", "pine forest"]
+    expected = {name: label for name, label in labels_by_file(all_photos).items() if label != "snowy mountain"}
+    assert labels_by_file(kept) == expected
+    assert set(kept["validation"]["file_name"]) <= set(all_photos["validation"]["file_name"]), (
+        "the split must not depend on --classes"
+    )
     with pytest.raises(UserError, match="1 sunset at sea, 2 snowy mountain, 3 pine forest"):
         load_photos(raw_photos, classes=["moon"])
 
 
-def test_max_train_samples_leaves_the_validation_photos_alone(raw_photos):
-    few, whole = load_photos(raw_photos, max_train_samples=5), load_photos(raw_photos)
+def test_max_train_samples_does_not_change_the_validation_photos(raw_photos):
+    few, all_photos = load_photos(raw_photos, max_train_samples=5), load_photos(raw_photos)
     assert len(few["train"]) == 5
-    assert few["validation"]["file_name"][:] == whole["validation"]["file_name"][:]
+    assert few["validation"]["file_name"][:] == all_photos["validation"]["file_name"][:]
 
 
 def test_split_is_stratified_stable_and_keeps_groups_together():
     labels = [0] * 40 + [1] * 10 + [2]
     names = [f"{n}.png" for n in range(51)]
-    sides = split_photos(labels, names)
-    held_out = [labels[i] for i, side in enumerate(sides) if side == "validation"]
+    splits = split_photos(labels, names)
+    held_out = [labels[i] for i, split in enumerate(splits) if split == "validation"]
     assert held_out.count(0) == 4
     assert held_out.count(1) == 1
-    assert held_out.count(2) == 0, "the only photo of a class trains"
+    assert held_out.count(2) == 0, "the only photo of a class is a training photo"
     more = split_photos([*labels, 0], [*names, "new.png"])
-    assert sum(a != b for a, b in zip(sides, more, strict=False)) <= 1, "a photo added later leaves the others on their side"
+    assert sum(a != b for a, b in zip(splits, more, strict=False)) <= 1, (
+        "adding a photo changes the split of at most one other photo"
+    )
     groups = [i // 2 for i in range(51)]
     grouped = split_photos(labels, names, groups)
     assert all(grouped[i] == grouped[i + 1] for i in range(0, 50, 2))
     assert "validation" in grouped
     pairs = split_photos([0] * 6, [f"{n}.png" for n in range(6)], [0, 0, 1, 1, 2, 2])
-    assert pairs.count("validation") == 2, "duplicates larger than the share still leave a class something to validate on"
-    for burst in range(6):  # whichever comes first: fifteen frames of one series and five photos
+    assert pairs.count("validation") == 2, (
+        "a group larger than the validation fraction is held out if no group is smaller"
+    )
+    for burst in range(6):  # fifteen frames of one series and five photos, with the series at each place in the order
         groups = [burst] * 15 + [n for n in range(6) if n != burst]
-        sides = split_photos([0] * 20, [f"{group}-{place}.png" for place, group in enumerate(groups)], groups)
-        assert sides[:15] == ["train"] * 15
-        assert sides.count("validation") == 2
+        splits = split_photos([0] * 20, [f"{group}-{index}.png" for index, group in enumerate(groups)], groups)
+        assert splits[:15] == ["train"] * 15
+        assert splits.count("validation") == 2
 
 
-def test_prepared_folder_keeps_its_written_split(raw_photos, tmp_path):
+def test_a_prepared_folder_uses_its_split_json(raw_photos, tmp_path):
     folder = tmp_path / "prepared"
     shutil.copytree(raw_photos, folder)
     files = sorted(f.name for f in folder.glob("*.png"))
@@ -197,7 +217,9 @@ def test_prepared_folder_keeps_its_written_split(raw_photos, tmp_path):
     photos = load_photos(folder)
     assert photos["validation"]["file_name"][:] == files[:3]
     assert photos["train"].features["label"].names == ["b", "a"], "in the order of classes.txt"
-    assert [len(part) for part in load_photos(folder, classes=["9"]).values()] == [11, 1], "none of this class is held out: split anew"
+    assert [len(part) for part in load_photos(folder, classes=["9"]).values()] == [11, 1], (
+        "split.json holds out no photo of this class: a new split is made"
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,10 +228,10 @@ def test_prepared_folder_keeps_its_written_split(raw_photos, tmp_path):
         ({"notes.txt": "x"}, r"No images found in .*: looked for \.png \.jpg"),
         ({"0001_0001.png": "x", "classes.txt": "one\n"}, "classes.txt line 1"),
         ({"a.png": "x", "captions.json": "[1"}, "not valid JSON"),
-        ({"metadata.jsonl": '{"file_name": "gone.png"}\n'}, "gone.png, which is not there"),
+        ({"metadata.jsonl": '{"file_name": "gone.png"}\n'}, "gone.png, which does not exist"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, content, expected):
+def test_a_folder_that_cannot_be_loaded_gives_a_one_line_error(tmp_path, content, expected):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=expected) as error:
@@ -217,9 +239,11 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, content, expe
     assert "\n" not in str(error.value)
 
 
-def test_hub_dataset_by_its_columns(raw_photos, tmp_path, monkeypatch):
-    """`load_dataset` reads a local imagefolder here in place of a Hub id: the same object reaches the loader."""
-    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(5)])
+def test_a_hub_dataset_is_read_by_its_column_types(raw_photos, tmp_path, monkeypatch):
+    """`load_dataset` returns a local imagefolder here: the loader gets the same type of object as from the Hub."""
+    folder = flat_copies(
+        raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(5)]
+    )
     loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: loaded)
     photos = load_photos("somebody/photos")
@@ -233,21 +257,30 @@ def test_hub_dataset_by_its_columns(raw_photos, tmp_path, monkeypatch):
 
 
 def test_a_hub_split_without_labels_is_not_held_out(raw_photos, tmp_path, monkeypatch):
-    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(5)])
+    folder = flat_copies(
+        raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(5)]
+    )
     loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
     unlabelled = loaded["train"].map(lambda row: {"label": -1})
-    monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: DatasetDict(train=loaded["train"], test=unlabelled))
+    monkeypatch.setattr(
+        "corel_diffusers.data.photos.load_dataset", lambda repo_id: DatasetDict(train=loaded["train"], test=unlabelled)
+    )
     assert {split: len(part) for split, part in load_photos("somebody/photos").items()} == {"train": 8, "validation": 2}
 
 
-def test_a_hub_dataset_with_photos_of_no_class_is_refused(raw_photos, tmp_path, monkeypatch):
-    folder = flat_copies(raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(4)])
+def test_a_hub_dataset_with_unlabelled_training_photos_is_refused(raw_photos, tmp_path, monkeypatch):
+    folder = flat_copies(
+        raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(4)]
+    )
     train = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))["train"]
-    some = train.map(lambda row, place: {"label": -1 if place == 3 else row["label"]}, with_indices=True)
-    monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: DatasetDict(train=some))
+    one_unlabelled = train.map(lambda row, index: {"label": -1 if index == 3 else row["label"]}, with_indices=True)
+    monkeypatch.setattr("corel_diffusers.data.photos.load_dataset", lambda repo_id: DatasetDict(train=one_unlabelled))
     with pytest.raises(UserError, match="some photos of its train split have no label"):
         load_photos("user/photos")
 
 
-def test_make_photos_is_what_the_other_tests_think_it_is(tmp_path):
-    assert find_photos(make_photos(tmp_path / "x", classes=2, each=3)).classes == {1: "sunset at sea", 2: "snowy mountain"}
+def test_make_photos_writes_the_raw_corel_layout(tmp_path):
+    assert find_photos(make_photos(tmp_path / "x", classes=2, each=3)).classes == {
+        1: "sunset at sea",
+        2: "snowy mountain",
+    }

@@ -1,4 +1,4 @@
-"""What is chosen for photos, a machine and the minutes."""
+"""The plan depends on the photos, the speed of the machine and the available time."""
 
 import time
 from types import SimpleNamespace
@@ -12,15 +12,23 @@ from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.files import write_json
 from corel_diffusers.models import build_vae
-from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, VIEWS, choose, native_side_px, photos_per_second
+from corel_diffusers.planning import (
+    NUM_CROPS,
+    UNET_PRESETS,
+    VAE_PRESETS,
+    choose_settings,
+    native_side_px,
+    photos_per_second,
+)
 
 LONG = {"perceptual_weight": 1.0, "adversarial_weight": 0.3, "kl_weight": 0.2 / 64**2}
-DECIDED = {"mixed_precision": "no", "attention": "fused"}  # as a machine without bf16 in hardware has them
-LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 300.0, "base": 256.0, "large": 54.0}  # the latter like an H200's
+DECIDED = {"mixed_precision": "no", "attention": "fused"}  # the values on a machine without bf16 in hardware
+# photos per second; the GPU is similar to an H200
+LAPTOP, GPU = {"tiny": 20.0, "base": 1.0, "large": 0.01}, {"tiny": 300.0, "base": 256.0, "large": 54.0}
 
 
 def with_device(machine: dict) -> SimpleNamespace:
-    """An accelerator, as far as planning looks at it."""
+    """Return a stand-in for an accelerator, with the attributes that planning reads."""
     return SimpleNamespace(device=torch.device("cuda" if machine is GPU else "cpu"), num_processes=1, print=print)
 
 
@@ -55,20 +63,27 @@ def with_device(machine: dict) -> SimpleNamespace:
         (GPU, 10_000, 400, {"max_train_minutes": 600}, {"config": "large", "image_size": "256", "batch_size": 16}),
     ],
 )
-def test_the_largest_model_that_sees_enough_in_its_time(machine, count, side_px, flags, expected, monkeypatch):
+def test_the_largest_model_that_sees_enough_images_is_chosen(machine, count, side_px, flags, expected, monkeypatch):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: side_px)
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: machine[config])
     monkeypatch.setattr(planning, "device_name", lambda accelerator: "a GPU")
     args = VAEArguments(**DECIDED, **flags)
     args.check()
-    plan = choose(args, with_device(machine), {"train": range(count)}, VAE_LADDER, lambda config, size_px, batch_size: config, args.size_px)
+    plan = choose_settings(
+        args,
+        with_device(machine),
+        {"train": range(count)},
+        VAE_PRESETS,
+        lambda config, size_px, batch_size: config,
+        args.size_px,
+    )
     assert plan == expected
     args.fill(plan)
     assert None not in args.planned.values()
     assert args.learning_rate == 1e-4
 
 
-def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):
+def test_a_preset_that_does_not_fit_is_not_chosen(monkeypatch, capsys):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: GPU[config])
     monkeypatch.setattr(planning, "device_name", lambda accelerator: "a GPU")
@@ -79,59 +94,73 @@ def test_a_rung_that_does_not_fit_is_not_taken(monkeypatch, capsys):
         return config
 
     args = VAEArguments(**DECIDED, plan=True)
-    assert choose(args, with_device(GPU), {"train": range(350)}, VAE_LADDER, trial_step, None)["config"] == "tiny"
-    args = VAEArguments(**DECIDED, plan=True, image_size="100", max_train_minutes=600)  # no size for large
+    assert (
+        choose_settings(args, with_device(GPU), {"train": range(350)}, VAE_PRESETS, trial_step, None)["config"]
+        == "tiny"
+    )
+    # "large" has no model of this size
+    args = VAEArguments(**DECIDED, plan=True, image_size="100", max_train_minutes=600)
     build = lambda config, size_px, batch_size: build_vae(config, size_px) and config  # noqa: E731
-    assert choose(args, with_device(GPU), {"train": range(5_000)}, VAE_LADDER, build, (100, 100))["config"] == "base"
-    assert "does about 225 photos/s of 64x64 px: 20 minutes, 270,000 pictures in 16,875 steps" in capsys.readouterr().out
+    assert (
+        choose_settings(args, with_device(GPU), {"train": range(5_000)}, VAE_PRESETS, build, (100, 100))["config"]
+        == "base"
+    )
+    assert (
+        "trains on about 225 photos/s of 64x64 px: 20 minutes, 270,000 images seen in 16,875 steps"
+        in capsys.readouterr().out
+    )
 
 
-def test_a_plan_of_so_many_epochs_says_how_long_they_take(monkeypatch, capsys):
+def test_a_plan_for_given_epochs_says_how_long_they_take(monkeypatch, capsys):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: LAPTOP[config])
-    choose(
+    choose_settings(
         VAEArguments(**DECIDED, plan=True, epochs=600),
         Accelerator(cpu=True),
         {"train": range(200)},
-        VAE_LADDER,
+        VAE_PRESETS,
         lambda *what: what[0],
         None,
     )
     out = capsys.readouterr().out
     assert "plan: --config tiny --image-size 64 --batch-size 2" in out
-    assert "133 minutes, 120,000 pictures in 60,000 steps: each of the 200 photos 600 times" in out
+    assert "133 minutes, 120,000 images seen in 60,000 steps, each of the 200 photos 600 times" in out
 
 
-def test_the_unet_keeps_the_size_of_its_vae(monkeypatch, trained_vae):
+def test_the_unet_uses_the_image_size_of_its_vae(monkeypatch, trained_vae):
     monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)
     asked = []
     args = UNetArguments(**DECIDED, vae_checkpoint=str(trained_vae), plan=True)
-    plan = choose(args, Accelerator(cpu=True), {"train": range(9)}, UNET_LADDER, lambda *what: asked.append(what), (32, 48))
-    assert plan == {"config": "tiny", "batch_size": 16, "views": VIEWS, "max_train_minutes": 40}
+    plan = choose_settings(
+        args, Accelerator(cpu=True), {"train": range(9)}, UNET_PRESETS, lambda *what: asked.append(what), (32, 48)
+    )
+    assert plan == {"config": "tiny", "batch_size": 16, "views": NUM_CROPS, "max_train_minutes": 40}
     assert asked == [("tiny", (32, 48), 16)]
 
 
 @pytest.mark.parametrize(
     ("count", "flags", "expected"),
     [
-        (79, {}, VIEWS),
+        (79, {}, NUM_CROPS),
         (81, {}, 0),
         (79, {"epochs": 300}, 0),
-        (79, {"epochs": 301}, VIEWS),
+        (79, {"epochs": 301}, NUM_CROPS),
         (79, {"views": 0}, None),
         (81, {"views": 2}, None),
     ],
 )
-def test_photos_that_are_seen_very_often_come_in_changed_views(count, flags, expected, monkeypatch, trained_vae):
-    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)  # 24,000 pictures in 40 minutes
+def test_photos_that_are_seen_very_often_are_augmented(count, flags, expected, monkeypatch, trained_vae):
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)  # 24,000 images in 40 minutes
     args = UNetArguments(**DECIDED, vae_checkpoint=str(trained_vae), config="tiny", batch_size=16, **flags)
-    plan = choose(args, Accelerator(cpu=True), {"train": range(count)}, UNET_LADDER, lambda *what: None, (32, 48))
+    plan = choose_settings(
+        args, Accelerator(cpu=True), {"train": range(count)}, UNET_PRESETS, lambda *what: None, (32, 48)
+    )
     assert plan.get("views") == expected
     args.fill(plan)
     assert args.views == (flags.get("views") if expected is None else expected)
 
 
-def test_speed_is_that_of_the_steps_and_photos_have_a_size(raw_photos):
+def test_speed_and_photo_size_are_measured(raw_photos):
     assert 50 < photos_per_second(lambda: time.sleep(0.1), batch_size=8, seconds=0.5) < 81
     assert native_side_px(load_photos(raw_photos)) == 48
 
@@ -145,31 +174,37 @@ def test_speed_is_that_of_the_steps_and_photos_have_a_size(raw_photos):
         ({"attention": "math"}, {("bf16", "math"): 103, ("no", "math"): 86}, ("no", "math")),
     ],
 )
-def test_precision_and_attention_are_what_a_step_is_fastest_with(flags, milliseconds, expected, monkeypatch, capsys):
-    monkeypatch.setattr(planning, "use", lambda accelerator, *chosen: used.append(chosen))
-    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 1e3 * batch_size / milliseconds[used[-1]])
+def test_the_fastest_precision_and_attention_are_chosen(flags, milliseconds, expected, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "set_precision", lambda accelerator, *chosen: used.append(chosen))
+    monkeypatch.setattr(
+        planning, "photos_per_second", lambda step, batch_size: 1e3 * batch_size / milliseconds[used[-1]]
+    )
     used, args = [], UNetArguments(config="tiny", batch_size=16, epochs=1, **flags)
-    rate, *found = planning.fastest(args, Accelerator(cpu=True), lambda: None, args.batch_size)
+    rate, *found = planning.fastest_precision(args, Accelerator(cpu=True), lambda: None, args.batch_size)
     assert tuple(found) == expected
     assert rate == 1e3 * 16 / milliseconds[expected]
-    assert set(used) == set(milliseconds), "each is timed, and nothing else"
+    assert set(used) == set(milliseconds), "each allowed combination is timed, and no other one"
     assert f"{expected[0]} with {expected[1]} attention {milliseconds[expected]}" in capsys.readouterr().out
 
 
-def test_a_plan_counts_on_the_precision_that_is_fastest(monkeypatch):
+def test_a_plan_uses_the_speed_of_the_fastest_precision(monkeypatch):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
-    monkeypatch.setattr(planning, "use", lambda accelerator, *chosen: used.append(chosen))
+    monkeypatch.setattr(planning, "set_precision", lambda accelerator, *chosen: used.append(chosen))
     speeds = {("bf16", "fused"): 100.0, ("bf16", "math"): 150.0, ("no", "fused"): 90.0}
     monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: speeds[used[-1]])
     used, args = [], UNetArguments()
-    plan = choose(args, Accelerator(cpu=True), {"train": range(350)}, UNET_LADDER, lambda *what: None, (64, 64))
+    plan = choose_settings(
+        args, Accelerator(cpu=True), {"train": range(350)}, UNET_PRESETS, lambda *what: None, (64, 64)
+    )
     assert (plan["config"], plan["mixed_precision"], plan["attention"]) == ("base", "bf16", "math")
-    assert 60 * 40 * 90 < planning.STEEPNESS * 100_000 < 60 * 40 * 150, "which the first precision would not have come to"
+    assert 60 * 40 * 90 < planning.CPU_SLOWDOWN * 100_000 < 60 * 40 * 150, (
+        "with the other combinations, base would be too slow"
+    )
 
 
-def test_a_resumed_run_computes_as_it_was_begun(tmp_path):
+def test_a_resumed_run_keeps_its_precision_and_attention(tmp_path):
     args = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny", batch_size=4, views=0, epochs=1)
     write_json(tmp_path / "run.json", {"plan": {"mixed_precision": "no", "attention": "math"}})
-    planning.settle(args, Accelerator(cpu=True), {}, UNET_LADDER, None, (64, 64))
+    planning.plan_run(args, Accelerator(cpu=True), {}, UNET_PRESETS, None, (64, 64))
     assert (args.mixed_precision, args.attention) == ("no", "math")
-    planning.use(Accelerator(cpu=True), "no", "fused")
+    planning.set_precision(Accelerator(cpu=True), "no", "fused")

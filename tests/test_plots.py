@@ -1,24 +1,31 @@
-"""The plots of a run, against what matplotlib was told to draw."""
+"""The plots of a run, compared with the lines that matplotlib draws."""
 
 from PIL import Image
 
 from corel_diffusers import plots
 
 
-def test_the_plot_marks_heights_and_names_them(tmp_path, monkeypatch):
+def test_the_plot_shows_labelled_horizontal_lines(tmp_path, monkeypatch):
     from matplotlib import pyplot
 
-    history = [{"epoch": e, "step": e, "gauge": g, "loss": 1 / e, "published": e < 3} for e, g in ((1, 1.0), (2, 1.1), (3, 1.3))]
+    history = [
+        {"epoch": e, "step": e, "gauge": g, "loss": 1 / e, "published": e < 3}
+        for e, g in ((1, 1.0), (2, 1.1), (3, 1.3))
+    ]
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    panels = {"Losses": {"loss": "training"}, "Gauge": {"gauge": "held-out over seen"}}
+    panels = {"Losses": {"loss": "training"}, "Gauge": {"gauge": "held-out / training"}}
     plots.plot_history(history, panels, tmp_path / "plot.png", {"Gauge": [(1.5, "copies began"), (9.0, "far above")]})
     losses, gauge = figures[0].axes
     dashed = [(line.get_ydata()[0], line.get_ydata()[1]) for line in gauge.lines if line.get_linestyle() == "--"]
     assert dashed == [(1.5, 1.5), (9.0, 9.0)]
     assert [(text.get_text(), text.xy[1]) for text in gauge.texts] == [("copies began", 1.5), ("far above", 9.0)]
-    assert 1.5 < gauge.get_ylim()[1] < 9, "the first mark is in view, and no other squeezes the curve"
-    assert [line.get_xdata()[0] for line in gauge.lines if line.get_linestyle() == ":"] == [2], "where the published model comes from"
+    assert 1.5 < gauge.get_ylim()[1] < 9, (
+        "only the first line is always in view, so that far lines do not compress the curve"
+    )
+    assert [line.get_xdata()[0] for line in gauge.lines if line.get_linestyle() == ":"] == [2], (
+        "the epoch of the model that was saved as best"
+    )
     assert not losses.texts
     assert not [line for line in losses.lines if line.get_linestyle() == "--"]
     assert Image.open(tmp_path / "plot.png").size[0] > 500

@@ -1,4 +1,4 @@
-"""The precision of passes, and the kernel of attention."""
+"""The mixed precision of forward passes, and the attention kernel."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from corel_diffusers.files import UserError
 from corel_diffusers.models import build_unet, build_vae
-from corel_diffusers.precision import arithmetic, autocast, resolve_precision, use
+from corel_diffusers.precision import arithmetic, autocast, resolve_precision, set_precision
 
 
 def test_fp16_without_a_gpu_is_refused(monkeypatch):
@@ -26,29 +26,29 @@ def test_fp16_without_a_gpu_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_a_matrix_product_runs_in_the_precision_asked_for(precision, expected):
+def test_a_matrix_product_runs_in_the_given_precision(precision, expected):
     with autocast(precision, "cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_an_accelerator_of_bf16_computes_as_was_found_fastest(precision, expected):
+def test_a_bf16_accelerator_runs_in_the_precision_that_is_set(precision, expected):
     AcceleratorState._reset_state(True)
-    accelerator, seen = Accelerator(cpu=True, mixed_precision="bf16"), []
-    use(accelerator, precision, "fused")
+    accelerator, dtypes = Accelerator(cpu=True, mixed_precision="bf16"), []
+    set_precision(accelerator, precision, "fused")
     inner = torch.nn.Linear(2, 2)
-    inner.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    inner.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     accelerator.prepare(torch.nn.Sequential(inner))(torch.ones(1, 2))
     with accelerator.autocast():
-        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
-    assert seen == [expected, expected]
+        dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+    assert dtypes == [expected, expected]
     AcceleratorState._reset_state(True)
 
 
-def test_attention_runs_by_the_kernel_that_was_found_fastest():
+def test_attention_runs_in_the_kernel_that_is_set():
     accelerator, query, names = Accelerator(cpu=True), torch.randn(1, 2, 16, 8), {"plain": {}, "training": {}}
     for attention in ("math", "fused"):
-        use(accelerator, "no", attention)
+        set_precision(accelerator, "no", attention)
         unet = build_unet("tiny", (32, 32), build_vae("tiny", (32, 32)), None)
         for name, run in {
             "plain": lambda: scaled_dot_product_attention(query, query, query),
@@ -59,10 +59,10 @@ def test_attention_runs_by_the_kernel_that_was_found_fastest():
             names[name][attention] = {event.key for event in profiled.key_averages()}
     assert "aten::_scaled_dot_product_attention_math" in names["plain"]["math"] - names["plain"]["fused"]
     assert not any("scaled_dot_product" in key for key in names["training"]["math"])
-    assert all(any("flash" in key for key in found["fused"]) for found in names.values())
+    assert all(any("flash" in key for key in kernels["fused"]) for kernels in names.values())
 
 
-def test_the_name_of_the_arithmetic_tells_all_that_bears_on_the_last_bit(monkeypatch):
+def test_the_name_of_the_arithmetic_depends_on_tf32(monkeypatch):
     assert arithmetic(torch.device("cpu")) == torch.backends.cpu.get_cpu_capability().lower()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     names = set()

@@ -1,4 +1,4 @@
-"""Raw Corel -> prepared folders: borders, duplicates, bad files, a second and an interrupted run."""
+"""Preparing raw Corel photos: borders, duplicates, bad files, a second run and an interrupted run."""
 
 import json
 import os
@@ -21,8 +21,12 @@ COREL = ROOT.parent / "shared" / "data" / "corel"
 
 
 def state(folder: Path) -> dict:
-    """Every file below a folder with its time of change and its bytes."""
-    return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file()}
+    """Return the modification time and the bytes of every file below a folder."""
+    return {
+        str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes())
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
 
 
 def run(data_dir: Path, base: Path, **flags) -> Path:
@@ -31,29 +35,33 @@ def run(data_dir: Path, base: Path, **flags) -> Path:
     return base / "training_data" / "corel"
 
 
-def test_the_guides_command_writes_what_the_guide_promises(tmp_path):
+def test_the_command_writes_the_documented_files(tmp_path):
     make_photos(tmp_path / "data" / "corel", each=12)
     before = state(tmp_path / "data")
-    said = tool("prepare", "--data-dir", "data/corel", "--base-dir", tmp_path).stdout
-    assert "36 photos in 3 classes (corel): 33 to train, 3 held out" in said
+    output = tool("prepare", "--data-dir", "data/corel", "--base-dir", tmp_path).stdout
+    assert "36 photos in 3 classes (corel): 33 for training, 3 for validation" in output
     corel = tmp_path / "training_data" / "corel"
-    assert state(tmp_path / "data") == before, "originals are only read"
+    assert state(tmp_path / "data") == before, "the original photos are only read"
     captions = json.loads((corel / "corel_all" / "captions.json").read_text())
     assert captions["0001_0001.png"] == "a photo of a sunset at sea"
     assert len(list((corel / "class_0002").glob("*.png"))) == 12
     assert (tmp_path / "figs" / "corel_dataset_samples.png").is_file()
-    reference = load_dataset("imagefolder", data_dir=str(corel / "corel_all"), cache_dir=str(tmp_path / "cache"))["train"]
+    reference = load_dataset("imagefolder", data_dir=str(corel / "corel_all"), cache_dir=str(tmp_path / "cache"))[
+        "train"
+    ]
     assert len(reference) == 36
     assert set(reference.column_names) == {"image", "label", "caption"}
-    whole, part = load_photos(corel / "corel_all"), load_photos(corel / "class_0002")
-    assert set(part["validation"]["file_name"]) == {n for n in whole["validation"]["file_name"] if n.startswith("0002")}
+    all_photos, one_class = load_photos(corel / "corel_all"), load_photos(corel / "class_0002")
+    assert set(one_class["validation"]["file_name"]) == {
+        n for n in all_photos["validation"]["file_name"] if n.startswith("0002")
+    }
 
 
-def test_a_second_run_changes_nothing_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
+def test_a_second_run_changes_nothing_and_an_interrupted_run_continues(tmp_path, monkeypatch):
     raw = make_photos(tmp_path / "raw")
-    reference = state(run(raw, tmp_path / "whole"))
-    run(raw, tmp_path / "whole")
-    assert state(tmp_path / "whole" / "training_data" / "corel") == reference
+    reference = state(run(raw, tmp_path / "complete"))
+    run(raw, tmp_path / "complete")
+    assert state(tmp_path / "complete" / "training_data" / "corel") == reference
 
     from corel_diffusers.data import prepare as module
 
@@ -69,17 +77,17 @@ def test_a_second_run_changes_nothing_and_an_interrupted_one_goes_on(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         run(raw, tmp_path / "cut")
     record = tmp_path / "cut" / "training_data" / "corel" / "prepared.jsonl"
-    record.write_text(record.read_text() + '{"source": "0001_00')  # a line cut off by the kill
+    record.write_text(record.read_text() + '{"source": "0001_00')  # an incomplete line, as a killed run leaves it
     monkeypatch.setattr(module, "prepare_photo", lambda *a: done.append(a) or original(*a))
     corel = run(raw, tmp_path / "cut")
-    assert len(done) == 18, "what was done is not done again"
+    assert len(done) == 18, "photos that are done are not prepared again"
     contents = {name: content for name, (_, content) in state(corel).items() if "prepared.jsonl" not in name}
     assert contents == {name: content for name, (_, content) in reference.items() if "prepared.jsonl" not in name}
     run(raw, tmp_path / "cut")
     assert len(done) == 18
 
 
-def test_no_two_photos_get_one_name_even_where_it_looks_like_anothers():
+def test_output_names_are_unique_and_known_names_are_kept():
     photos = [Photo(Path(name), name) for name in ("1.jpeg", "1_jpg.jpg", "1.jpg", "1.JPG")]
     known = output_names(photos[:2], {})
     names = output_names(photos, known)
@@ -87,24 +95,24 @@ def test_no_two_photos_get_one_name_even_where_it_looks_like_anothers():
     assert {name: names[name] for name in known} == known
 
 
-def test_black_borders_are_measured_and_dark_pictures_left_alone():
-    picture = np.asarray(draw_scene(5, np.random.default_rng(0)).resize((200, 160)))
+def test_black_borders_are_measured_and_dark_photos_have_none():
+    image = np.asarray(draw_scene(5, np.random.default_rng(0)).resize((200, 160)))
     framed = np.zeros((160 + 9 + 4, 200 + 12, 3), np.uint8) + 6
-    framed[9:-4, 12:] = picture
+    framed[9:-4, 12:] = image
     left, top, right, bottom = black_borders(framed)
     assert 12 <= left <= 15
     assert 9 <= top <= 12
     assert right == 0
     assert 4 <= bottom <= 7
-    assert black_borders(picture) == (0, 0, 0, 0)
+    assert black_borders(image) == (0, 0, 0, 0)
     night = np.linspace(0, 120, 160)[:, None, None].repeat(200, 1).repeat(3, 2).astype(np.uint8)
-    assert black_borders(night) == (0, 0, 0, 0), "a picture that grows lighter by and by has no film border"
+    assert black_borders(night) == (0, 0, 0, 0), "a photo whose brightness increases gradually has no film border"
     wide = framed.copy()
     wide[: 173 // 3] = 0
-    assert black_borders(wide)[1] == 0, "a third of the picture is no border"
+    assert black_borders(wide)[1] == 0, "a black area of a third of the photo is not a border"
 
 
-def test_trimmed_photos_are_counted_and_can_be_left(tmp_path, capsys):
+def test_trimmed_photos_are_counted_and_trimming_can_be_disabled(tmp_path, capsys):
     raw = make_photos(tmp_path / "raw", size_px=(96, 96))
     framed = Image.new("RGB", (96 + 14, 96), "black")
     framed.paste(Image.open(raw / "0003_0001.png"), (7, 0))
@@ -116,12 +124,12 @@ def test_trimmed_photos_are_counted_and_can_be_left(tmp_path, capsys):
     assert (corel / "corel_all" / "0003_0001.png").read_bytes() == (raw / "0003_0001.png").read_bytes()
 
 
-def test_a_photo_that_comes_later_does_not_take_the_place_of_another(tmp_path):
-    """a.jpg is sorted before a.png, has a border, and so becomes a PNG file itself."""
+def test_a_photo_added_later_does_not_replace_another_photo(tmp_path):
+    """The new photo a.jpg is sorted before a.png. It has a border, so it becomes a PNG file."""
     raw = tmp_path / "raw"
     raw.mkdir()
-    for place, name in enumerate(("a.png", "b.png", "c.png")):
-        draw_scene(place, np.random.default_rng(place)).resize((96, 96)).save(raw / name)
+    for label, name in enumerate(("a.png", "b.png", "c.png")):
+        draw_scene(label, np.random.default_rng(label)).resize((96, 96)).save(raw / name)
     corel = run(raw, tmp_path)
     framed = Image.new("RGB", (96 + 14, 96), "black")
     framed.paste(draw_scene(3, np.random.default_rng(3)).resize((96, 96)), (7, 0))
@@ -132,32 +140,37 @@ def test_a_photo_that_comes_later_does_not_take_the_place_of_another(tmp_path):
     assert len(load_photos(corel / "corel_all")["train"]) + len(load_photos(corel / "corel_all")["validation"]) == 4
 
 
-def test_duplicates_are_listed_and_kept_on_one_side(tmp_path):
+def test_duplicates_are_listed_and_kept_in_the_same_split(tmp_path):
     raw = make_photos(tmp_path / "raw", each=10, size_px=(96, 96))
     shutil.copy(raw / "0001_0001.png", raw / "0001_0011.png")
     Image.open(raw / "0001_0002.png").crop((2, 2, 94, 95)).resize((80, 80)).save(raw / "0001_0012.jpg", quality=70)
     ImageOps.mirror(Image.open(raw / "0002_0003.png")).save(raw / "0002_0013.png")
     corel = run(raw, tmp_path)
-    listed = {frozenset(group["photos"]): group["kind"] for group in json.loads((corel / "duplicates.json").read_text())}
-    assert listed[frozenset({"0001_0001.png", "0001_0011.png"})] == "exact"
-    assert any({"0001_0002.png", "0001_0012.jpg"} <= group and kind == "near" for group, kind in listed.items())
-    assert any({"0002_0003.png", "0002_0013.png"} <= group and kind == "near" for group, kind in listed.items()), "a mirror image"
+    kind_of = {
+        frozenset(group["photos"]): group["kind"] for group in json.loads((corel / "duplicates.json").read_text())
+    }
+    assert kind_of[frozenset({"0001_0001.png", "0001_0011.png"})] == "exact"
+    assert any({"0001_0002.png", "0001_0012.jpg"} <= group and kind == "near" for group, kind in kind_of.items())
+    assert any({"0002_0003.png", "0002_0013.png"} <= group and kind == "near" for group, kind in kind_of.items()), (
+        "a mirror image"
+    )
     split = json.loads((corel / "corel_all" / "split.json").read_text())
-    for group in listed:
+    for group in kind_of:
         assert len({name in split["validation"] for name in group}) == 1
 
 
-def test_what_prepare_writes_loads_whatever_the_captions_and_names_hold(tmp_path):
+def test_prepared_folders_load_with_unusual_captions_and_names(tmp_path):
     raw = make_photos(tmp_path / "raw", classes=1)
     (raw / "0001_0001.png").rename(raw / f"0001_{'7' * 240}.png")
     captions = {"0001_0002.png": "two lines\u2028of one caption\x85"}
-    (raw / "captions.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(captions).encode())  # with the mark that Windows' editors write
+    # with the byte order mark that editors on Windows write
+    (raw / "captions.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(captions).encode())
     photos = load_photos(run(raw, tmp_path) / "corel_all")
     assert sum(map(len, photos.values())) == 6
     assert captions["0001_0002.png"] in [caption for part in photos.values() for caption in part["caption"]]
 
 
-def test_a_border_is_not_trimmed_where_too_little_would_be_left(tmp_path):
+def test_a_border_is_not_trimmed_if_the_rest_would_be_too_small(tmp_path):
     raw = make_photos(tmp_path / "raw", classes=1)
     small = Image.fromarray(np.full((30, 60, 3), 200, np.uint8))
     ImageOps.expand(small, 3, "black").save(raw / "0001_0009.png")
@@ -166,7 +179,7 @@ def test_a_border_is_not_trimmed_where_too_little_would_be_left(tmp_path):
     assert json.loads((corel / "skipped.json").read_text()) == {}
 
 
-def test_groups_follow_chains():
+def test_chains_of_duplicates_are_one_group():
     groups = duplicate_groups([(word, word) for word in ("00", "ff" * 8, "01", "0f" * 8, "1ff")])
     assert groups[0] == groups[2]
     assert len(set(groups)) == 3
@@ -174,11 +187,11 @@ def test_groups_follow_chains():
     assert near[0] == near[1] == near[2] != near[3]
 
 
-def test_bad_files_are_left_out_with_reason_converted_or_stopped_by_strict(tmp_path, capsys):
+def test_bad_files_are_left_out_with_a_reason_and_strict_stops_at_them(tmp_path, capsys):
     raw = make_photos(tmp_path / "raw")
     good = Image.open(raw / "0001_0001.png")
     (raw / "0001_0091.png").write_bytes((raw / "0001_0001.png").read_bytes()[:300])
-    (raw / "0001_0092.jpg").write_text("not a picture")
+    (raw / "0001_0092.jpg").write_text("not an image")
     good.resize((9, 9)).save(raw / "0001_0093.png")
     good.save(raw / "0001_0094.gif", save_all=True, append_images=[good.rotate(90)])
     (raw / "notes.txt").write_text("hello")
@@ -189,7 +202,7 @@ def test_bad_files_are_left_out_with_reason_converted_or_stopped_by_strict(tmp_p
     corel = run(raw, tmp_path / "out")
     skipped = json.loads((corel / "skipped.json").read_text())
     assert set(skipped) == {"0001_0091.png", "0001_0092.jpg", "0001_0093.png", "0001_0094.gif", "notes.txt"}
-    assert skipped["0001_0092.jpg"] == "not a picture"
+    assert skipped["0001_0092.jpg"] == "not an image"
     assert "tiny" in skipped["0001_0093.png"]
     assert "animated" in skipped["0001_0094.gif"]
     assert "left out: 5" in capsys.readouterr().out
@@ -203,13 +216,13 @@ def test_bad_files_are_left_out_with_reason_converted_or_stopped_by_strict(tmp_p
     assert not (tmp_path / "strict").exists(), "nothing is written"
 
 
-def test_one_output_folder_holds_one_source(tmp_path):
+def test_an_output_folder_accepts_only_one_source(tmp_path):
     run(make_photos(tmp_path / "a"), tmp_path)
     with pytest.raises(UserError, match="--output-dir .* holds photos prepared from"):
         run(make_photos(tmp_path / "b"), tmp_path)
 
 
-def test_bad_flags_are_one_line_and_exit_code_2(tmp_path):
+def test_bad_flags_give_a_one_line_error_and_exit_code_2(tmp_path):
     done = tool("prepare", "--data-dir", tmp_path / "none", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --data-dir")
@@ -221,11 +234,18 @@ def test_bad_flags_are_one_line_and_exit_code_2(tmp_path):
     assert os.listdir(tmp_path) == ["empty"], "nothing is written"
 
 
-@pytest.mark.skipif(not COREL.is_dir(), reason="the real Corel photos are not here")
+@pytest.mark.skipif(not COREL.is_dir(), reason="the real Corel photos do not exist on this machine")
 def test_real_corel(tmp_path, capsys):
     corel = run(COREL, tmp_path)
-    said = capsys.readouterr().out
-    assert "302 photos in 6 classes (corel): 271 to train, 31 held out" in said
+    output = capsys.readouterr().out
+    assert "302 photos in 6 classes (corel): 271 for training, 31 for validation" in output
     assert json.loads((corel / "skipped.json").read_text()) == {}
     photos = load_photos(corel / "corel_all")
-    assert photos["train"].features["label"].names == ["royal guard", "steam train", "dessert", "vegetables", "antarctica", "sunset"]
+    assert photos["train"].features["label"].names == [
+        "royal guard",
+        "steam train",
+        "dessert",
+        "vegetables",
+        "antarctica",
+        "sunset",
+    ]

@@ -1,4 +1,4 @@
-"""FSDP: in parts on two processes, a model learns, is averaged, saved and resumed as a whole one is."""
+"""FSDP: training, EMA, saving and resuming of a model sharded over two processes are equal to one process."""
 
 import json
 import sys
@@ -15,23 +15,24 @@ from safetensors.torch import load_file, save_file
 
 from corel_diffusers.arguments import UNetArguments
 from corel_diffusers.files import UserError
-from corel_diffusers.models import UNetInTraining, from_config, layers
+from corel_diffusers.models import UNetForTraining, from_config, layers
 from corel_diffusers.sharding import set_sharding
 
 STEPS = 3
 
 
-def learn(folder: Path, cut: list[str]) -> None:
-    """Trains a UNet, saves it, goes on with a fresh one from there, and writes its whole weights and averages.
+def train_and_resume(folder: Path, sharded: list[str]) -> None:
+    """Train a UNet, save a checkpoint, resume a new UNet from it, and save its full weights and EMA weights.
 
-    cut: the classes of its parts that each rank holds a part of, the UNet itself being one; none for a whole one.
+    sharded: names of the module classes that are sharded as units. The UNet itself is then one more unit. If the list
+    is empty, nothing is sharded.
     """
     from accelerate import Accelerator
     from torch.distributed.fsdp import fully_shard
 
     from corel_diffusers.checkpoints import RunState, Trained, find_checkpoints, load_checkpoint, save_checkpoint
     from corel_diffusers.learning_rate import LearningRate
-    from corel_diffusers.sharding import whole_copy
+    from corel_diffusers.sharding import unsharded_copy
     from corel_diffusers.training import build_ema, ema_weights
 
     accelerator = Accelerator(cpu=True, mixed_precision="no")
@@ -40,15 +41,25 @@ def learn(folder: Path, cut: list[str]) -> None:
 
     def build(seed: int):
         torch.manual_seed(seed)
-        unet = from_config(UNet2DModel, UNET_CONFIG | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "dropout": 0.0}, "")
-        model = UNetInTraining(unet, 2, 0)
-        beside = whole_copy(model, torch.device("cpu")) if cut else None
-        for part in reversed([module for module in model.modules() if type(module).__name__ in cut]):  # the inner ones first
+        unet = from_config(
+            UNet2DModel, UNET_CONFIG | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "dropout": 0.0}, ""
+        )
+        model = UNetForTraining(unet, 2, 0)
+        full_copy = unsharded_copy(model, torch.device("cpu")) if sharded else None
+        # reversed, so that inner modules are sharded first
+        for part in reversed([module for module in model.modules() if type(module).__name__ in sharded]):
             fully_shard(part)
-        model = fully_shard(model) if cut else model
-        # the gradient of a key's bias is rounding alone; with AdamW's own eps its steps would be as large as any
+        model = fully_shard(model) if sharded else model
+        # The gradient of the bias of attention keys is only rounding error. With AdamW's default eps, the steps of this
+        # bias would be as large as those of other weights.
         optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4))
-        return model, beside, [Trained("model", model, optimizer)], build_ema(args, model), LearningRate([optimizer], args)
+        return (
+            model,
+            full_copy,
+            [Trained("model", model, optimizer)],
+            build_ema(args, model),
+            LearningRate([optimizer], args),
+        )
 
     def train(model, optimizer, ema, steps: range) -> None:
         for step in steps:
@@ -59,44 +70,55 @@ def learn(folder: Path, cut: list[str]) -> None:
             optimizer.zero_grad()
             ema.step(list(model.parameters()))
 
-    model, beside, trained, ema, rate = build(0)
+    model, full_copy, trained, ema, rate = build(0)
     train(model, trained[0].optimizer, ema, range(STEPS))
     save_checkpoint(accelerator, args, RunState(step=STEPS), {}, trained, rate, ema)
-    model, beside, trained, ema, rate = build(1)
+    model, full_copy, trained, ema, rate = build(1)
     assert load_checkpoint(accelerator, find_checkpoints(folder)[-1], trained, rate, ema).step == STEPS
     train(model, trained[0].optimizer, ema, range(STEPS, 2 * STEPS))
     for name, average in (("weights", None), ("averages", ema)):
-        with ema_weights(average, model, beside):
+        with ema_weights(average, model, full_copy):
             if accelerator.is_main_process:
                 save_file(
-                    {key: value.contiguous() for key, value in (beside or model).state_dict().items()}, folder / f"{name}.safetensors"
+                    {key: value.contiguous() for key, value in (full_copy or model).state_dict().items()},
+                    folder / f"{name}.safetensors",
                 )
     accelerator.end_training()
 
 
-@pytest.mark.parametrize("cut", [["ResnetBlock2D"], ["ResnetBlock2D", "Conv2d"]])
-def test_two_processes_with_parts_are_one_with_the_whole(tmp_path, cut):
+@pytest.mark.parametrize("sharded", [["ResnetBlock2D"], ["ResnetBlock2D", "Conv2d"]])
+def test_two_sharded_processes_are_equal_to_one_process(tmp_path, sharded):
     env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     launch(sys.executable, Path(__file__), tmp_path / "whole", env=env)
-    launch(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, Path(__file__), tmp_path / "parts", *cut, env=env)
+    launch(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        Path(__file__),
+        tmp_path / "parts",
+        *sharded,
+        env=env,
+    )
     for file in (
         "weights.safetensors",
         "averages.safetensors",
         *(f"checkpoints/step-{STEPS:06d}/{name}.safetensors" for name in ("model", "ema", "model_optimizer")),
     ):
-        alone, together = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
-        assert alone.keys() == together.keys(), file
-        for name in alone:
-            assert torch.allclose(alone[name], together[name], rtol=1e-3, atol=1e-5), f"{file}: {name}"
+        expected, actual = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+        assert expected.keys() == actual.keys(), file
+        for name in expected:
+            assert torch.allclose(expected[name], actual[name], rtol=1e-3, atol=1e-5), f"{file}: {name}"
 
 
-def test_the_launchers_defaults_cut_each_block_in_float32():
-    """accelerate's own is one piece, and in fp16 sums of gradients in fp16."""
+def test_each_block_is_sharded_in_float32_by_default():
+    """accelerate's own default is one unit for the whole model and, with fp16, sums of the gradients in fp16."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("fp16")
     accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
     set_sharding(accelerator, "adamw")
-    model = UNetInTraining(from_config(UNet2DModel, UNET_CONFIG, ""), 0, 0)
+    model = UNetForTraining(from_config(UNet2DModel, UNET_CONFIG, ""), 0, 0)
     plugin.set_auto_wrap_policy(model)
     wrapped = {type(module) for module in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(module)}
     assert wrapped == {layers.ResnetBlock2D}
@@ -109,19 +131,30 @@ def test_the_launchers_defaults_cut_each_block_in_float32():
 
 
 @pytest.mark.gpu
-def test_fsdp_on_the_gpus_gives_the_losses_of_one(unet_flags, tmp_path):
-    """As the README starts it, with a resume in between."""
+def test_fsdp_on_all_gpus_gives_the_losses_of_one_gpu(unet_flags, tmp_path):
+    """The run is started as in the README, and is resumed once."""
     count = torch.cuda.device_count()
     fsdp = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", 2, "--num_processes", count]
-    common = [ROOT / "train_unet.py", *unet_flags, "--lr", 1e-3, "--lr-scheduler", "none", "--dropout", 0, "--output-dir"]
+    common = [
+        ROOT / "train_unet.py",
+        *unet_flags,
+        "--lr",
+        1e-3,
+        "--lr-scheduler",
+        "none",
+        "--dropout",
+        0,
+        "--output-dir",
+    ]
     launch(sys.executable, *common, tmp_path / "one", "--epochs", 2, "--grad-accum", 2 * count)
     launch(sys.executable, *fsdp, *common, tmp_path / "parts", "--epochs", 1, "--grad-accum", 2)
     launch(sys.executable, *fsdp, *common, tmp_path / "parts", "--epochs", 2, "--grad-accum", 2, "--resume", "latest")
-    alone, together = (
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "parts")
+    expected, actual = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "parts")
     )
-    assert [line["step"] for line in alone] == [line["step"] for line in together]
-    for a, b in zip(alone, together, strict=True):
+    assert [line["step"] for line in expected] == [line["step"] for line in actual]
+    for a, b in zip(expected, actual, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=5e-3)
 
@@ -129,4 +162,4 @@ def test_fsdp_on_the_gpus_gives_the_losses_of_one(unet_flags, tmp_path):
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    learn(target, cut=sys.argv[2:])
+    train_and_resume(target, sharded=sys.argv[2:])

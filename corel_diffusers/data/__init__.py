@@ -1,1 +1,1 @@
-"""Photos: any source -> DatasetDict -> cached pixels."""
+"""Load photos from any source as a DatasetDict, and cache their pixels."""

@@ -1,8 +1,9 @@
-"""Arrays over photos that are computed once and kept on the disk: pixels, latents, features.
+"""Per-photo arrays (pixels, latents, features) that are computed once and cached on disk.
 
-An array is a folder, named by a key that stands for its content: index.json and shards of consecutive photos as safetensors. A
-shard is there whole or not at all. So an interrupted run goes on with the shards that are missing, several processes share them
-out, and reading a photo takes the time and the memory of a photo, however many there are.
+An array is one folder with index.json and shards. The name of the folder is a key that identifies the content. A shard
+is a safetensors file with the values of consecutive photos. Each shard is written atomically, so an interrupted run
+continues with the missing shards, and several processes can divide the shards among them. Reading one photo takes the
+time and the memory of one photo, whatever the size of the array.
 """
 
 import hashlib
@@ -17,36 +18,37 @@ from datasets import config
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from corel_diffusers.files import read_json, whole_file, write_json
+from corel_diffusers.files import atomic_file, read_json, write_json
 
-CACHE_VERSION = "2"  # to be raised when the code that fills a cache fills it with something else
+CACHE_VERSION = "2"  # increase it when the code that fills a cache computes different values
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
-SHARD_BYTES, FEWEST = 2**26, 64  # of few photos, shards are smaller, so that there are some to share out: FEWEST photos or more
+# A small array gets smaller shards, of at least MIN_PHOTOS photos, so that several processes have shards to divide.
+SHARD_BYTES, MIN_PHOTOS = 2**26, 64
 
 
 class Share(NamedTuple):
-    """Which of the processes that fill a cache this is, of how many, and how it waits for the others. By default it is alone."""
+    """The place of this process among the processes that fill a cache together. The default is a single process."""
 
-    place: int = 0
-    count: int = 1
-    wait: Callable[[], None] = lambda: None
-
-
-ALONE = Share()
+    process_index: int = 0
+    num_processes: int = 1
+    wait_for_everyone: Callable[[], None] = lambda: None
 
 
-class Shards:
-    """An array on the disk, (photos, …), read as a numpy array is: `array[3]`, `array[2:9]`, `array[[4, 1]]`.
+SINGLE_PROCESS = Share()
 
-    `array[[4, 1], [0, 2]]` reads one entry of the second axis for each photo. It reads files, without mapping them: mapped pages
-    would count as the process's memory for as long as the system has some to spare.
+
+class ShardedArray:
+    """An array on disk, (photos, …), that is indexed like a numpy array: `array[3]`, `array[2:9]`, `array[[4, 1]]`.
+
+    `array[[4, 1], [0, 2]]` reads one entry of the second axis for each photo. Files are read and not memory-mapped: the
+    system counts mapped pages as memory of the process for as long as it has memory to spare.
     """
 
     def __init__(self, folder: Path) -> None:
         index = read_json(folder / "index.json")
         self.folder, self.shape, self.dtype = folder, tuple(index["shape"]), np.dtype(index["dtype"])
-        self.photos_a_shard = index["photos_a_shard"]
-        self.headers: dict[int, int] = {}  # shard -> bytes before its values
+        self.photos_per_shard = index["photos_a_shard"]
+        self.header_bytes: dict[int, int] = {}  # shard -> size of its header, after which its values begin
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -59,36 +61,43 @@ class Shards:
         if isinstance(photos, slice):
             start, stop, step = photos.indices(len(self))
             if step != 1:
-                raise IndexError(f"{photos}: every photo from one to another, or name them")
-            cuts = [start, *range((start // self.photos_a_shard + 1) * self.photos_a_shard, stop, self.photos_a_shard), stop]
-            parts = [self.read(first, last - first) for first, last in pairwise(cuts) if first < last]
+                raise IndexError(f"{photos}: only slices with step 1 are supported: give the indices of the photos")
+            boundaries = [
+                start,
+                *range((start // self.photos_per_shard + 1) * self.photos_per_shard, stop, self.photos_per_shard),
+                stop,
+            ]
+            parts = [self.read(first, last - first) for first, last in pairwise(boundaries) if first < last]
             return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])[(slice(None), *entries)]
         if np.ndim(photos) == 0:
             if not 0 <= photos < len(self):
-                raise IndexError(f"photo {photos} of {len(self)}")  # which ends a loop over the array
+                raise IndexError(f"photo {photos} is out of range: the array has {len(self)}")  # ends a `for` loop
             return self.read(int(photos), 1)[0]
         photos = np.asarray(photos)
         if photos.dtype == bool or (len(photos) and not 0 <= photos.min() <= photos.max() < len(self)):
-            raise IndexError(f"{photos}: the numbers of photos, from 0 to {len(self) - 1}")
+            raise IndexError(f"{photos}: give the indices of photos, from 0 to {len(self) - 1}")
         (entries,) = entries or [None]
         entries = [None] * len(photos) if entries is None else np.broadcast_to(entries, len(photos))
         return np.concatenate([self.read(int(photo), 1, entry) for photo, entry in zip(photos, entries, strict=True)])
 
     def read(self, photo: int, count: int, entry: int | None = None) -> np.ndarray:
-        """`count` photos of one shard, from `photo` on; with `entry`, that one of a photo's entries: (count, …)."""
-        shard, place = divmod(photo, self.photos_a_shard)
+        """Read `count` consecutive photos of one shard, starting at `photo`: (count, …).
+
+        entry: read only this entry of the second axis; `count` is then 1.
+        """
+        shard, offset = divmod(photo, self.photos_per_shard)
         shape = self.shape[1:]
         if entry is not None:
-            place, shape = place * shape[0] + int(entry), shape[1:]
+            offset, shape = offset * shape[0] + int(entry), shape[1:]
         path, size = shard_path(self.folder, shard), math.prod(shape)
-        if shard not in self.headers:  # the format: 8 bytes of length, so much JSON, the values
-            self.headers[shard] = 8 + int.from_bytes(path.open("rb").read(8), "little")
-        begin = self.headers[shard] + place * size * self.dtype.itemsize
-        return np.fromfile(path, self.dtype, count * size, offset=begin).reshape(count, *shape)
+        if shard not in self.header_bytes:  # safetensors: 8 bytes with the length of the JSON, the JSON, the values
+            self.header_bytes[shard] = 8 + int.from_bytes(path.open("rb").read(8), "little")
+        start_byte = self.header_bytes[shard] + offset * size * self.dtype.itemsize
+        return np.fromfile(path, self.dtype, count * size, offset=start_byte).reshape(count, *shape)
 
 
 def cache_folder(key: str) -> Path:
-    """Where the array of that key lies."""
+    """Return the folder of the array with this key."""
     return CACHE_DIR / key
 
 
@@ -100,37 +109,48 @@ def cached_array(
     key: str,
     shape: tuple[int, ...],
     dtype: type,
-    make: Callable[[slice], np.ndarray],
-    doing: str,
-    share: Share = ALONE,
+    compute: Callable[[slice], np.ndarray],
+    description: str,
+    share: Share = SINGLE_PROCESS,
     at_once: int = 256,
-) -> Shards:
-    """The array of that key. What is missing of it is made, `at_once` photos at a time, and shows its progress.
+) -> ShardedArray:
+    """Return the array with this key, and compute its missing shards first.
 
-    make: a range of photos -> their values. doing: what the progress bar says. share: every process of it has to call.
+    Args:
+        compute: takes a slice of photos and returns their values.
+        description: the text of the progress bar.
+        share: the place of this process. Each of its `num_processes` processes must call this function.
+        at_once: `compute` gets at most this many photos per call.
     """
     folder, dtype = cache_folder(key), np.dtype(dtype)
     if not (folder / "index.json").is_file():
-        photos_a_shard = min(SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(FEWEST, math.ceil(shape[0] / 64)))
-        write_json(folder / "index.json", {"shape": shape, "dtype": dtype.name, "photos_a_shard": max(1, photos_a_shard)})
-    array = Shards(folder)
-    photos_a_shard = array.photos_a_shard
+        photos_per_shard = min(
+            SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(MIN_PHOTOS, math.ceil(shape[0] / 64))
+        )
+        write_json(
+            folder / "index.json", {"shape": shape, "dtype": dtype.name, "photos_a_shard": max(1, photos_per_shard)}
+        )
+    array = ShardedArray(folder)
+    photos_per_shard = array.photos_per_shard
 
-    def fill(shards: range, hidden: bool) -> None:
+    def fill(shards: range, hide_progress: bool) -> None:
         missing = [shard for shard in shards if not shard_path(folder, shard).is_file()]
-        for shard in tqdm(missing, doing, unit=" shards", leave=False, disable=hidden or not missing or None):
-            first, last = shard * photos_a_shard, min((shard + 1) * photos_a_shard, shape[0])
-            parts = [make(slice(start, min(start + at_once, last))) for start in range(first, last, at_once)]
-            with whole_file(shard_path(folder, shard)) as beside:
-                save_file({"values": np.concatenate(parts).astype(dtype, copy=False)}, beside)
+        for shard in tqdm(
+            missing, description, unit=" shards", leave=False, disable=hide_progress or not missing or None
+        ):
+            first, last = shard * photos_per_shard, min((shard + 1) * photos_per_shard, shape[0])
+            parts = [compute(slice(start, min(start + at_once, last))) for start in range(first, last, at_once)]
+            with atomic_file(shard_path(folder, shard)) as temporary:
+                save_file({"values": np.concatenate(parts).astype(dtype, copy=False)}, temporary)
 
-    shards = math.ceil(shape[0] / photos_a_shard)
-    fill(range(share.place, shards, share.count), hidden=share.place > 0)
-    share.wait()
-    fill(range(shards), hidden=False)  # nothing is left, unless the processes of this machine were not those that were counted
+    num_shards = math.ceil(shape[0] / photos_per_shard)
+    fill(range(share.process_index, num_shards, share.num_processes), hide_progress=share.process_index > 0)
+    share.wait_for_everyone()
+    # No shard is missing now, unless this machine has fewer processes than `num_processes`.
+    fill(range(num_shards), hide_progress=False)
     return array
 
 
 def digest(*parts: object) -> str:
-    """A short name for content: 24 hex digits of SHA-256 over the parts' representation."""
+    """Return a short hash of content: the first 24 hex digits of SHA-256 over the `repr` of the parts."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -1,6 +1,8 @@
-"""Any source of photos -> a DatasetDict with `image`, `label`, `caption`, `file_name`, split into train, validation and test.
+"""Load photos from any source as a DatasetDict.
 
-`find_photos` reads a folder in each shape that photos are found in; `load_photos` is what the scripts call.
+Its columns are `image`, `label`, `caption` and `file_name`. Its splits are `train`, `validation` and `test`.
+`find_photos` lists the photos of a folder in any supported layout. `load_photos` is the entry point of the training
+scripts.
 """
 
 import hashlib
@@ -20,133 +22,156 @@ from corel_diffusers.files import UserError, first_line, read_json
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FOLDER_FILES = {"classes.txt", "captions.json", "metadata.jsonl", "split.json", "skipped.json"}
 VALIDATION_FRACTION = 0.1
-SHEET = "corel_dataset_samples.png"  # that `prepare` draws
-SPLITS = ("train", "validation", "test")  # seen, chosen by, only reported on
-SPLIT_SEED = 0  # not the training seed: both scripts must hold out the same photos whatever seed they train with
+SHEET = "corel_dataset_samples.png"  # the contact sheet that `prepare` draws
+SPLITS = ("train", "validation", "test")  # train on, choose the best model with, only report on
+SPLIT_SEED = 0  # not the training seed: both scripts must hold out the same photos, whatever their training seeds are
 
 
 @dataclass
 class Photo:
-    """One photo of a folder. `number` is its class's number, None where the folder tells no classes."""
+    """One photo of a folder. `class_number` is None if the layout of the folder has no classes."""
 
     path: Path
     file_name: str
-    number: int | None = None
+    class_number: int | None = None
     caption: str | None = None
 
 
 @dataclass
-class Found:
-    """What a folder holds: its photos in the order of their names, class number -> name, and what a user should know."""
+class FolderContents:
+    """The contents of a photo folder.
+
+    `photos` is sorted by file name. `classes` maps class number -> name. `left_out` maps file name -> reason. `notices`
+    are messages for the user.
+    """
 
     layout: str
     photos: list[Photo]
     classes: dict[int, str]
-    not_photos: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
-def find_photos(folder: Path, layout: str = "auto") -> Found:
-    """Reads a folder of photos; opens none of them.
+def find_photos(folder: Path, layout: str = "auto") -> FolderContents:
+    """List the photos of a folder without opening them.
 
-    Layouts: `corel` (0002_0017.png is of class 2; names in classes.txt), `corel-1k` (0.jpg to 999.jpg, class = number // 100),
-    `folders` (one folder a class), `flat` (no classes). `auto` tells them apart by the names.
-    Raises UserError where there is no photo, and on a classes.txt or captions.json that cannot be read.
+    Args:
+        layout: `corel` (0002_0017.png belongs to class 2; classes.txt has the class names), `corel-1k` (0.jpg to
+            999.jpg, class = number // 100), `folders` (one folder per class), `flat` (no classes). `auto` chooses by
+            the file names.
+
+    Raises:
+        UserError: the folder has no photo, or classes.txt or captions.json cannot be read.
     """
-    files, folders = visible_files(folder), [d for d in visible_folders(folder) if not is_ours(d)]
-    pictures = [f for f in files if is_named_photo(f)]
-    listed = {d: visible_files(d) for d in folders}
-    subfolders = {d: inside for d, files_of in listed.items() if (inside := [f for f in files_of if is_named_photo(f)])}
+    files, folders = visible_files(folder), [d for d in visible_folders(folder) if not is_toolkit_output(d)]
+    photo_files = [f for f in files if is_named_photo(f)]
+    files_in = {d: visible_files(d) for d in folders}
+    class_folders = {
+        d: inside for d, all_files in files_in.items() if (inside := [f for f in all_files if is_named_photo(f)])
+    }
     if layout == "auto":
-        layout = layout_by_names([f.stem for f in pictures], folder)
-        if layout == "flat" and sum(map(len, subfolders.values())) > len(pictures):
+        layout = layout_by_names([f.stem for f in photo_files], folder)
+        if layout == "flat" and sum(map(len, class_folders.values())) > len(photo_files):
             layout = "folders"
-    found = Found(layout, [], {}, {shown(f.name): not_a_picture(f) for f in files if not is_named_photo(f)})
-    if not (subfolders if layout == "folders" else pictures):
+    found = FolderContents(layout, [], {}, {printable(f.name): why_left_out(f) for f in files if not is_named_photo(f)})
+    if not (class_folders if layout == "folders" else photo_files):
         raise UserError(f"No images found in {folder}: looked for {' '.join(PHOTO_ENDINGS)}; check --data-dir")
     captions = read_captions(folder / "captions.json")
-    names = read_classes(folder / "classes.txt")
+    class_names = read_classes(folder / "classes.txt")
 
     if layout == "folders":
-        if unreadable := [d for d in subfolders if not is_utf8(d.name)]:
-            raise UserError(f"--data-dir {folder}: the name of the folder {shown(unreadable[0].name)} is not UTF-8: rename it")
-        numbers, found.classes = folder_classes([d.name for d in subfolders], names)
-        for directory, files_of in listed.items():  # a class whose photos all have such names must not go in silence
-            others = [f for f in files_of if not is_named_photo(f) and (directory in subfolders or not is_utf8(f.name))]
-            found.not_photos |= {f"{shown(directory.name)}/{shown(f.name)}": not_a_picture(f) for f in others}
-        for directory, inside in subfolders.items():
-            inside_captions = read_captions(directory / "captions.json")
+        if not_utf8 := [d for d in class_folders if not is_utf8(d.name)]:
+            raise UserError(
+                f"--data-dir {folder}: the name of the folder {printable(not_utf8[0].name)} is not UTF-8: rename it"
+            )
+        class_numbers, found.classes = folder_classes([d.name for d in class_folders], class_names)
+        # A folder in which no name is UTF-8 is not a class folder. Report its files: no class may disappear silently.
+        for directory, all_files in files_in.items():
+            invalid = [
+                f for f in all_files if not is_named_photo(f) and (directory in class_folders or not is_utf8(f.name))
+            ]
+            found.left_out |= {f"{printable(directory.name)}/{printable(f.name)}": why_left_out(f) for f in invalid}
+        for directory, inside in class_folders.items():
+            folder_captions = read_captions(directory / "captions.json")
             for file in inside:
                 name = f"{directory.name}/{file.name}"
-                caption = captions.get(name) or inside_captions.get(file.name)
-                found.photos.append(Photo(file, name, numbers[directory.name], caption))
-        if pictures:
-            found.notices.append(f"{len(pictures)} photos beside the class folders are left out")
-        inner = (inside for d in folders for inside in visible_folders(d))
-        if deeper := next((d for d in inner if any(is_named_photo(f) for f in d.rglob("*"))), None):
-            found.notices.append(f"photos further down are left out, as in {shown(str(deeper.relative_to(folder)))}/")
+                caption = captions.get(name) or folder_captions.get(file.name)
+                found.photos.append(Photo(file, name, class_numbers[directory.name], caption))
+        if photo_files:
+            found.notices.append(f"{len(photo_files)} photos outside the class folders are left out")
+        nested = (inside for d in folders for inside in visible_folders(d))
+        if example := next((d for d in nested if any(is_named_photo(f) for f in d.rglob("*"))), None):
+            found.notices.append(
+                f"photos in nested folders are left out, for example in {printable(str(example.relative_to(folder)))}/"
+            )
         return found
 
-    for file in pictures:
-        number = None
+    for file in photo_files:
+        class_number = None
         if layout != "flat":
             match = re.fullmatch(r"(\d+)_\d+" if layout == "corel" else r"(\d{1,3})", file.stem)
             if not match:
-                found.not_photos[file.name] = f"its name is not of the {layout} form"
+                found.left_out[file.name] = f"its name does not match the {layout} layout"
                 continue
-            number = int(match[1]) // (1 if layout == "corel" else 100)
-        found.photos.append(Photo(file, file.name, number, captions.get(file.name)))
+            class_number = int(match[1]) // (1 if layout == "corel" else 100)
+        found.photos.append(Photo(file, file.name, class_number, captions.get(file.name)))
     if layout == "corel-1k":
         found.notices.append(
-            "names are 0 to 999: read as Corel-1K, class = number // 100 (photos without classes: corel-diffusers prepare --layout flat)"
+            "file names are numbers from 0 to 999: read as Corel-1K, class = number // 100 "
+            "(if the photos have no classes: corel-diffusers prepare --layout flat)"
         )
-    present = sorted({p.number for p in found.photos if p.number is not None})
-    found.classes = {n: names.get(n, str(n)) for n in present}
-    if unnamed := [str(n) for n in present if n not in names]:
-        found.notices.append(f"no name in classes.txt for class {', '.join(unnamed)}: called by number")
-    if subfolders:
-        found.notices.append(f"{len(subfolders)} folders of photos inside {folder.name} are left out")
+    present = sorted({p.class_number for p in found.photos if p.class_number is not None})
+    found.classes = {n: class_names.get(n, str(n)) for n in present}
+    if unnamed := [str(n) for n in present if n not in class_names]:
+        found.notices.append(f"classes.txt has no name for class {', '.join(unnamed)}: the number is used as the name")
+    if class_folders:
+        found.notices.append(f"{len(class_folders)} folders with photos inside {folder.name} are left out")
     return found
 
 
 def is_named_photo(file: Path) -> bool:
-    """Whether a file's name says that it is a photo."""
+    """Return whether a file has a photo's ending and a UTF-8 name."""
     return file.suffix.lower() in PHOTO_ENDINGS and is_utf8(file.name)
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written down: Linux allows others, which archives from other systems have."""
-    return shown(name) == name
+    """Return whether a file name is valid UTF-8. Linux allows other names; archives from other systems contain them."""
+    return printable(name) == name
 
 
-def shown(name: str) -> str:
-    """A name of a file for people, whatever bytes it consists of."""
+def printable(name: str) -> str:
+    """Return a file name with each byte that is not UTF-8 replaced by U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The files directly in a folder, by name, but for hidden ones and those that describe the folder."""
-    return sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name not in FOLDER_FILES)
+    """Return the files directly in a folder, sorted by name, without hidden files and FOLDER_FILES."""
+    return sorted(
+        f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name not in FOLDER_FILES
+    )
 
 
 def visible_folders(folder: Path) -> list[Path]:
-    """The folders directly in a folder, by name, but for hidden ones."""
+    """Return the folders directly in a folder, sorted by name, without hidden folders."""
     with os.scandir(folder) as entries:
         return sorted(Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether the toolkit has written it: a run, a contact sheet, what `prepare` and `generate` leave."""
-    marks = ("run.json", "model_index.json", SHEET, "corel/source.json")
-    return folder.name.endswith("_individual") or any((folder / mark).exists() for mark in marks)
+def is_toolkit_output(folder: Path) -> bool:
+    """Return whether this toolkit wrote the folder: a run, a contact sheet, or output of `prepare` or `generate`."""
+    markers = ("run.json", "model_index.json", SHEET, "corel/source.json")
+    return folder.name.endswith("_individual") or any((folder / marker).exists() for marker in markers)
 
 
-def not_a_picture(file: Path) -> str:
-    return f"not a picture ({file.suffix or 'no ending'})" if is_utf8(file.name) else "its name is not UTF-8: rename it"
+def why_left_out(file: Path) -> str:
+    return f"not an image ({file.suffix or 'no ending'})" if is_utf8(file.name) else "its name is not UTF-8: rename it"
 
 
 def layout_by_names(stems: Sequence[str], folder: Path) -> str:
-    """corel, corel-1k or flat. Numbers from 1 to n without a gap are somebody's own photos; Corel-1K begins at 0."""
+    """Return corel, corel-1k or flat, from the file names without their endings.
+
+    Names that are the numbers 1 to n without a gap are a user's own flat photos: the numbers of Corel-1K start at 0.
+    """
     if stems and sum(bool(re.fullmatch(r"\d{4}_\d+", s)) for s in stems) >= 0.9 * len(stems):
         return "corel"
     if (folder / "classes.txt").is_file() and any(re.fullmatch(r"\d+_\d+", s) for s in stems):
@@ -159,37 +184,47 @@ def layout_by_names(stems: Sequence[str], folder: Path) -> str:
 
 
 def folder_classes(folders: Sequence[str], named: dict[int, str]) -> tuple[dict[str, int], dict[int, str]]:
-    """Class folder -> class number, and class number -> name. named: what classes.txt says.
+    """Return two mappings: class folder -> class number, and class number -> class name.
 
-    `class_0003` is of class 3 and called as classes.txt calls that. Other folders are called by themselves, and have the numbers of
-    classes.txt where it has all of them, or else their places in the sorted list, from 1.
+    If all folders have names such as `class_0003`, the class number is the number in the name, here 3. The class name
+    comes from classes.txt, or is the name of the folder if classes.txt does not have the number.
+
+    Otherwise the name of the folder is the class name. Its number comes from classes.txt if classes.txt lists
+    all folders. Otherwise the sorted folders are numbered from 1.
+
+    Args:
+        named: class number -> class name, from classes.txt.
     """
     matches = {folder: re.fullmatch(r"class_(\d+)", folder) for folder in folders}
     if all(matches.values()):
         numbers = {folder: int(match[1]) for folder, match in matches.items()}
         return numbers, {number: named.get(number, folder) for folder, number in numbers.items()}
-    known = {name: number for number, name in named.items()}
-    listed = set(folders) <= set(known)
-    numbers = {folder: known[folder] if listed else place for place, folder in enumerate(sorted(folders), 1)}
+    number_of = {name: number for number, name in named.items()}
+    all_listed = set(folders) <= set(number_of)
+    numbers = {
+        folder: number_of[folder] if all_listed else position for position, folder in enumerate(sorted(folders), 1)
+    }
     return numbers, {number: folder for folder, number in sorted(numbers.items(), key=lambda item: item[1])}
 
 
 def read_classes(file: Path) -> dict[int, str]:
-    """classes.txt, `<number> <name>` a line, -> number -> name; empty where there is no such file."""
+    """Read classes.txt (one `<number> <name>` per line) as class number -> name; empty if there is no such file."""
     classes = {}
-    for place, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.is_file() else (), 1):
+    for line_number, line in enumerate(
+        file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.is_file() else (), 1
+    ):
         if line.strip():
             number, _, name = line.strip().partition(" ")
             if not number.isdigit() or not name.strip():
-                raise UserError(f"{file} line {place}: {line.strip()!r} is not '<number> <name>'")
+                raise UserError(f"{file} line {line_number}: {line.strip()!r} is not '<number> <name>'")
             classes[int(number)] = name.strip()
     if len(set(classes.values())) < len(classes):
-        raise UserError(f"{file}: two classes have the same name; give each its own")
+        raise UserError(f"{file}: two classes have the same name: give each class its own name")
     return classes
 
 
 def read_captions(file: Path) -> dict[str, str]:
-    """captions.json, {file name: caption}, -> the same; empty where there is no such file."""
+    """Read captions.json, file name -> caption; empty if there is no such file."""
     captions = read_json(file) if file.is_file() else {}
     if not isinstance(captions, dict) or not all(isinstance(c, str) for c in captions.values()):
         raise UserError(f"{file}: expected one object {{file name: caption}}")
@@ -200,12 +235,18 @@ def default_caption(class_name: str | None) -> str:
     return f"a photo of a {class_name}" if class_name else "a photo"
 
 
-def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None = None, test_fraction: float = 0.0) -> list[str]:
-    """ "train", "validation" or "test" for each photo: stratified by label, seeded, photo by photo.
+def split_photos(
+    labels: Sequence, names: Sequence[str], groups: Sequence | None = None, test_fraction: float = 0.0
+) -> list[str]:
+    """Return "train", "validation" or "test" for each photo: a seeded split that is stratified by label.
 
-    A photo's place in its class is the hash of its name, so photos added later leave most others on their side, and a test
-    fraction leaves the validation photos what they were. Photos of one group (duplicates) go to one side. Every class with
-    two groups or more gets a validation photo.
+    The photos of a class are ordered by a hash of their names. So when photos are added later, most other photos keep
+    their split, and `test_fraction` does not change the validation photos. Photos of one group (duplicates) get the
+    same split. Every class with at least two groups gets a validation photo.
+
+    Args:
+        groups: a group number per photo. By default each photo is its own group.
+        test_fraction: the fraction of each class that becomes the test split.
     """
     groups = list(range(len(names))) if groups is None else groups
     members = defaultdict(list)
@@ -214,23 +255,29 @@ def split_photos(labels: Sequence, names: Sequence[str], groups: Sequence | None
     by_label = defaultdict(list)
     for indices in members.values():
         by_label[labels[min(indices, key=lambda i: names[i])]].append(indices)
-    sides = ["train"] * len(names)
+    split_names = ["train"] * len(names)
     for label_groups in by_label.values():
-        label_groups.sort(key=lambda indices: hashlib.sha256(f"{SPLIT_SEED} {min(names[i] for i in indices)}".encode()).digest())
-        photos = sum(map(len, label_groups))
-        free = label_groups[:-1]  # the last one always trains
-        smallest = min(map(len, free), default=0)  # a long series is not held out, unless there is nothing else
-        for side, wanted in (("validation", max(1, round(VALIDATION_FRACTION * photos))), ("test", round(test_fraction * photos))):
-            taken, left = 0, []
-            for indices in free:
+        label_groups.sort(
+            key=lambda indices: hashlib.sha256(f"{SPLIT_SEED} {min(names[i] for i in indices)}".encode()).digest()
+        )
+        num_photos = sum(map(len, label_groups))
+        available = label_groups[:-1]  # the last group always trains
+        # a group with more than `wanted` photos is held out only if no group is smaller
+        smallest = min(map(len, available), default=0)
+        for split, wanted in (
+            ("validation", max(1, round(VALIDATION_FRACTION * num_photos))),
+            ("test", round(test_fraction * num_photos)),
+        ):
+            taken, remaining = 0, []
+            for indices in available:
                 if taken < wanted and taken + len(indices) <= max(wanted, smallest):
                     for index in indices:
-                        sides[index] = side
+                        split_names[index] = split
                     taken += len(indices)
                 else:
-                    left.append(indices)
-            free = left
-    return sides
+                    remaining.append(indices)
+            available = remaining
+    return split_names
 
 
 def load_photos(
@@ -239,7 +286,7 @@ def load_photos(
     classes: Iterable[str] = (),
     max_train_samples: int | None = None,
 ) -> DatasetDict:
-    """`load_numbered_photos` without the numbers."""
+    """Return the photos of `load_numbered_photos` without the class numbers."""
     return load_numbered_photos(source, classes=classes, max_train_samples=max_train_samples)[0]
 
 
@@ -249,13 +296,24 @@ def load_numbered_photos(
     classes: Iterable[str] = (),
     max_train_samples: int | None = None,
 ) -> tuple[DatasetDict, dict[str, int]]:
-    """Photos of any source, with the splits `train` and `validation`, and `test` where photos were set aside to report on.
+    """Load photos from any source, and return them with the numbers of their classes.
 
-    source: a folder (prepared by `corel-diffusers prepare`, raw Corel, class folders, flat), a Hub dataset id, or "scenes".
-    classes: names or numbers of the classes to keep.
-    Columns: `image` (Image; a path until it is decoded), `label` (ClassLabel; one class named "photo" where the source tells
-    none), `caption` (str), `file_name` (str). Also returns class name -> the number that the class has in the source, which `classes`
-    and `generate --class` go by. Raises UserError with the way out.
+    The splits are `train` and `validation`, and `test` if the source has test photos. The columns are `image` (Image; a
+    path until it is decoded), `label` (ClassLabel; one class named "photo" if the source has no classes), `caption`
+    (str) and `file_name` (str).
+
+    Args:
+        source: a folder (output of `corel-diffusers prepare`, raw Corel, class folders, flat), a Hub dataset id, or
+            "scenes".
+        classes: names or numbers of the classes to keep. By default all classes are kept.
+        max_train_samples: keep at most this many training photos.
+
+    Returns:
+        The photos, and a dict class name -> number of the class in the source. `classes` and `generate --class` use
+        this number.
+
+    Raises:
+        UserError: the photos cannot be loaded. The message says what to do.
     """
     if source == SCENES:
         from corel_diffusers.data.scenes import CLASS_NAMES, draw_scenes
@@ -267,51 +325,64 @@ def load_numbered_photos(
     elif isinstance(source, str):
         photos, numbers = load_from_hub(source)
     else:
-        raise UserError(f"--data-dir {source} is no folder: check the path (relative ones start at --base-dir)")
+        raise UserError(f"--data-dir {source} is not a folder: check the path (relative paths start at --base-dir)")
     photos = keep_classes(photos, numbers, list(classes))
-    if "test" in photos and not len(photos["test"]):  # the classes that were picked have none set aside
+    if "test" in photos and not len(photos["test"]):  # the chosen classes have no test photo
         del photos["test"]
-    if not len(photos["validation"]):  # the classes that were picked have none held out
+    if not len(photos["validation"]):  # the chosen classes have no validation photo
         photos = DatasetDict(photos | with_split(photos["train"]))
     if max_train_samples and max_train_samples < len(photos["train"]):
-        order = sorted(range(len(photos["train"])), key=lambda i: hashlib.sha256(photos["train"]["file_name"][i].encode()).digest())
+        order = sorted(
+            range(len(photos["train"])), key=lambda i: hashlib.sha256(photos["train"]["file_name"][i].encode()).digest()
+        )
         photos["train"] = photos["train"].select(sorted(order[:max_train_samples]))
     if not len(photos["train"]) or not len(photos["validation"]):
-        raise UserError(f"{source}: two photos or more are needed, one of them to validate on")
+        raise UserError(f"{source}: at least two photos are needed, one of them for validation")
     kept = photos["train"].features["label"].names
     return photos, {name: number for number, name in numbers.items() if name in kept}
 
 
-def dataset_of(images: list, labels: list[int], class_names: list[str], captions: list[str], file_names: list[str]) -> Dataset:
+def dataset_of(
+    images: list, labels: list[int], class_names: list[str], captions: list[str], file_names: list[str]
+) -> Dataset:
     features = Features(
-        {"image": Image(), "label": ClassLabel(names=class_names), "caption": Value("string"), "file_name": Value("string")}
+        {
+            "image": Image(),
+            "label": ClassLabel(names=class_names),
+            "caption": Value("string"),
+            "file_name": Value("string"),
+        }
     )
     columns = {"image": images, "label": labels, "caption": captions, "file_name": file_names}
     return Dataset.from_dict(columns, features=features)
 
 
-def with_split(photos: Dataset, sides: Sequence[str] | None = None) -> DatasetDict:
-    """One Dataset -> its splits, by `sides` or else by `split_photos`; there is no `test` where no photo is in it."""
-    sides = sides or split_photos(photos["label"][:], photos["file_name"][:])
-    parts = {split: [i for i, side in enumerate(sides) if side == split] for split in SPLITS}
-    return DatasetDict({split: photos.select(rows) for split, rows in parts.items() if rows or split != "test"})
+def with_split(photos: Dataset, split_names: Sequence[str] | None = None) -> DatasetDict:
+    """Divide a Dataset into its splits. The split `test` exists only if it has a photo.
+
+    Args:
+        split_names: the split of each photo. By default `split_photos` chooses it.
+    """
+    split_names = split_names or split_photos(photos["label"][:], photos["file_name"][:])
+    rows_of = {split: [i for i, name in enumerate(split_names) if name == split] for split in SPLITS}
+    return DatasetDict({split: photos.select(rows) for split, rows in rows_of.items() if rows or split != "test"})
 
 
 def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
-    """A raw folder as it is: photos untouched, split by name."""
+    """Load a raw folder without changing its photos, split by `split_photos`."""
     found = find_photos(folder)
     for notice in found.notices:
         print(notice)
-    if found.not_photos:
-        named = "; ".join(f"{name}: {reason}" for name, reason in list(found.not_photos.items())[:3])
-        print(f"{len(found.not_photos)} files are left out: {named}{' …' if len(found.not_photos) > 3 else ''}")
-    names = list(found.classes.values()) or ["photo"]
-    index = {number: place for place, number in enumerate(found.classes)}
-    captions = [p.caption or default_caption(found.classes.get(p.number)) for p in found.photos]
+    if found.left_out:
+        examples = "; ".join(f"{name}: {reason}" for name, reason in list(found.left_out.items())[:3])
+        print(f"{len(found.left_out)} files are left out: {examples}{' …' if len(found.left_out) > 3 else ''}")
+    class_names = list(found.classes.values()) or ["photo"]
+    label_of = {number: label for label, number in enumerate(found.classes)}
+    captions = [p.caption or default_caption(found.classes.get(p.class_number)) for p in found.photos]
     photos = dataset_of(
         [str(p.path) for p in found.photos],
-        [index.get(p.number, 0) for p in found.photos],
-        names,
+        [label_of.get(p.class_number, 0) for p in found.photos],
+        class_names,
         captions,
         [p.file_name for p in found.photos],
     )
@@ -319,47 +390,57 @@ def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
 
 
 def load_prepared(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
-    """An imagefolder with metadata.jsonl; its split.json and classes.txt are used where they exist."""
+    """Load an imagefolder with metadata.jsonl. Its split.json and classes.txt are used if they exist."""
     try:
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")  # splitlines knows more ends of lines than JSON
+        # not splitlines(): it also splits at characters that JSON allows inside a line
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
         file_names = [row["file_name"] for row in rows]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{folder / 'metadata.jsonl'}: each line must be a JSON object with file_name, in UTF-8") from None
+        raise UserError(
+            f"{folder / 'metadata.jsonl'}: each line must be a JSON object with file_name, in UTF-8"
+        ) from None
     if missing := [name for name in file_names if not (folder / name).is_file()]:
-        raise UserError(f"{folder / 'metadata.jsonl'} names {missing[0]}, which is not there: run prepare again")
+        raise UserError(f"{folder / 'metadata.jsonl'} names {missing[0]}, which does not exist: run prepare again")
     named = read_classes(folder / "classes.txt")
-    labels = [str(row.get("label", "photo")) for row in rows]
-    numbers = named if set(labels) <= set(named.values()) else dict(enumerate(sorted(set(labels)), 1))
-    numbers = {number: name for number, name in numbers.items() if name in labels}
-    names = list(numbers.values())
+    row_classes = [str(row.get("label", "photo")) for row in rows]
+    numbers = named if set(row_classes) <= set(named.values()) else dict(enumerate(sorted(set(row_classes)), 1))
+    numbers = {number: name for number, name in numbers.items() if name in row_classes}
+    class_names = list(numbers.values())
     captions = [row.get("caption") or row.get("text") or default_caption(row.get("label")) for row in rows]
     paths = [str(folder / name) for name in file_names]
-    photos = dataset_of(paths, [names.index(label) for label in labels], names, captions, file_names)
-    sides = None
+    photos = dataset_of(paths, [class_names.index(name) for name in row_classes], class_names, captions, file_names)
+    split_names = None
     if (folder / "split.json").is_file():
-        split = read_json(folder / "split.json")
-        if not isinstance(split, dict) or not isinstance(split.get("validation"), list):
-            raise UserError(f'{folder / "split.json"}: expected {{"train": [...], "validation": [...]}}; remove it to split anew')
-        side_of = {name: side for side in ("validation", "test") for name in split.get(side, ())}
-        sides = [side_of.get(name, "train") for name in file_names]
-    return with_split(photos, sides), numbers
+        splits = read_json(folder / "split.json")
+        if not isinstance(splits, dict) or not isinstance(splits.get("validation"), list):
+            raise UserError(
+                f'{folder / "split.json"}: expected {{"train": [...], "validation": [...]}}; delete it for a new split'
+            )
+        split_of = {name: split for split in ("validation", "test") for name in splits.get(split, ())}
+        split_names = [split_of.get(name, "train") for name in file_names]
+    return with_split(photos, split_names), numbers
 
 
 def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
-    """A Hub dataset: its first Image column, its ClassLabel (or string) column, its captions, its splits."""
+    """Load a Hub dataset: its first Image column, its ClassLabel column or its column `label`, its captions and splits.
+
+    If it has no `validation` or `test` split with a label for every photo, `split_photos` splits the training photos.
+    """
     try:
         loaded = load_dataset(repo_id)
-    except Exception as error:  # the Hub's client has many: offline, not found, gated, no such format
+    except Exception as error:  # the Hub client raises many types: offline, not found, gated, unknown format
         raise UserError(f"--dataset-name {repo_id} cannot be loaded: {first_line(error)}") from None
     features = next(iter(loaded.values())).features
     image = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
     if image is None:
-        raise UserError(f"--dataset-name {repo_id} has no column of images: it has {', '.join(features)}")
-    label = next((n for n, f in features.items() if isinstance(f, ClassLabel)), "label" if "label" in features else None)
+        raise UserError(f"--dataset-name {repo_id} has no image column: its columns are {', '.join(features)}")
+    label = next(
+        (n for n, f in features.items() if isinstance(f, ClassLabel)), "label" if "label" in features else None
+    )
     caption = next((name for name in ("caption", "text") if name in features), None)
 
-    def names_of(part: Dataset) -> list[str]:
+    def class_names_of(part: Dataset) -> list[str]:
         if label is None:
             return ["photo"] * len(part)
         values = part[label][:]
@@ -367,42 +448,62 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
 
     train = "train" if "train" in loaded else next(iter(loaded))
     if not has_labels(loaded[train], label):
-        raise UserError(f"--dataset-name {repo_id}: some photos of its {train} split have no {label}: give a dataset that has them all")
-    held_out = [split for split in ("validation", "test") if split in loaded and split != train and has_labels(loaded[split], label)]
-    splits = {"train": train} | ({"validation": held_out[0]} if held_out else {}) | ({"test": held_out[1]} if held_out[1:] else {})
-    ordered = getattr(features.get(label), "names", None) or sorted({n for split in splits.values() for n in names_of(loaded[split])})
+        raise UserError(
+            f"--dataset-name {repo_id}: some photos of its {train} split have no {label}: "
+            f"use a dataset in which every photo has one"
+        )
+    held_out = [
+        split
+        for split in ("validation", "test")
+        if split in loaded and split != train and has_labels(loaded[split], label)
+    ]
+    splits = (
+        {"train": train}
+        | ({"validation": held_out[0]} if held_out else {})
+        | ({"test": held_out[1]} if held_out[1:] else {})
+    )
+    class_names = getattr(features.get(label), "names", None) or sorted(
+        {n for split in splits.values() for n in class_names_of(loaded[split])}
+    )
 
-    def uniform(split: str) -> Dataset:
+    def with_our_columns(split: str) -> Dataset:
         part = loaded[split]
-        names = names_of(part)
+        names = class_names_of(part)
         captions = part[caption][:] if caption else [default_caption(name if label else None) for name in names]
         file_names = part["file_name"][:] if "file_name" in features else [f"{split}/{i:07d}" for i in range(len(part))]
         part = part.select_columns([image])
         part = (part if image == "image" else part.rename_column(image, "image")).add_column("caption", captions)
-        return labelled(part.add_column("file_name", file_names), names, ordered)
+        return labelled(part.add_column("file_name", file_names), names, class_names)
 
-    photos = DatasetDict({split: uniform(name) for split, name in splits.items()})
-    return photos if held_out else with_split(photos["train"]), dict(enumerate(ordered, 1))
+    photos = DatasetDict({split: with_our_columns(name) for split, name in splits.items()})
+    return photos if held_out else with_split(photos["train"]), dict(enumerate(class_names, 1))
 
 
 def has_labels(part: Dataset, label: str | None) -> bool:
-    """Whether each photo of a split is labelled: published test splits often are not, or hold -1."""
+    """Return whether every photo of a split has a label. Test splits on the Hub often have no labels, or only -1."""
     return label is None or (label in part.features and not any(value in (None, -1) for value in part[label][:]))
 
 
 def labelled(photos: Dataset, names: Sequence[str], class_names: list[str]) -> Dataset:
-    """`photos` with a `label` column: the place of each photo's class name in `class_names`."""
+    """Return `photos` with a ClassLabel column `label`, from the class name of each photo (`names`)."""
     photos = photos.remove_columns("label") if "label" in photos.column_names else photos
     photos = photos.add_column("label", [class_names.index(name) for name in names])
     return photos.cast_column("label", ClassLabel(names=class_names))
 
 
 def keep_classes(photos: DatasetDict, numbers: dict[int, str], wanted: list[str]) -> DatasetDict:
-    """The photos of the wanted classes, given by name or number, relabelled from 0; all of them when none is named."""
+    """Return the photos of the wanted classes, with labels from 0. An empty `wanted` keeps all photos.
+
+    Args:
+        numbers: class number -> class name.
+        wanted: class names or class numbers.
+    """
     if not wanted:
         return photos
     label = photos["train"].features["label"]
-    chosen = {word: word if word in label.names else numbers.get(int(word)) if word.isdigit() else None for word in wanted}
+    chosen = {
+        word: word if word in label.names else numbers.get(int(word)) if word.isdigit() else None for word in wanted
+    }
     for word, name in chosen.items():
         if name is None:
             known = ", ".join(f"{number} {name}" for number, name in numbers.items())

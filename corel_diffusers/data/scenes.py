@@ -1,7 +1,8 @@
-"""`scenes`: pictures that the package draws itself, so that everything runs with no data and no network.
+"""The data set `scenes`: images that the package draws itself, so that everything runs without data and network.
 
-Six kinds of scene, each with one strong shape and varied in light, colour and layout: a glance at a grid of samples tells what
-a model has learned. The same seed draws the same pictures, on any machine with the same pillow and numpy.
+There are six classes. Each class has one clear shape, and its scenes vary in light, colour and layout. So a look at a
+grid of samples shows what a model has learned. The same seed draws the same images on every machine with the same
+versions of pillow and numpy.
 """
 
 import io
@@ -12,11 +13,14 @@ from PIL import Image, ImageDraw
 
 CLASS_NAMES = ("sunset at sea", "snowy mountain", "pine forest", "city at night", "desert", "hot-air balloon")
 SIDE_PX = 128
-_DRAWN_PX = 2 * SIDE_PX  # drawn at twice the size and shrunk: smooth edges
+_DRAWN_PX = 2 * SIDE_PX  # scenes are drawn at twice the size and reduced: this smooths the edges
 
 
 def draw_scenes(count: int = 1200, seed: int = 0) -> Dataset:
-    """`count` scenes of SIDE_PX squared, the classes in turn, as PNG bytes in a Dataset shaped like any other source."""
+    """Draw `count` scenes of SIDE_PX x SIDE_PX pixels. The classes alternate.
+
+    The images are PNG bytes. The Dataset has the same columns as the photos of any other source.
+    """
     from corel_diffusers.data.photos import dataset_of, default_caption
 
     labels = [index % len(CLASS_NAMES) for index in range(count)]
@@ -30,7 +34,7 @@ def draw_scenes(count: int = 1200, seed: int = 0) -> Dataset:
 
 
 def draw_scene(label: int, rng: np.random.Generator) -> Image.Image:
-    """One scene of the class `CLASS_NAMES[label]`, RGB."""
+    """Draw one scene of the class `CLASS_NAMES[label]`, an RGB image."""
     painter = (_sunset, _mountain, _forest, _city, _desert, _balloon)[label]
     canvas = painter(rng).reduce(_DRAWN_PX // SIDE_PX)
     noisy = np.asarray(canvas, np.float32) * rng.uniform(0.88, 1.08) + rng.normal(0, 1.5, (SIDE_PX, SIDE_PX, 1))
@@ -38,9 +42,9 @@ def draw_scene(label: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _gradient(top: tuple, bottom: tuple, power: float = 1.0) -> Image.Image:
-    """A sky: one colour at the top running into another at the bottom."""
-    share = np.linspace(0, 1, _DRAWN_PX)[:, None, None] ** power
-    colours = np.array(top) * (1 - share) + np.array(bottom) * share
+    """Draw a sky: a vertical gradient from the colour `top` to the colour `bottom`."""
+    fraction = np.linspace(0, 1, _DRAWN_PX)[:, None, None] ** power
+    colours = np.array(top) * (1 - fraction) + np.array(bottom) * fraction
     return Image.fromarray(np.broadcast_to(colours, (_DRAWN_PX, _DRAWN_PX, 3)).astype(np.uint8))
 
 
@@ -53,7 +57,7 @@ def _shade(colour: tuple, factor: float) -> tuple:
 
 
 def _ridge(rng: np.random.Generator, level: float, height: float, bumps: int) -> list[tuple[float, float]]:
-    """A smooth ground line through the picture, closed along the bottom; `level` and `height` as shares of the side."""
+    """Return a polygon below a smooth ground line. `level` and `height` are fractions of the image side."""
     x = np.linspace(0, 1, 65)
     y = sum(rng.normal(0, 1 / k) * np.sin(2 * np.pi * (k * x / 2 + rng.random())) for k in range(1, bumps + 1))
     y = level - height * y / (np.abs(y).max() + 1e-6)
@@ -112,7 +116,9 @@ def _forest(rng: np.random.Generator) -> Image.Image:
         tone = _shade(green, rng.uniform(0.75, 1.3))
         for tier in range(3):
             low, high = base_y - tall * 0.27 * tier, base_y - tall * (0.45 + 0.275 * tier)
-            draw.polygon([(x - wide * (1 - 0.25 * tier), low), (x, high), (x + wide * (1 - 0.25 * tier), low)], fill=tone)
+            draw.polygon(
+                [(x - wide * (1 - 0.25 * tier), low), (x, high), (x + wide * (1 - 0.25 * tier), low)], fill=tone
+            )
     return canvas
 
 
@@ -120,7 +126,13 @@ def _city(rng: np.random.Generator) -> Image.Image:
     side = _DRAWN_PX
     canvas = _gradient(_vary(rng, (8, 10, 40), 8), _vary(rng, (45, 40, 95)))
     draw = ImageDraw.Draw(canvas)
-    _disc(draw, side * rng.uniform(0.12, 0.88), side * rng.uniform(0.1, 0.22), side * rng.uniform(0.05, 0.08), (240, 240, 215))
+    _disc(
+        draw,
+        side * rng.uniform(0.12, 0.88),
+        side * rng.uniform(0.1, 0.22),
+        side * rng.uniform(0.05, 0.08),
+        (240, 240, 215),
+    )
     x = -rng.uniform(0, 20)
     while x < side:
         width = side * rng.uniform(0.13, 0.22)
@@ -129,7 +141,9 @@ def _city(rng: np.random.Generator) -> Image.Image:
         for window_y in np.arange(top + 10, side - 8, 22):
             for window_x in np.arange(x + 7, x + width - 12, 18):
                 if rng.random() < 0.6:
-                    draw.rectangle((window_x, window_y, window_x + 9, window_y + 11), fill=_vary(rng, (250, 215, 110), 14))
+                    draw.rectangle(
+                        (window_x, window_y, window_x + 9, window_y + 11), fill=_vary(rng, (250, 215, 110), 14)
+                    )
         x += width + rng.uniform(2, 10)
     return canvas
 
@@ -151,7 +165,9 @@ def _desert(rng: np.random.Generator) -> Image.Image:
             arm_x, arm_y = x + direction * thick * 3.2, base - tall * rng.uniform(0.4, 0.55)
             draw.rectangle((min(x, arm_x), arm_y - thick * 0.7, max(x, arm_x), arm_y + thick * 0.7), fill=green)
             left = arm_x - thick * 0.7
-            draw.rounded_rectangle((left, arm_y - tall * 0.3, left + thick * 1.4, arm_y + thick * 0.7), thick * 0.7, fill=green)
+            draw.rounded_rectangle(
+                (left, arm_y - tall * 0.3, left + thick * 1.4, arm_y + thick * 0.7), thick * 0.7, fill=green
+            )
     return canvas
 
 
@@ -163,10 +179,13 @@ def _balloon(rng: np.random.Generator) -> Image.Image:
     palette = [(220, 50, 50), (245, 190, 40), (150, 60, 170), (240, 120, 40), (40, 90, 190)]
     first, second = rng.choice(len(palette), 2, replace=False)
     x, y, radius = side * rng.uniform(0.3, 0.7), side * rng.uniform(0.28, 0.42), side * rng.uniform(0.18, 0.25)
-    draw.polygon([(x - radius * 0.93, y + radius * 0.4), (x + radius * 0.93, y + radius * 0.4), (x, y + radius * 1.7)], fill=palette[first])
-    for stripe, share in enumerate((1.0, 0.72, 0.36)):
+    draw.polygon(
+        [(x - radius * 0.93, y + radius * 0.4), (x + radius * 0.93, y + radius * 0.4), (x, y + radius * 1.7)],
+        fill=palette[first],
+    )
+    for stripe, fraction in enumerate((1.0, 0.72, 0.36)):
         colour = palette[first] if stripe % 2 == 0 else palette[second]
-        draw.ellipse((x - radius * share, y - radius, x + radius * share, y + radius), fill=colour)
+        draw.ellipse((x - radius * fraction, y - radius, x + radius * fraction, y + radius), fill=colour)
     basket = radius * 0.16
     draw.rectangle((x - basket, y + radius * 1.6, x + basket, y + radius * 1.6 + basket * 1.6), fill=(110, 70, 40))
     return canvas

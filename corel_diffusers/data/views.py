@@ -1,7 +1,7 @@
-"""The versions of a photo that the UNet trains on: the photo, its mirror image, and where wanted changed views of it.
+"""The versions of a photo that the UNet trains on: the photo, its mirror image and, optionally, augmented crops.
 
-What a frozen network makes of them is computed once and cached, in one order: (N, 2 + 2V, …), photo and mirror image first, then
-each view and its mirror image.
+The outputs of a frozen network for all versions are computed once and cached as (N, 2 + 2V, …), with V augmented crops
+per photo. The order of the versions is: photo, mirror image, then each augmented crop followed by its mirror image.
 """
 
 from collections.abc import Callable
@@ -10,59 +10,73 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from corel_diffusers.data.cache import ALONE, Shards, Share, cached_array
-from corel_diffusers.data.transforms import Pixels, evenly, random_views
+from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, cached_array
+from corel_diffusers.data.transforms import Pixels, evenly_spaced, random_crops
 from corel_diffusers.precision import arithmetic
 
-CHANGES = 5  # numbers that say how a view differs from its photo
-STATISTICS_OF = 10_000  # photos, evenly over all: more do not change a mean
-STOPPED_STATISTICS_OF = 256  # in a run that was told to stop, which has seconds left; it is measured again when the run ends
+CROP_CONDITIONS = 5  # number of crop parameters that describe an augmented crop
+STATISTICS_PHOTOS = 10_000  # evenly spaced photos: more photos do not change the mean
+# for a run that received a stop signal and has only seconds left; the statistics are measured again when the run ends
+STATISTICS_PHOTOS_WHEN_STOPPED = 256
 
 
 @dataclass
-class Views:
-    """Crops of the photos at more pixels, brightness and contrast varied; the same in every run."""
+class AugmentedCrops:
+    """V random crops with colour jitter of each of N photos. They are the same in every run.
+
+    Crops are cut from `large`, the photos with more pixels. `places` and `jitter` are the arguments `crop_params` and
+    `jitter` of `random_crops`.
+    """
 
     large: Pixels
-    places: torch.Tensor  # (N, V, 3) as random_views has them
+    places: torch.Tensor  # (N, V, 3)
     jitter: torch.Tensor  # (N, V, 2)
 
     @classmethod
-    def of(cls, large: Pixels, count: int, height_px: int) -> "Views":
-        """So many views of each photo, for training at that height."""
+    def of(cls, large: Pixels, count: int, height_px: int) -> "AugmentedCrops":
+        """Draw `count` augmented crops of each photo, for training at a height of `height_px`."""
         generator = torch.Generator().manual_seed(0)
         places = torch.rand(len(large), count, 3, generator=generator)
-        # no closer than half way to the closest crop; photos that have no more pixels come whole
+        # The scale is at least 0.5, half way to the smallest crop. Photos without more pixels than the training size
+        # are not cropped.
         places[..., 0] = 0.5 + 0.5 * places[..., 0] if large.values.shape[1] > height_px else 1.0
         return cls(large, places, 0.2 * torch.rand(len(large), count, 2, generator=generator) - 0.1)
 
     def __len__(self) -> int:
         return self.places.shape[1]
 
-    def batch(self, rows: slice, view: int, pixels: Pixels) -> torch.Tensor:
-        """One view of some photos, float32 (B, 3, H, W) in [-1, 1], of the size of `pixels`."""
+    def batch(self, rows: slice, crop: int, pixels: Pixels) -> torch.Tensor:
+        """Return one augmented crop of some photos: float32 (B, 3, H, W) in [-1, 1], with the size of `pixels`."""
         large, fitted = (torch.from_numpy(part.values[rows]) for part in (self.large, pixels))
-        return random_views(large, fitted, torch.ones(len(fitted), dtype=torch.bool), self.places[rows, view], self.jitter[rows, view])
+        return random_crops(
+            large, fitted, torch.ones(len(fitted), dtype=torch.bool), self.places[rows, crop], self.jitter[rows, crop]
+        )
 
     def changes(self) -> np.ndarray:
-        """What the UNet is told of each version, (N, 2 + 2V, CHANGES): zero for the photo and its mirror image.
+        """Return the crop parameters that condition the UNet: (N, 2 + 2V, CROP_CONDITIONS).
 
-        How much is cut off; where the crop lies, down and across, from -1 to 1 times that; contrast; brightness.
+        They are: the amount that is cut off (1 - scale); the vertical and the horizontal position of the crop, from -1
+        to 1 times that amount; contrast; brightness. All are 0 for the photo and its mirror image.
         """
         cut = 1 - self.places[..., :1]
-        told = torch.cat([cut, cut * (2 * self.places[..., 1:] - 1), self.jitter], dim=-1)
-        pairs = torch.stack([told, told * torch.tensor([1, 1, -1, 1, 1])], dim=2).flatten(1, 2)  # a mirror image lies across
-        return torch.cat([torch.zeros(len(told), 2, CHANGES), pairs], dim=1).numpy()
+        crop_params = torch.cat([cut, cut * (2 * self.places[..., 1:] - 1), self.jitter], dim=-1)
+        # a mirror image has the opposite horizontal position
+        pairs = torch.stack([crop_params, crop_params * torch.tensor([1, 1, -1, 1, 1])], dim=2).flatten(1, 2)
+        return torch.cat([torch.zeros(len(crop_params), 2, CROP_CONDITIONS), pairs], dim=1).numpy()
 
 
 def pick_versions(step: int, seed: int, global_batch: int, views: int, view_chance: float) -> np.ndarray:
-    """The version of each photo of a step's global batch, (B,): a view with that chance, else the photo; of it, the mirror image half
-    of the time. Known from the step alone, so that no version is read that is not trained on."""
-    random = np.random.default_rng([seed, step, 1])  # [seed, epoch] gives the order of the photos
-    mirrored, changed = random.random((2, global_batch))
-    versions = (mirrored < 0.5).astype(int)
+    """Return the index of the version to train on, for each photo of the global batch of a step: (B,).
+
+    With probability `view_chance` it is one of the `views` augmented crops, otherwise the photo. Either of them is
+    mirrored with probability 0.5. The choice depends only on the seed and the step, so only the chosen versions are
+    read.
+    """
+    rng = np.random.default_rng([seed, step, 1])  # [seed, epoch] is the seed for the order of the photos
+    mirror_draw, crop_draw = rng.random((2, global_batch))
+    versions = (mirror_draw < 0.5).astype(int)
     if views:
-        versions += 2 * (changed < view_chance) * (1 + random.integers(views, size=global_batch))
+        versions += 2 * (crop_draw < view_chance) * (1 + rng.integers(views, size=global_batch))
     return versions
 
 
@@ -71,43 +85,50 @@ def cache_versions(
     key: str,
     network: Callable[[torch.Tensor], torch.Tensor],
     pixels: Pixels,
-    views: Views | None,
+    crops: AugmentedCrops | None,
     device: torch.device,
     batch_size: int,
-    share: Share = ALONE,
-) -> Shards:
-    """What `network` makes of each version of each photo: cached, float32 (N, 2 + 2V, …).
+    share: Share = SINGLE_PROCESS,
+) -> ShardedArray:
+    """Return the output of `network` for each version of each photo: cached, float32 (N, 2 + 2V, …).
 
-    key: stands for the network; the arithmetic of the device is added to it. network: (2 B, 3, H, W) in [-1, 1], channels last -> (2 B, …).
+    Args:
+        key: identifies the network. The key of the cache also contains the arithmetic of the device.
+        network: takes images (2 B, 3, H, W) in [-1, 1], in channels-last memory format, and returns (2 B, …).
     """
 
-    def both(pictures: torch.Tensor) -> torch.Tensor:
-        made = network(torch.cat([pictures, pictures.flip(-1)]).to(device, memory_format=torch.channels_last))
-        return torch.stack(made.float().cpu().chunk(2), dim=1)
+    def with_mirror(images: torch.Tensor) -> torch.Tensor:
+        outputs = network(torch.cat([images, images.flip(-1)]).to(device, memory_format=torch.channels_last))
+        return torch.stack(outputs.float().cpu().chunk(2), dim=1)
 
-    def make(photos: slice) -> np.ndarray:
-        versions = [pixels.batch(photos)] + [views.batch(photos, view, pixels) for view in range(count)]
-        return torch.cat([both(pictures) for pictures in versions], dim=1).numpy()
+    def encode(photos: slice) -> np.ndarray:
+        versions = [pixels.batch(photos)] + [crops.batch(photos, crop, pixels) for crop in range(num_crops)]
+        return torch.cat([with_mirror(images) for images in versions], dim=1).numpy()
 
-    count = len(views) if views else 0
-    shape = (len(pixels), 2 + 2 * count, *both(pixels.batch(slice(1))).shape[2:])
-    name = f"{key}-{arithmetic(device)}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{count}"
-    return cached_array(name, shape, np.float32, make, "encoding photos", share, batch_size)
+    num_crops = len(crops) if crops else 0
+    shape = (len(pixels), 2 + 2 * num_crops, *with_mirror(pixels.batch(slice(1))).shape[2:])
+    cache_key = f"{key}-{arithmetic(device)}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}-{num_crops}"
+    return cached_array(cache_key, shape, np.float32, encode, "encoding photos", share, batch_size)
 
 
 def channel_statistics(
-    versions: Shards | np.ndarray,
+    versions: ShardedArray | np.ndarray,
     channels: slice = slice(None),
-    of: Callable[[np.ndarray], np.ndarray] = np.asarray,
-    at_once: int = 64,
+    transform: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of those channels of (N, V, C, h, w), or of a function of them, (C,) each; of at most STATISTICS_OF photos.
+    """Return the mean and the variance of each channel of an array (N, V, C, h, w): (C,) each.
 
-    In parts, so that a large cache stays on the disk.
+    At most STATISTICS_PHOTOS photos are used, `batch_size` at a time, so that a large cache does not have to fit in
+    memory.
+
+    Args:
+        channels: the channels to use.
+        transform: a function that is applied to the values first.
     """
-    photos, parts = evenly(len(versions), STATISTICS_OF), []
-    for start in range(0, len(photos), at_once):
-        part = of(versions[photos[start : start + at_once]][:, :, channels].astype(np.float64))
+    photos, parts = evenly_spaced(len(versions), STATISTICS_PHOTOS), []
+    for start in range(0, len(photos), batch_size):
+        part = transform(versions[photos[start : start + batch_size]][:, :, channels].astype(np.float64))
         parts.append((part.sum((0, 1, 3, 4)), (part**2).sum((0, 1, 3, 4)), part.size / part.shape[2]))
     total, square, count = (sum(values) for values in zip(*parts, strict=True))
     return total / count, square / count - (total / count) ** 2

@@ -1,1 +1,1 @@
-"""How good the pictures are and how many are copies, with numbers that can be trusted at a few hundred photos."""
+"""Measure the quality of samples and count copies of training photos, reliably with a few hundred photos."""

@@ -1,4 +1,4 @@
-"""`corel-diffusers evaluate`: photos and pictures -> features -> numbers -> a table, evaluation.json, evaluation.html."""
+"""`corel-diffusers evaluate`: compare samples with photos and write a table, evaluation.json and evaluation.html."""
 
 import time
 from dataclasses import dataclass
@@ -15,68 +15,102 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from corel_diffusers.cli import Evaluate
 from corel_diffusers.data.cache import cached_array, digest
 from corel_diffusers.data.photos import PHOTO_ENDINGS, load_photos
-from corel_diffusers.data.transforms import PhotoError, Pixels, cache_pixels, evenly, fit_photo, open_photo, to_float
+from corel_diffusers.data.transforms import (
+    PhotoError,
+    Pixels,
+    cache_pixels,
+    evenly_spaced,
+    fit_photo,
+    open_photo,
+    to_float,
+)
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
-from corel_diffusers.evaluation.metrics import class_match, colour_statistics, compare, halves, kernel_distance, within_class_distance
+from corel_diffusers.evaluation.metrics import (
+    class_match,
+    colour_statistics,
+    compare,
+    halves,
+    kernel_distance,
+    within_class_distance,
+)
 from corel_diffusers.files import UserError, read_json, write_json
 from corel_diffusers.generate import (
     build_sampler,
     guidance_interval,
+    labels_for_images,
     load_pipeline,
     pick_device,
-    pick_labels,
     pick_sampler,
     picture_size_px,
     possible_steps,
-    sample_pictures,
+    sample_images,
 )
 from corel_diffusers.hub import pipeline_digest, write_card
 from corel_diffusers.latents import config_key, weights_key
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
 from corel_diffusers.precision import arithmetic, autocast, resolve_precision
-from corel_diffusers.training import trained_on
+from corel_diffusers.training import count_trained_on
 
-FEWEST = 4  # photos on either side; with fewer, no distance means anything
-POOR_PSNR_DB, POOR_KID_E3 = 22.0, 40.0  # at 64 px: faces and small things are gone below the one or surely above the other
-LOOKED_AT = 1000  # photos of a split, at most, where more would hardly change a number: kernels grow with their square
-SEARCHED = 500  # held-out photos, at most, that are searched for as if they were copies
-PLANTED = 200  # training photos that are reconstructed and searched for, to see whether copies are found
+MIN_PHOTOS = 4  # minimum number of samples and of photos: with fewer images, distances mean nothing
+# At 64 px, faces and small objects are lost if the PSNR is below the first value, or if the interval of KID x1000 is
+# above the second value.
+POOR_PSNR_DB, POOR_KID_E3 = 22.0, 40.0
+# Maximum number of photos of a split: more would hardly change a number, and the kernels grow with its square.
+MAX_COMPARED = 1000
+# Maximum number of held-out photos in the search for copies. This measures the false alarms.
+MAX_CONTROL_PHOTOS = 500
+# Maximum number of training photos that are mirrored, cropped and searched for. This measures the detection rate.
+MAX_PLANTED = 200
 
 
 def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
-    """Writes evaluation.json and evaluation.html to `output_dir` and prints the table. Raises UserError with the way out."""
-    began, device = time.monotonic(), pick_device(args.device)
+    """Evaluate samples, write evaluation.json and evaluation.html to `output_dir`, and print the table.
+
+    Args:
+        args: the flags.
+        source: the photos, as a folder or a Hub dataset id.
+        output_dir: the folder for the two files. In a pipeline folder, the model card is updated too.
+
+    Raises:
+        UserError: a flag or a file cannot be used. The message says what to do.
+    """
+    start_seconds, device = time.monotonic(), pick_device(args.device)
     args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
     pipe = None if args.pictures else load_pipeline(args.pipeline, device)
-    pictures = read_pictures(Path(args.base_dir) / args.pictures) if args.pictures else []
-    size_px = picture_size_px(pipe) if pipe else (pictures[0].height, pictures[0].width)
+    images = read_images(Path(args.base_dir) / args.pictures) if args.pictures else []
+    size_px = picture_size_px(pipe) if pipe else (images[0].height, images[0].width)
     photos, pixels = cache_pixels(photos_to_compare(args, source, pipe), size_px)
     class_names = photos["train"].features["label"].names
     photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
     held_out = pick_held_out(args.against, pixels)
-    searched = ["train"] if pipe else [split for split in ("train", "validation") if split != held_out]
-    known = pixels["train"] if pipe else joined([pixels[split] for split in searched])
+    # The training photos of --pictures are unknown, so validation photos count as training photos unless held out.
+    training_splits = ["train"] if pipe else [split for split in ("train", "validation") if split != held_out]
+    training_photos = pixels["train"] if pipe else concatenate_pixels([pixels[split] for split in training_splits])
     network = load_network(args.features, device)
-    real = {split: photo_features(network, part) for split, part in pixels.items()}
-    some = {split: features[evenly(len(features), LOOKED_AT)] for split, features in real.items()}
-    some_labels = {split: labels[evenly(len(labels), LOOKED_AT)] for split, labels in photo_labels.items()}
-    colours = colour_statistics(joined([part.evenly(LOOKED_AT) for part in pixels.values()]).values)
-    for parts in (real, some, photo_labels, some_labels):
-        parts["all"] = torch.cat(list(parts.values()))
+    real_features = {split: photo_features(network, part) for split, part in pixels.items()}
+    subset_features = {
+        split: features[evenly_spaced(len(features), MAX_COMPARED)] for split, features in real_features.items()
+    }
+    subset_labels = {split: labels[evenly_spaced(len(labels), MAX_COMPARED)] for split, labels in photo_labels.items()}
+    photo_colours = colour_statistics(
+        concatenate_pixels([part.evenly_spaced(MAX_COMPARED) for part in pixels.values()]).values
+    )
+    for by_split in (real_features, subset_features, photo_labels, subset_labels):
+        by_split["all"] = torch.cat(list(by_split.values()))
     if held_out == "all":
-        pixels["all"] = joined(list(pixels.values()))
+        pixels["all"] = concatenate_pixels(list(pixels.values()))
 
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:
-        pictures, labels, settings = make_pictures(args, pipe, class_names, photo_labels[held_out])
-    values = as_array(pictures)
-    features = extract(network, values)
-    as_rendered = partial(render, pipe.vae, precision=args.mixed_precision) if pipe else lambda part: part
-    finder = CopyFinder.of(known, as_rendered(known), device)
-    in_pixels, in_features = finder.search(values)
+        images, labels, settings = make_samples(args, pipe, class_names, photo_labels[held_out])
+    samples = as_array(images)
+    features = extract(network, samples)
+    render = partial(vae_rendering, pipe.vae, precision=args.mixed_precision) if pipe else lambda part: part
+    finder = CopyFinder.of(training_photos, render(training_photos), device)
+    nearest_in_pixels, nearest_in_features = finder.search(samples)
 
     results = settings | {
         "only_classes": class_names if args.classes else None,
@@ -84,241 +118,355 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "held_out": held_out,
         "size_px": list(size_px),
         "features": network.name,
-        "generation": compare(features, real[held_out], labels_a=labels, labels_b=drawn_labels(photo_labels, held_out, labels)),
-        "halves": halves(some["all"], some_labels["all"]),
-        "colours": {"pictures": colour_statistics(values), "photos": colours},
+        "generation": compare(
+            features,
+            real_features[held_out],
+            labels_a=labels,
+            labels_b=photo_labels_for_kid(photo_labels, held_out, labels),
+        ),
+        "halves": halves(subset_features["all"], subset_labels["all"]),
+        "colours": {"pictures": colour_statistics(samples), "photos": photo_colours},
         "copies": {"pixel_ratio": PIXEL_RATIO, "feature_ratio": finder.feature_ratio, "features": finder.network.name},
     }
-    results["copies"]["pictures"] = finder.shares(in_pixels, in_features)
-    planted = planted_copies(known.evenly(PLANTED).values[:])
+    results["copies"]["pictures"] = finder.shares(nearest_in_pixels, nearest_in_features)
+    planted = planted_copies(training_photos.evenly_spaced(MAX_PLANTED).values[:])
     planted = reconstruct(pipe.vae, planted, args.mixed_precision) if pipe else planted
     results["copies"]["planted"] = finder.shares(*finder.search(planted))
-    results["copies"]["n"] = {"pictures": len(values)}
+    results["copies"]["n"] = {"pictures": len(samples)}
     if held_out != "all":
-        train_labels = {"labels_a": some_labels["train"], "labels_b": some_labels[held_out]}
-        results["train_against_held_out"] = compare(some["train"], some[held_out], **train_labels)
-        searched_for = as_rendered(pixels[held_out]).evenly(SEARCHED).values[:]
-        results["copies"]["held_out"] = finder.shares(*finder.search(searched_for))
-        results["copies"]["n"]["held_out"] = len(searched_for)
+        both_labels = {"labels_a": subset_labels["train"], "labels_b": subset_labels[held_out]}
+        results["train_against_held_out"] = compare(subset_features["train"], subset_features[held_out], **both_labels)
+        control_photos = render(pixels[held_out]).evenly_spaced(MAX_CONTROL_PHOTOS).values[:]
+        results["copies"]["held_out"] = finder.shares(*finder.search(control_photos))
+        results["copies"]["n"]["held_out"] = len(control_photos)
     if labels is None:
-        results["diversity"] = {"pictures": within_class_distance(features, None), "photos": within_class_distance(some["all"], None)}
+        results["diversity"] = {
+            "pictures": within_class_distance(features, None),
+            "photos": within_class_distance(subset_features["all"], None),
+        }
     else:
-        made, real_of = (features, labels), {split: (real[split], photo_labels[split]) for split in real}
-        results["diversity"] = {"pictures": within_class_distance(*made), "photos": within_class_distance(*real_of["all"])}
-        others = real_of[held_out] if held_out != "all" else None
-        results["classes"] = class_scores(class_names, made, real_of["train"], real_of["all"], others)
+        labelled_samples, labelled_photos = (
+            (features, labels),
+            {split: (real_features[split], photo_labels[split]) for split in real_features},
+        )
+        results["diversity"] = {
+            "pictures": within_class_distance(*labelled_samples),
+            "photos": within_class_distance(*labelled_photos["all"]),
+        }
+        labelled_held_out = labelled_photos[held_out] if held_out != "all" else None
+        results["classes"] = class_scores(
+            class_names, labelled_samples, labelled_photos["train"], labelled_photos["all"], labelled_held_out
+        )
     sheets = {
-        "Pictures": report.sample_sheet(values, labels, class_names),
-        "Nearest in features": report.pair_sheet(values, known.values, in_features),
-        "Nearest in pixels": report.pair_sheet(values, known.values, in_pixels),
+        "Samples": report.sample_sheet(samples, labels, class_names),
+        "Samples most like copies, in features": report.pair_sheet(
+            samples, training_photos.values, nearest_in_features
+        ),
+        "Samples most like copies, in pixels": report.pair_sheet(samples, training_photos.values, nearest_in_pixels),
     }
     if pipe:
-        originals, rendered = pixels[held_out].values, as_rendered(pixels[held_out]).values
-        results["reconstruction"] = reconstruction_scores(rendered, originals, network, real[held_out], photo_labels[held_out])
-        whose = "Photos" if held_out == "all" else "Held-out photos"
-        sheets[f"{whose} over their reconstructions"] = report.reconstruction_sheet(originals, rendered)
+        originals, reconstructions = pixels[held_out].values, render(pixels[held_out]).values
+        results["reconstruction"] = reconstruction_scores(
+            reconstructions, originals, network, real_features[held_out], photo_labels[held_out]
+        )
+        title = "Photos" if held_out == "all" else "Held-out photos"
+        sheets[f"{title} and their VAE reconstructions"] = report.reconstruction_sheet(originals, reconstructions)
     if isinstance(args.pipeline, Path) and pipe:
         results["unet_sha256"] = pipeline_digest(args.pipeline)
         if held_out != "all":
-            results["held_out_trained_on"] = trained_on(args.pipeline, photos[held_out]["file_name"][:])
-    results["seconds"] = round(time.monotonic() - began, 1)
-    files = [name for split in searched for name in photos[split]["file_name"][:]]
-    results["nearest"] = {"pixels": in_pixels.named(files), "features": in_features.named(files)}  # of each picture, in order
+            results["held_out_trained_on"] = count_trained_on(args.pipeline, photos[held_out]["file_name"][:])
+    results["seconds"] = round(time.monotonic() - start_seconds, 1)
+    files = [name for split in training_splits for name in photos[split]["file_name"][:]]
+    results["nearest"] = {  # one entry per sample, in order
+        "pixels": nearest_in_pixels.with_file_names(files),
+        "features": nearest_in_features.with_file_names(files),
+    }
 
     write_json(output_dir / "evaluation.json", results)
     if output_dir == args.pipeline:
         write_card(output_dir)
     report.write_html(output_dir / "evaluation.html", results, sheets)
     print(report.table_text(results))
-    print(f"numbers: {output_dir / 'evaluation.json'}\npictures: {output_dir / 'evaluation.html'} (it shows your photos)")
+    print(
+        f"numbers: {output_dir / 'evaluation.json'}\n"
+        f"report with images: {output_dir / 'evaluation.html'} (it contains your photos)"
+    )
 
 
-def make_pictures(
+def make_samples(
     args: Evaluate, pipe: DiffusionPipeline, class_names: list[str], photo_labels: torch.Tensor
 ) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
-    """The pictures to judge, their labels in the photos' numbers (None where those do not fit), and how they were made."""
+    """Generate the samples to evaluate.
+
+    Returns:
+        The samples, their labels in the numbering of the photos (None if the model lacks a class of the photos), and
+        the settings that they were generated with.
+    """
     sampler, steps = pick_sampler(args)
     pipe.scheduler = build_sampler(sampler, pipe.scheduler)
     steps = possible_steps(pipe.scheduler, steps)
-    labels, like_photos = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
-    pictures = list(sample_pictures(pipe, args, labels, args.seed, num_inference_steps=steps))
+    model_labels, labels = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
+    images = list(sample_images(pipe, args, model_labels, args.seed, num_inference_steps=steps))
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
-    guide = getattr(pipe, "guide", None) is not None  # pipelines of an earlier version have none
+    has_guide = getattr(pipe, "guide", None) is not None  # pipelines of an earlier version have no attribute `guide`
     settings |= {
         "mixed_precision": args.mixed_precision,
-        "guidance_scale": args.guidance_scale if guide or labels else 1.0,  # by nothing where there is neither
+        # Guidance needs a guide model or classes. Without both, it has no effect.
+        "guidance_scale": args.guidance_scale if has_guide or model_labels else 1.0,
         "guidance_interval": guidance_interval(args, pipe),
-        "guide": guide,
+        "guide": has_guide,
     }
-    return pictures, like_photos, settings
+    return images, labels, settings
 
 
-def drawn_labels(photo_labels: dict[str, torch.Tensor], held_out: str, labels: torch.Tensor | None) -> torch.Tensor | None:
-    """The labels that KID has to know of the photos it compares with: of a split, whose classes come in fixed numbers, or beside pictures
-    with labels. All photos beside pictures without count as drawn at random."""
-    return None if held_out == "all" and labels is None else photo_labels[held_out]
+def photo_labels_for_kid(
+    photo_labels: dict[str, torch.Tensor], held_out: str, sample_labels: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the labels of the photos for KID, or None if the photos count as drawn at random.
+
+    A split has a fixed number of photos per class, so KID needs their labels. If all photos are compared, KID needs
+    their labels only if the samples have labels too.
+    """
+    return None if held_out == "all" and sample_labels is None else photo_labels[held_out]
 
 
 def labels_to_draw(
     pipe: DiffusionPipeline, class_names: list[str], photo_labels: torch.Tensor, count: int
 ) -> tuple[list[int] | None, torch.Tensor | None]:
-    """A class for each picture, as the model numbers it and as the photos do: each as often among the pictures as among the photos that
-    they are compared with. Where the model lacks one of the photos' classes: all of its own alike, and none of theirs."""
-    numbers = {name: int(number) for number, name in (pipe.config.class_names or {}).items()}
-    if not set(class_names) <= set(numbers):
-        return pick_labels(pipe, (), count), None
-    like_photos = as_often(photo_labels, count)
-    return [numbers[class_names[label]] for label in like_photos.tolist()], like_photos
+    """Return a class for each sample, with the class fractions of the photos that the samples are compared with.
+
+    If the model lacks a class of the photos, all classes of the model are equally frequent.
+
+    Returns:
+        The labels in the numbering of the model (None if the model has no classes), and the same labels in the
+        numbering of the photos (None if the model lacks a class of the photos).
+    """
+    model_label = {name: int(label) for label, name in (pipe.config.class_names or {}).items()}
+    if not set(class_names) <= set(model_label):
+        return labels_for_images(pipe, (), count), None
+    labels = stratified_labels(photo_labels, count)
+    return [model_label[class_names[label]] for label in labels.tolist()], labels
 
 
-def as_often(labels: torch.Tensor, count: int) -> torch.Tensor:
-    """So many labels, each as often as it is among `labels`, sorted."""
+def stratified_labels(labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `count` sorted labels with the same class fractions as `labels`."""
     return labels.sort().values[torch.arange(count) * len(labels) // count]
 
 
 @dataclass
 class SampleJudge:
-    """What a few samples are judged with while a model trains: the held-out photos' features, and the training photos."""
+    """Measures a few samples while a model trains: KID against the held-out photos, and copies of training photos."""
 
     network: Network
-    held_out: torch.Tensor
-    labels: torch.Tensor  # of the held-out photos
+    held_out: torch.Tensor  # features of the held-out photos
+    labels: torch.Tensor  # labels of the held-out photos
     finder: CopyFinder
 
     @classmethod
     def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels], labels: np.ndarray, precision: str) -> "SampleJudge":
-        """precision: of the passes that the samples are drawn in. labels: of the validation photos."""
+        """Prepare the features of the held-out photos and the search for copies.
+
+        Args:
+            vae: the VAE that decodes the samples.
+            pixels: the photos of the splits train and validation.
+            labels: the labels of the validation photos.
+            precision: the precision of the forward passes that generate the samples.
+        """
         network = load_network("efficientnet-lite0", vae.device)
-        finder = CopyFinder.of(pixels["train"], render(vae, pixels["train"], precision), vae.device)
+        finder = CopyFinder.of(pixels["train"], vae_rendering(vae, pixels["train"], precision), vae.device)
         return cls(network, photo_features(network, pixels["validation"]), torch.from_numpy(labels), finder)
 
     def labels_to_draw(self, count: int) -> torch.Tensor:
-        """A label for each sample, each as often as among the held-out photos: (count,)."""
-        return as_often(self.labels, count)
+        """Return a label for each sample, with the class fractions of the held-out photos: (count,)."""
+        return stratified_labels(self.labels, count)
 
-    def scores(self, pictures: list[Image.Image], labels: torch.Tensor | None) -> dict[str, float]:
-        """KID x1000 against the held-out photos, where there are enough, and the shares of copies; few pictures make it noisy, the trend
-        counts. labels: of the pictures, None where the model has no classes."""
-        values = as_array(pictures)
-        features = extract(self.network, values)
-        copies = {f"copies_{name}": share for name, share in self.finder.shares(*self.finder.search(values)).items()}
-        enough = len(self.held_out) >= FEWEST
+    def scores(self, images: list[Image.Image], labels: torch.Tensor | None) -> dict[str, float]:
+        """Return KID x1000 against the held-out photos and the fractions of copies.
+
+        KID is left out if there are fewer than MIN_PHOTOS held-out photos, or if `kernel_distance` cannot compute it.
+        With few samples the values are noisy, so look at their trend.
+
+        labels: of the samples, None if the model has no classes.
+        """
+        samples = as_array(images)
+        features = extract(self.network, samples)
+        copies = {
+            f"copies_{measure}": fraction
+            for measure, fraction in self.finder.shares(*self.finder.search(samples)).items()
+        }
+        enough = len(self.held_out) >= MIN_PHOTOS
         kid = kernel_distance(features, self.held_out, labels_a=labels, labels_b=self.labels) if enough else None
         return copies if kid is None else {"kid_e3": 1e3 * kid} | copies
 
 
-def reconstruction_limit(vae: AutoencoderKL, held_out: Pixels, labels: torch.Tensor | None = None, precision: str = "no") -> str:
-    """One line on what the VAE's held-out reconstruction allows at best, with a warning where that is poor. labels: of the held-out photos.
-    precision: what samples will be decoded in."""
-    if len(held_out) < FEWEST:
+def reconstruction_limit(
+    vae: AutoencoderKL, held_out: Pixels, labels: torch.Tensor | None = None, precision: str = "no"
+) -> str:
+    """Return one line with the reconstruction error of the VAE, which is a lower bound for samples.
+
+    The line warns if the error is high.
+
+    Args:
+        vae: the VAE.
+        held_out: the held-out photos.
+        labels: the labels of the held-out photos.
+        precision: the precision that samples will be decoded in.
+    """
+    if len(held_out) < MIN_PHOTOS:
         return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
-    network, held_out = load_network("efficientnet-lite0", vae.device), held_out.evenly(LOOKED_AT)
-    labels = None if labels is None else labels[evenly(len(labels), LOOKED_AT)]
-    made = reconstruct(vae, held_out.values, precision)
-    scores = reconstruction_scores(made, held_out.values, network, photo_features(network, held_out), labels)
+    network, held_out = load_network("efficientnet-lite0", vae.device), held_out.evenly_spaced(MAX_COMPARED)
+    labels = None if labels is None else labels[evenly_spaced(len(labels), MAX_COMPARED)]
+    reconstructions = reconstruct(vae, held_out.values, precision)
+    scores = reconstruction_scores(reconstructions, held_out.values, network, photo_features(network, held_out), labels)
     kid = f"KID x1000 {report.with_interval(scores)} ({network.name})"
     line = (
-        f"the VAE brings held-out photos back at PSNR {scores['psnr_db']:.1f} dB, {kid}: samples will not come nearer to photos than that"
+        f"the VAE reconstructs held-out photos with PSNR {scores['psnr_db']:.1f} dB, {kid}: "
+        "samples cannot be expected to be closer to the photos"
     )
-    poor = scores["psnr_db"] < POOR_PSNR_DB or (scores["kid_e3_low"] or 0.0) > POOR_KID_E3
-    return line + ("; that is poor: train the VAE longer first" if poor else "")
+    is_poor = scores["psnr_db"] < POOR_PSNR_DB or (scores["kid_e3_low"] or 0.0) > POOR_KID_E3
+    return line + ("; that is poor: train the VAE longer first" if is_poor else "")
 
 
-def read_pictures(folder: Path) -> list[Image.Image]:
-    """Every picture below a folder, sorted by name, at the first one's size."""
-    pictures = []
-    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith(".")):
+def read_images(folder: Path) -> list[Image.Image]:
+    """Read all images in a folder and its subfolders, sorted by path, and resize them to the size of the first one.
+
+    Raises:
+        UserError: an image cannot be read, or there are fewer than MIN_PHOTOS.
+    """
+    images = []
+    for file in sorted(
+        file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith(".")
+    ):
         try:
-            pictures.append(open_photo(file))
+            images.append(open_photo(file))
         except PhotoError as error:
             raise UserError(f"--pictures {folder}: {file.name} cannot be used ({error}): remove it") from None
-    if len(pictures) < FEWEST:
+    if len(images) < MIN_PHOTOS:
         raise UserError(
-            f"--pictures {folder} holds {len(pictures)} pictures: {FEWEST} or more are needed, some hundred to trust the numbers"
+            f"--pictures {folder} contains {len(images)} images: "
+            f"give {MIN_PHOTOS} or more (the numbers are reliable from a few hundred)"
         )
-    return [picture if picture.size == pictures[0].size else fit_photo(picture, pictures[0].size[::-1]) for picture in pictures]
+    return [image if image.size == images[0].size else fit_photo(image, images[0].size[::-1]) for image in images]
 
 
 def photos_to_compare(args: Evaluate, source: Path | str, pipe: DiffusionPipeline | None) -> DatasetDict:
-    """The photos of --classes, or of the classes that the model has, or all where its classes are not the photos'."""
+    """Load the photos of --classes. Without that flag, load the photos of the classes that the model has.
+
+    All photos are loaded if there is no pipeline, or if the classes of the model are not a proper subset of the
+    classes of the photos.
+    """
     photos = load_photos(source, classes=args.classes)
     if args.classes or not pipe:
         return photos
-    trained = set((pipe.config.class_names or {}).values())
-    run = Path(args.pipeline) / "run.json"
-    if not trained and run.is_file():  # a model of one class has no labels
-        trained = set(read_json(run)["data"]["classes"])
-    return load_photos(source, classes=sorted(trained)) if trained and trained < set(photos["train"].features["label"].names) else photos
+    trained_classes = set((pipe.config.class_names or {}).values())
+    run_file = Path(args.pipeline) / "run.json"
+    if not trained_classes and run_file.is_file():  # a model that was trained on one class has no labels
+        trained_classes = set(read_json(run_file)["data"]["classes"])
+    return (
+        load_photos(source, classes=sorted(trained_classes))
+        if trained_classes and trained_classes < set(photos["train"].features["label"].names)
+        else photos
+    )
 
 
-def pick_held_out(wanted: str, pixels: dict[str, Pixels]) -> str:
-    """The split to compare with. Raises UserError where it is missing or too small."""
-    split = ("test" if "test" in pixels else "validation") if wanted == "auto" else wanted
+def pick_held_out(against: str, pixels: dict[str, Pixels]) -> str:
+    """Return the split to compare with.
+
+    Raises:
+        UserError: the split is missing or too small.
+    """
+    split = ("test" if "test" in pixels else "validation") if against == "auto" else against
     if split not in {*pixels, "all"}:
         raise UserError(
-            f"--against {split}: no photos were set aside as test: run prepare with --test-fraction 0.15, or leave the flag out"
+            f"--against {split}: no photos were set aside as test: "
+            "run prepare with --test-fraction 0.15, or leave the flag out"
         )
     count = sum(map(len, pixels.values())) if split == "all" else len(pixels[split])
-    if count < FEWEST:
-        raise UserError(f"--data-dir has {count} photos in {split} to compare with, {FEWEST} or more are needed: give --against all")
+    if count < MIN_PHOTOS:
+        raise UserError(
+            f"--data-dir has only {count} photos to compare with in {split}, at least {MIN_PHOTOS} are needed: "
+            "give --against all"
+        )
     return split
 
 
-def joined(parts: list[Pixels]) -> Pixels:
-    """The photos of several splits."""
+def concatenate_pixels(parts: list[Pixels]) -> Pixels:
+    """Return the photos of several splits as one Pixels."""
     return Pixels(np.concatenate([part.values for part in parts]), digest([part.key for part in parts]))
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, photos: np.ndarray, precision: str = "no") -> np.ndarray:
-    """uint8 (N, H, W, 3) -> what the VAE makes of it, through the posterior's mean, uint8 of the same shape.
+    """Encode photos to the posterior mean and decode it: uint8 (N, H, W, 3) -> uint8 (N, H, W, 3).
 
-    Encoded as the UNet's training photos are, and decoded in the precision that samples are decoded in: what is compared with them
-    must not differ by its rounding.
+    Photos are encoded like the UNet's training photos, and decoded in the precision of the samples. Otherwise rounding
+    would make a difference between reconstructions and samples.
     """
-    made = []
-    decoding = "no" if vae.config.force_upcast else precision  # as the pipeline decodes
+    reconstructions = []
+    decoder_precision = "no" if vae.config.force_upcast else precision  # like the pipeline
     for start in range(0, len(photos), 32):
-        part = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
+        batch = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
         with autocast("no", vae.device.type):
-            latents = vae.encode(part).latent_dist.mean
-        with autocast(decoding, vae.device.type):
-            made += to_pictures(vae.decode(latents).sample)
-    return as_array(made)
+            latents = vae.encode(batch).latent_dist.mean
+        with autocast(decoder_precision, vae.device.type):
+            reconstructions += to_pictures(vae.decode(latents).sample)
+    return as_array(reconstructions)
 
 
-def render(vae: AutoencoderKL, pixels: Pixels, precision: str = "no") -> Pixels:
-    """The photos of a split as the VAE renders them in that precision: computed once, cached by what the photos hold, the VAE's weights and
-    config, and the arithmetic."""
+def vae_rendering(vae: AutoencoderKL, pixels: Pixels, precision: str = "no") -> Pixels:
+    """Return the photos of a split as reconstructed by the VAE in this precision.
+
+    They are computed once and cached. The key depends on the content of the photos, the VAE's weights and config, the
+    arithmetic of the device, and the precision.
+    """
     vae_key = f"{weights_key(vae)}-{config_key(vae)}-{arithmetic(vae.device)}-{precision}"
     key = f"{pixels.key}-{len(pixels)}-{vae_key}"
 
     def make(photos: slice) -> np.ndarray:
         return reconstruct(vae, pixels.values[photos], precision)
 
-    return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "rendering photos"), key)
+    return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "reconstructing photos"), key)
 
 
 def reconstruction_scores(
-    made: np.ndarray, photos: np.ndarray, network: Network, real: torch.Tensor, labels: torch.Tensor | None = None
+    reconstructions: np.ndarray,
+    photos: np.ndarray,
+    network: Network,
+    real_features: torch.Tensor,
+    labels: torch.Tensor | None = None,
 ) -> dict[str, float | None]:
-    """What the VAE loses: PSNR (dB), SSIM, perceptual distance, and its own distances, under which no sample set comes but by luck.
+    """Return the reconstruction error of the VAE: PSNR (dB), SSIM, perceptual distance, and the results of `compare`.
 
-    real: the photos' features. labels: of the photos. A photo and its reconstruction are no pair that KID counts; `kid_e3_all_pairs`
-    counts them too, and is too low for it.
+    The distances are a lower bound for samples. Samples can be below it only by chance.
+
+    KID does not count the pairs of a photo and its own reconstruction. `kid_e3_all_pairs` counts them, so it is too
+    low.
+
+    Args:
+        reconstructions: uint8 (N, H, W, 3).
+        photos: uint8 (N, H, W, 3).
+        network: the feature network.
+        real_features: the features of the photos (N, D).
+        labels: the labels of the photos (N,).
     """
-    perceptual, sums = PerceptualLoss("efficientnet-lite0").to(network.device), np.zeros(3)
-    for start in range(0, len(made), 32):
-        a, b = (to_float(torch.from_numpy(np.array(values[start : start + 32]))).to(network.device) for values in (made, photos))
+    perceptual_loss, sums = PerceptualLoss("efficientnet-lite0").to(network.device), np.zeros(3)
+    for start in range(0, len(reconstructions), 32):
+        a, b = (
+            to_float(torch.from_numpy(np.array(values[start : start + 32]))).to(network.device)
+            for values in (reconstructions, photos)
+        )
         with torch.no_grad():
-            far = perceptual(a, b)
+            perceptual = perceptual_loss(a, b)
         a, b = (a + 1) / 2, (b + 1) / 2
-        near = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3)), structural_similarity_index_measure(a, b, data_range=1.0)
-        sums += [len(a) * float(value) for value in (*near, far)]
-    features = extract(network, made)
-    means = dict(zip(("psnr_db", "ssim", "perceptual"), (sums / len(made)).tolist(), strict=True))
-    all_pairs = kernel_distance(features, real, labels_a=labels, labels_b=labels)
-    distances = compare(features, real, True, labels, labels)
+        psnr_and_ssim = (
+            peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3)),
+            structural_similarity_index_measure(a, b, data_range=1.0),
+        )
+        sums += [len(a) * float(value) for value in (*psnr_and_ssim, perceptual)]
+    features = extract(network, reconstructions)
+    means = dict(zip(("psnr_db", "ssim", "perceptual"), (sums / len(reconstructions)).tolist(), strict=True))
+    all_pairs = kernel_distance(features, real_features, labels_a=labels, labels_b=labels)
+    distances = compare(features, real_features, True, labels, labels)
     return means | distances | {"kid_e3_all_pairs": None if all_pairs is None else 1e3 * all_pairs}
 
 
@@ -326,23 +474,36 @@ Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)
 
 
 def class_scores(
-    class_names: list[str], pictures: Labelled, train: Labelled, photos: Labelled, held_out: Labelled | None
+    class_names: list[str], samples: Labelled, train: Labelled, photos: Labelled, held_out: Labelled | None
 ) -> dict[str, dict]:
-    """For each class: its pictures beside its held-out photos, or beside all of its photos where FEWEST are not held out (`against` says
-    which: photos that were trained on lower the distance of a model that repeats them); and how many are nearest to their own class's mean
-    training photo, beside the same share of held-out photos, where there are any."""
-    matches = class_match(*pictures, *train)
-    real_matches = class_match(*held_out, *train) if held_out else None
-    found = {}
+    """Return the results of `compare` and the class accuracy for each class.
+
+    The samples of a class are compared with its held-out photos. If fewer than MIN_PHOTOS of them are held out, the
+    samples are compared with all photos of the class. The key `against` says which. All photos include training photos.
+    A model that copies training photos has a lower distance to them.
+
+    The key `match` is the class accuracy: the fraction of samples that are closest to the mean training photo of their
+    own class. `match_photos` is the same fraction of the held-out photos, or None if the class has no held-out photos.
+
+    A class with fewer than two samples or two photos is left out.
+    """
+    matches = class_match(*samples, *train)
+    photo_matches = class_match(*held_out, *train) if held_out else None
+    scores = {}
     for label, name in enumerate(class_names):
-        own, held = pictures[1] == label, held_out[1] == label if held_out else torch.zeros(0, dtype=torch.bool)
-        enough = held.sum() >= FEWEST
-        beside = held_out[0][held] if enough else photos[0][photos[1] == label]
-        if own.sum() < 2 or len(beside) < 2:
+        of_class, held_out_of_class = (
+            samples[1] == label,
+            held_out[1] == label if held_out else torch.zeros(0, dtype=torch.bool),
+        )
+        enough = held_out_of_class.sum() >= MIN_PHOTOS
+        compared_photos = held_out[0][held_out_of_class] if enough else photos[0][photos[1] == label]
+        if of_class.sum() < 2 or len(compared_photos) < 2:
             continue
-        found[name] = compare(pictures[0][own], beside) | {
+        scores[name] = compare(samples[0][of_class], compared_photos) | {
             "against": "held-out" if enough else "all",
-            "match": float(matches[own].double().mean()),
-            "match_photos": float(real_matches[held].double().mean()) if held.any() else None,
+            "match": float(matches[of_class].double().mean()),
+            "match_photos": float(photo_matches[held_out_of_class].double().mean())
+            if held_out_of_class.any()
+            else None,
         }
-    return found
+    return scores

@@ -1,7 +1,7 @@
-"""diffusers' layers, each the same function of the same weights, in fewer passes over memory: what models in training are made of.
+"""Faster versions of diffusers layers for models in training. They compute the same functions with the same weights.
 
-On a small model a pass over memory costs as much as a convolution. Weights, names and configs stay diffusers' own: what is saved loads
-without this file.
+They make fewer passes over memory: in a small model, one pass over memory takes as long as a convolution. The weights,
+their names and the configs stay those of diffusers, so a saved model loads without this file.
 """
 
 import torch
@@ -11,29 +11,39 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-# what the CPU's kernels of GroupNorm go through at a time: a group of fewer channels, or a rest, is gone through one by one
+# Number of channels that the CPU kernels of GroupNorm process at once. They process the channels of a smaller group,
+# and the remaining channels of a larger group, one by one.
 BF16_LANES = 16
-FROM_POSITIONS = 1024  # of a batch: for fewer, a CPU takes longer to sum up an enlarging kernel than it saves
+# Upsample2D uses a transposed convolution for at least this many positions per batch. For fewer positions, a CPU needs
+# more time to compute the kernel than it saves.
+FROM_POSITIONS = 1024
 
 
-def quicken(model: nn.Module) -> None:
-    """Has the layers of an AutoencoderKL or UNet2DModel computed as here, in place."""
-    for part in model.modules():
-        if type(part) is resnet.ResnetBlock2D:
-            part.__class__ = ResnetBlock2D
-        elif type(part) is upsampling.Upsample2D and part.use_conv and torch.backends.mkldnn.is_available():
-            part.__class__ = Upsample2D
-        elif type(part) is nn.GroupNorm:
-            part.__class__ = GroupNorm
-        elif type(part) is Attention and not torch.backends.cuda.flash_sdp_enabled():  # precision.use chose the plain products
-            part.set_processor(AttnProcessor())  # torch's own also look for rows that are masked altogether
+def use_fast_layers(model: nn.Module) -> None:
+    """Replace the layers of an AutoencoderKL or UNet2DModel by the classes of this file, in place."""
+    for module in model.modules():
+        if type(module) is resnet.ResnetBlock2D:
+            module.__class__ = ResnetBlock2D
+        elif type(module) is upsampling.Upsample2D and module.use_conv and torch.backends.mkldnn.is_available():
+            module.__class__ = Upsample2D
+        elif type(module) is nn.GroupNorm:
+            module.__class__ = GroupNorm
+        # Flash attention is disabled: precision.set_precision chose the "math" kernel. AttnProcessor computes the same.
+        # The math kernel of torch also looks for rows that are completely masked, which takes extra time.
+        elif type(module) is Attention and not torch.backends.cuda.flash_sdp_enabled():
+            module.set_processor(AttnProcessor())
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):
-    """Without a copy of the shortcut's input to another memory format, and without a division by 1."""
+    """ResnetBlock2D that does not copy the input of the shortcut to another memory format and does not divide by 1."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        """input_tensor (B, C, H, W), temb (B, T) -> (B, C', H, W), or another size where the block changes it."""
+        """Return (B, C', H, W), or another size if the block changes it.
+
+        Args:
+            input_tensor: (B, C, H, W).
+            temb: (B, T), the time embedding.
+        """
         if self.up or self.down or self.skip_time_act:
             return super().forward(input_tensor, temb)
         hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
@@ -50,28 +60,37 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
 
 
 class Upsample2D(upsampling.Upsample2D):
-    """Each position repeated 2 x 2, then a 3 x 3 convolution, is one transposed convolution by the 4 x 4 sums of that kernel: 4 products an
-    output in place of 9, and nothing enlarged to convolve."""
+    """Upsample2D as one transposed convolution.
+
+    diffusers repeats each position 2 x 2 and then applies a 3 x 3 convolution. The result is the same as that of one
+    transposed convolution with a 4 x 4 kernel, whose values are sums of values of the 3 x 3 kernel. It needs 4 products
+    per output instead of 9, and it does not store the enlarged input.
+    """
 
     def forward(self, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """hidden_states (B, C, H, W) -> (B, C', 2H, 2W)."""
+        """Return the upsampled hidden states: (B, C, H, W) -> (B, C', 2H, 2W)."""
         positions = hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3]
-        cut = isinstance(self.conv.weight, DTensor)  # by FSDP, and put together when the convolution itself is called
-        if positions < FROM_POSITIONS or output_size is not None or cut:
+        # FSDP shards the weight and gathers it only when the module `conv` itself is called
+        is_sharded = isinstance(self.conv.weight, DTensor)
+        if positions < FROM_POSITIONS or output_size is not None or is_sharded:
             return super().forward(hidden_states, output_size)
-        sums = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)  # (C', C, 4, 4)
-        made = F.conv_transpose2d(hidden_states, sums.flip(-2, -1).transpose(0, 1), stride=2, padding=1)
-        return made + self.conv.bias.to(made.dtype)[:, None, None]  # within that operation its gradient takes longer than all the rest
+        kernel = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)  # (C', C, 4, 4)
+        output = F.conv_transpose2d(hidden_states, kernel.flip(-2, -1).transpose(0, 1), stride=2, padding=1)
+        # As an argument of conv_transpose2d, the bias would have a gradient that takes longer than all the rest.
+        return output + self.conv.bias.to(output.dtype)[:, None, None]
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32 where the CPU's kernel for bf16 and channels last is slow, at groups of few channels: two to three times as fast, and what
-    the backward pass needs takes twice the memory."""
+    """GroupNorm that computes in float32 where the CPU kernel for bf16 is slow.
 
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """values (B, C, ...) -> the same shape and type."""
+    The kernel for bf16 and channels-last memory format is slow for groups of few channels. float32 is two to three
+    times as fast there. The tensors that are kept for the backward pass take twice the memory.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the normalised hidden states (B, C, ...), with the same shape and dtype."""
         narrow = (self.num_channels // self.num_groups) % BF16_LANES != 0
-        slow = narrow and values.dtype == torch.bfloat16 and values.device.type == "cpu"
-        if slow and values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(values.float()).to(values.dtype)
-        return super().forward(values)
+        slow = narrow and hidden_states.dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
+        if slow and hidden_states.ndim == 4 and hidden_states.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(hidden_states.float()).to(hidden_states.dtype)
+        return super().forward(hidden_states)

@@ -1,9 +1,10 @@
-"""Every speed benchmark at a size that takes a quarter of an hour on two cores: what `make bench` runs.
+"""Run every speed benchmark at a size that takes a quarter of an hour on two cores. `make bench` runs this script.
 
 python benchmarks/all.py --output-dir benchmarks/results
 
-Leaves `<machine>.md`. Nothing else should be running. The sampler's table is of a model that is trained here for two minutes on drawn
-scenes: its seconds can be relied on, its distances only say that faster samplers are not worse.
+Writes `<machine>.md`. Run nothing else at the same time. The table of samplers uses a model that this script trains for
+two minutes on drawn scenes. The seconds in that table are reliable. Its distances only show that faster samplers are
+not worse.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, launch, machine
+from common import ROOT, machine_name, run_script
 
 from corel_diffusers.files import write_text
 
@@ -33,21 +34,31 @@ RUNS = {
 SAMPLING = ["--num-images", 64, "--batch-size", 32, "--steps", 10, 25, 50, "--samplers", "dpm-solver++", "ddim"]
 
 
-def lines_of(script: str, flags: list) -> list[str]:
-    """The lines of a benchmark's table."""
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, flags)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    return [line for line in done.stdout.splitlines() if line.startswith("|")]
+def table_rows(script: str, flags: list) -> list[str]:
+    """Run a benchmark and return the rows of its table: the lines of its output that start with "|"."""
+    process = subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, flags)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    print(process.stdout, flush=True)
+    return [line for line in process.stdout.splitlines() if line.startswith("|")]
 
 
 def sampling() -> str:
+    """Train a small model, time the samplers on it and return their table."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = folder  # a cache of its own
+        os.environ["HF_HOME"] = folder  # a temporary cache
         shared = ["--data-dir", "scenes", "--config", "tiny", "--image-size", 64, "--max-train-minutes", 1]
-        launch(ROOT / "train_vae.py", *shared, "--output-dir", f"{folder}/vae")
-        launch(ROOT / "train_unet.py", *shared, "--vae-checkpoint", f"{folder}/vae", "--output-dir", f"{folder}/pipeline")
+        run_script(ROOT / "train_vae.py", *shared, "--output-dir", f"{folder}/vae")
+        run_script(
+            ROOT / "train_unet.py",
+            *shared,
+            "--vae-checkpoint",
+            f"{folder}/vae",
+            "--output-dir",
+            f"{folder}/pipeline",
+        )
         flags = ["--pipeline", f"{folder}/pipeline", "--data-dir", "scenes", "--output-dir", f"{folder}/sampling"]
-        launch(HERE / "sampling.py", *flags, *SAMPLING)
+        run_script(HERE / "sampling.py", *flags, *SAMPLING)
         return (Path(folder) / "sampling" / "sampling.md").read_text()
 
 
@@ -55,15 +66,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    began = time.monotonic()
-    parts = [f"# Speed\n\n{machine()}. Medians and ranges; a ratio: how many times as fast the last is."]
-    for title, runs in RUNS.items():
-        lines = [line for script, flags in runs for line in lines_of(script, flags)]
-        parts.append("\n".join([f"## {title}\n", "| what | measured | ratio |", "|---|---|---|", *lines]))
-    parts.append(f"## Sampling\n\n{sampling()}")
-    name = re.sub(r"[^a-z0-9]+", "-", machine().rsplit(", ", 2)[0].lower()).strip("-")
-    write_text(args.output_dir / f"{name}.md", "\n\n".join(parts))
-    print(f"{args.output_dir / name}.md, after {(time.monotonic() - began) / 60:.0f} minutes")
+    start = time.monotonic()
+    sections = [
+        f"# Speed\n\n{machine_name()}. Medians and ranges. "
+        "The ratio says how many times as fast the last entry of its row is."
+    ]
+    for title, benchmarks in RUNS.items():
+        rows = [line for script, flags in benchmarks for line in table_rows(script, flags)]
+        sections.append("\n".join([f"## {title}\n", "| what | measured | ratio |", "|---|---|---|", *rows]))
+    sections.append(f"## Sampling\n\n{sampling()}")
+    name = re.sub(r"[^a-z0-9]+", "-", machine_name().rsplit(", ", 2)[0].lower()).strip("-")
+    write_text(args.output_dir / f"{name}.md", "\n\n".join(sections))
+    print(f"{args.output_dir / name}.md: done after {(time.monotonic() - start) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Where do the presets come from? Each choice beside the preset's own, after equal minutes.
+"""Where do the presets come from? Train each alternative and the preset for equal minutes and compare them.
 
 python benchmarks/choices.py vae --data-dir photos --minutes 3 --image-size 64
 python benchmarks/choices.py unet --data-dir photos --minutes 5 --vae-checkpoint vae_models
 python benchmarks/choices.py vae --data-dir photos --minutes 3 --image-size 128 --config base --together 4
 
-One after the other, or so many at a time where one alone leaves a GPU idle, nothing else running. Measured on the validation photos:
-choices are made on them, so that the test photos stay for what is reported. The VAE's last column is the KL in nats a latent value: the
-less the latents carry, the sooner a UNet learns them. The UNet's loss can be compared where prediction, schedule and VAE are the same.
+The trainings run one after the other. If one training leaves a GPU idle, run several at a time with --together. Run
+nothing else at the same time. The scores are measured on the validation photos: the presets are chosen on them, so that
+the test photos are only used for reported results. The VAE's last column is the KL in nats per latent value: the less
+information the latents carry, the sooner a UNet learns them. The UNet's losses can only be compared between rows that
+have the same prediction type, noise schedule and VAE.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-from common import QUIET, ROOT, launch, machine, tool
+from common import QUIET, ROOT, machine_name, run_command, run_script
 from diffusers import AutoencoderKL, UNet2DModel
 
 from corel_diffusers.data.photos import load_photos
@@ -28,7 +30,7 @@ from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import best_record, read_metrics, write_json, write_text
 from corel_diffusers.models import load_config, parameter_count
 
-Choices = dict[str, tuple[dict, list]]  # name: (changes to the preset, more flags)
+Choices = dict[str, tuple[dict, list]]  # name -> (changes to the preset, additional flags)
 
 F8 = {"block_out_channels": [16, 32, 64, 128]}
 TINY_VAE: Choices = {
@@ -60,7 +62,10 @@ BASE_VAE: Choices = {
     "f8, 4 channels, [32, 64, 128, 128]": (BASE_F8, []),
     "f8, 8 channels": (BASE_F8 | {"latent_channels": 8}, []),
     "f8, 16 channels": (BASE_F8 | {"latent_channels": 16}, []),
-    "f8, 8 channels, [64, 128, 256, 256]": (BASE_F8 | {"latent_channels": 8, "block_out_channels": [64, 128, 256, 256]}, []),
+    "f8, 8 channels, [64, 128, 256, 256]": (
+        BASE_F8 | {"latent_channels": 8, "block_out_channels": [64, 128, 256, 256]},
+        [],
+    ),
     "f8, 8 channels, 2 norm groups, no attention": (
         BASE_F8 | {"latent_channels": 8, "norm_num_groups": 2, "mid_block_add_attention": False},
         [],
@@ -126,36 +131,57 @@ CHOICES = {
     ("unet", "base"): (BASE_UNET, ["--batch-size", 16, "--lr", 5e-4, "--views", 0]),
     ("unet", "large"): (LARGE_UNET, ["--batch-size", 32, "--lr", 5e-4, "--views", 0]),
 }
-JUDGED_BY = {
-    "vae": ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats a value"],
+SCORE_COLUMNS = {
+    "vae": ["PSNR (dB)", "SSIM", "perceptual", "KID x1000 [95 %]", "nats per value"],
     "unet": ["held-out loss", "KID x1000 [95 %]", "precision", "recall"],
 }
 
 
 def judge_vae(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
-    """A VAE's folder -> its scores and its cells of the table."""
+    """Return a function from a VAE's folder to its scores and its cells of the table."""
     photos, pixels = cache_pixels(load_photos(args.data_dir), (args.image_size, args.image_size))
     network = load_network("efficientnet-lite0", torch.device("cpu"))
-    real, labels = photo_features(network, pixels["validation"]), torch.tensor(photos["validation"]["label"][:])
+    real_features, labels = (
+        photo_features(network, pixels["validation"]),
+        torch.tensor(photos["validation"]["label"][:]),
+    )
 
     def judge(folder: Path) -> tuple[dict, str]:
         vae = AutoencoderKL.from_pretrained(folder).eval()
         held_out = pixels["validation"].values
-        scores = reconstruction_scores(reconstruct(vae, held_out), held_out, network, real, labels)
-        values = vae.config.latent_channels * (args.image_size // 2 ** (len(vae.config.block_out_channels) - 1)) ** 2
-        nats = best_record(read_metrics(folder / "metrics.jsonl"))["val_kl"] / values
-        cells = [parameter_count(vae).split()[0], f"{scores['psnr_db']:.2f}", f"{scores['ssim']:.3f}", f"{scores['perceptual']:.3f}"]
-        return scores | {"nats_a_value": nats}, " | ".join([*cells, with_interval(scores), f"{nats:.2f}"])
+        scores = reconstruction_scores(reconstruct(vae, held_out), held_out, network, real_features, labels)
+        values_per_photo = (
+            vae.config.latent_channels * (args.image_size // 2 ** (len(vae.config.block_out_channels) - 1)) ** 2
+        )
+        nats_per_value = best_record(read_metrics(folder / "metrics.jsonl"))["val_kl"] / values_per_photo
+        cells = [
+            parameter_count(vae).split()[0],
+            f"{scores['psnr_db']:.2f}",
+            f"{scores['ssim']:.3f}",
+            f"{scores['perceptual']:.3f}",
+        ]
+        return scores | {"nats_a_value": nats_per_value}, " | ".join(
+            [*cells, with_interval(scores), f"{nats_per_value:.2f}"]
+        )
 
     return judge
 
 
 def judge_unet(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
-    """A pipeline's folder -> its scores and its cells of the table."""
+    """Return a function from a pipeline's folder to its scores and its cells of the table."""
 
     def judge(folder: Path) -> tuple[dict, str]:
-        flags = ["--data-dir", args.data_dir, "--output-dir", folder, "--num-images", args.num_images, "--against", "validation"]
-        tool("evaluate", "--pipeline", folder, *flags)
+        flags = [
+            "--data-dir",
+            args.data_dir,
+            "--output-dir",
+            folder,
+            "--num-images",
+            args.num_images,
+            "--against",
+            "validation",
+        ]
+        run_command("evaluate", "--pipeline", folder, *flags)
         scores = json.loads((folder / "evaluation.json").read_text())["generation"]
         loss = min(record["val_loss"] for record in read_metrics(folder / "metrics.jsonl"))
         size = parameter_count(UNet2DModel.from_pretrained(folder / "unet")).split()[0]
@@ -171,48 +197,68 @@ def main() -> None:
     parser.add_argument("--config", default="tiny", choices=["tiny", "base", "large"])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, default=Path("choices"))
-    parser.add_argument("--vae-checkpoint", type=Path, help="for unet")
+    parser.add_argument("--vae-checkpoint", type=Path, help="required for unet: the --output-dir of train_vae.py")
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--num-images", type=int, default=150, help="for unet")
-    parser.add_argument("--only", nargs="+", type=int, help="rows of the list, from 0")
-    parser.add_argument("--together", type=int, default=1, help="so many at a time")
+    parser.add_argument("--num-images", type=int, default=150, help="samples per pipeline, for unet")
+    parser.add_argument(
+        "--only", nargs="+", type=int, help="indices of the choices to train, from 0; the other rows are kept"
+    )
+    parser.add_argument("--together", type=int, default=1, help="how many trainings run at the same time")
     args = parser.parse_args()
     args.data_dir, args.output_dir = args.data_dir.resolve(), args.output_dir.resolve()
     if (args.model == "unet") != bool(args.vae_checkpoint):
-        parser.error("--vae-checkpoint goes with unet, and only with it")
+        parser.error("--vae-checkpoint: unet needs it, and vae does not accept it")
     if (args.model, args.config) not in CHOICES:
-        parser.error(f"there is no list of a {args.model} of --config {args.config}")
+        parser.error(f"--config {args.config}: there are no choices for the {args.model} of this preset")
 
-    choices, its_flags = CHOICES[args.model, args.config]
+    choices, preset_flags = CHOICES[args.model, args.config]
     judge = {"vae": judge_vae, "unet": judge_unet}[args.model](args)
-    names = ["choice", "photos/s", "M parameters", *JUDGED_BY[args.model]]
-    title = f"{args.minutes:g} minutes each at {args.image_size} px, {args.together} at a time, {machine()}"
-    numbers, rows = args.output_dir / f"{args.model}.json", {}
-    if args.only and numbers.is_file():  # the other rows stay as they were
-        rows = json.loads(numbers.read_text())["rows"]
+    columns = ["choice", "photos/s", "M parameters", *SCORE_COLUMNS[args.model]]
+    title = f"{args.minutes:g} minutes each at {args.image_size} px, {args.together} at a time, {machine_name()}"
+    json_file, rows = args.output_dir / f"{args.model}.json", {}
+    if args.only and json_file.is_file():  # keep the other rows
+        rows = json.loads(json_file.read_text())["rows"]
 
-    def measure(place: int) -> dict:
-        """Trains the choice and judges it: its row of the table and its numbers."""
-        name = list(choices)[place]
+    def train_and_judge(index: int) -> dict:
+        """Train one choice and judge it. Return its row of the table and its scores."""
+        name = list(choices)[index]
         changes, flags = choices[name]
-        folder, config = (args.output_dir / f"{args.model}-{place:02d}{ending}" for ending in ("", ".json"))
+        folder, config = (args.output_dir / f"{args.model}-{index:02d}{suffix}" for suffix in ("", ".json"))
         write_json(config, load_config(args.model, args.config) | changes)
-        shared = ["--data-dir", args.data_dir, "--output-dir", folder, "--config", config, "--max-train-minutes", args.minutes, *QUIET]
-        shared += ["--vae-checkpoint", args.vae_checkpoint.resolve()] if args.vae_checkpoint else ["--image-size", args.image_size]
-        launch(ROOT / f"train_{args.model}.py", *shared, *its_flags, *flags)
+        shared = [
+            "--data-dir",
+            args.data_dir,
+            "--output-dir",
+            folder,
+            "--config",
+            config,
+            "--max-train-minutes",
+            args.minutes,
+            *QUIET,
+        ]
+        shared += (
+            ["--vae-checkpoint", args.vae_checkpoint.resolve()]
+            if args.vae_checkpoint
+            else ["--image-size", args.image_size]
+        )
+        run_script(ROOT / f"train_{args.model}.py", *shared, *preset_flags, *flags)
         last = read_metrics(folder / "metrics.jsonl")[-1]
         speed = last["images_seen"] / last["seconds"]
-        with judging:
+        with judge_lock:
             scores, cells = judge(folder)
         return {"row": f"| {name} | {speed:.0f} | {cells} |"} | scores | {"photos_per_second": speed}
 
-    judging, places = Lock(), args.only or range(len(choices))
+    judge_lock, indices = Lock(), args.only or range(len(choices))
     with ThreadPoolExecutor(args.together) as pool:
-        for place, row in zip(places, pool.map(measure, places), strict=True):
-            rows[list(choices)[place]] = row
-            lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(rows[known]["row"] for known in choices if known in rows)]
-            write_json(numbers, {"title": title, "rows": rows})
+        for index, row in zip(indices, pool.map(train_and_judge, indices), strict=True):
+            rows[list(choices)[index]] = row
+            lines = [
+                f"| {' | '.join(columns)} |",
+                "|---" * len(columns) + "|",
+                *(rows[choice]["row"] for choice in choices if choice in rows),
+            ]
+            write_json(json_file, {"title": title, "rows": rows})
             write_text(args.output_dir / f"{args.model}.md", "\n".join([title, "", *lines]) + "\n")
     print((args.output_dir / f"{args.model}.md").read_text())
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: running the project's scripts, timing their steps, comparing the times, and naming the machine."""
+"""Code that the benchmarks share: run the project's scripts, time steps, compare times and name the machine."""
 
 import argparse
 import json
@@ -17,101 +17,130 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-QUIET = ["--sample-every", 10**6, "--checkpoint-every", 10**6]  # no time goes into pictures and checkpoints on the way
+# No samples and no checkpoints during training, so that they take no time
+QUIET = ["--sample-every", 10**6, "--checkpoint-every", 10**6]
 
 
-def launch(*words: object) -> float:
-    """Runs a script of the project; the seconds that it took."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
-    return time.monotonic() - began
+def run_script(*arguments: object) -> float:
+    """Run a script of the project and return the seconds that it took."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+    return time.monotonic() - start
 
 
-def tool(*words: object) -> None:
-    """Runs the project's command."""
-    launch("-c", "from corel_diffusers.cli import main; main()", *words)
+def run_command(*arguments: object) -> None:
+    """Run `corel-diffusers` with these arguments."""
+    run_script("-c", "from corel_diffusers.cli import main; main()", *arguments)
 
 
 def make_photos(folder: Path, count: int = 64) -> Path:
-    """Drawn scenes of the size of Corel photos, as PNG files."""
+    """Save drawn scenes of the size of Corel photos as PNG files and return the folder."""
     from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
 
     folder.mkdir(parents=True, exist_ok=True)
-    for place in range(count):
-        scene = draw_scene(place % len(CLASS_NAMES), np.random.default_rng(place))
-        scene.resize((384, 256), Image.Resampling.BICUBIC).save(folder / f"{place:04d}.png")
+    for index in range(count):
+        scene = draw_scene(index % len(CLASS_NAMES), np.random.default_rng(index))
+        scene.resize((384, 256), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.png")
     return folder
 
 
-def record_steps(times: Path, script: str, flags: list[str], clock: Callable[[], object] = time.monotonic) -> None:
-    """Runs a training script in this process, and writes what the clock says when each step ends: everything in its loop is in that."""
+def record_steps(times_file: Path, script: str, flags: list[str], clock: Callable[[], object] = time.monotonic) -> None:
+    """Run a training script in this process. Write the clock's value at the end of each step to a JSON file.
+
+    The time between two values covers everything in the training loop.
+    """
     from corel_diffusers import training
     from corel_diffusers.files import write_json
 
-    ended, shown = [], training.show_progress
+    step_ends, original_show_progress = [], training.show_progress
 
     def show_progress(*values: object) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        ended.append(clock())
-        shown(*values)
+        step_ends.append(clock())
+        original_show_progress(*values)
 
     training.show_progress = show_progress
-    sys.path.insert(0, str(ROOT))  # as for a script that is started by itself
+    sys.path.insert(0, str(ROOT))  # a script that is started directly finds its own folder there
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
-    write_json(times, ended)
+    write_json(times_file, step_ends)
 
 
-def step_seconds(*words: object, warmup: int = 10) -> list[float]:
-    """The seconds of each step, after a warm-up, of a training script or of benchmarks/plain.py."""
+def step_seconds(*arguments: object, warmup: int = 10) -> list[float]:
+    """Run a training script or benchmarks/plain.py and return the seconds of each step after the warm-up steps."""
     with tempfile.TemporaryDirectory() as folder:
-        times = Path(folder) / "times.json"
-        if Path(str(words[0])).name == "plain.py":
-            launch(*words[:3], times, *words[3:])
+        times_file = Path(folder) / "times.json"
+        if Path(str(arguments[0])).name == "plain.py":
+            run_script(*arguments[:3], times_file, *arguments[3:])
         else:
-            launch(ROOT / "benchmarks" / "common.py", times, *words, "--output-dir", Path(folder) / "run")
-        return np.diff(json.loads(times.read_text()))[warmup:].tolist()
+            run_script(ROOT / "benchmarks" / "common.py", times_file, *arguments, "--output-dir", Path(folder) / "run")
+        return np.diff(json.loads(times_file.read_text()))[warmup:].tolist()
 
 
 def step_arguments(description: str, batch_size: int, steps: int) -> argparse.Namespace:
-    """The flags of the benchmarks of a training step."""
+    """Parse the flags of the benchmarks that time a training step."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--config", default="tiny", help="tiny, base or large")
     parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--steps", type=int, default=steps, help="timed, after as many for the warm-up")
+    parser.add_argument(
+        "--steps", type=int, default=steps, help="timed steps; at least as many warm-up steps come first"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="the scripts' side with --compile, once that is done")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="run the toolkit's scripts with --compile; the time to compile is not counted",
+    )
     args = parser.parse_args()
-    args.warmup = max(args.steps, 20 if args.compile else 0)  # --compile begins with 13 plain steps
+    args.warmup = max(args.steps, 20 if args.compile else 0)  # --compile starts with 13 uncompiled steps
     args.compiled = ["--compile"] if args.compile else []
     return args
 
 
-def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats: int, unit: str = "ms a step") -> str:
-    """Each side in turn, so many times: medians, spreads and how many times as fast the last side is, a line of the table for each other.
+def compare(question: str, sides: dict[str, Callable[[], list[float]]], repeats: int, unit: str = "ms per step") -> str:
+    """Measure each side in turn, `repeats` times, and compare every other side with the last one.
 
-    sides: name -> a function that measures it once, in seconds.
+    Return one row of the table per other side: medians, ranges, and how many times as fast the last side is.
+
+    Args:
+        sides: name -> a function that measures this side once and returns seconds.
     """
-    found = {name: [] for name in sides}
+    measured_ms = {name: [] for name in sides}
     for _ in range(repeats):
         for name, measure in sides.items():
-            found[name].append(1e3 * float(np.median(measure())))
-    cells = {name: f"{name} {np.median(values):,.3g} ({min(values):,.3g} to {max(values):,.3g})" for name, values in found.items()}
-    *others, last = found
-    ratios = {other: float(np.median(found[other]) / np.median(found[last])) for other in others}
-    print(json.dumps({"question": question, "unit": unit, "ratios": ratios} | found))
-    return "\n".join(f"| {question} | {cells[other]}; {cells[last]} {unit} | {ratios[other]:.2f} |" for other in others)
+            measured_ms[name].append(1e3 * float(np.median(measure())))
+    cells = {
+        name: f"{name} {np.median(ms):,.3g} ({min(ms):,.3g} to {max(ms):,.3g})" for name, ms in measured_ms.items()
+    }
+    *other_sides, last_side = measured_ms
+    ratios = {side: float(np.median(measured_ms[side]) / np.median(measured_ms[last_side])) for side in other_sides}
+    print(json.dumps({"question": question, "unit": unit, "ratios": ratios} | measured_ms))
+    return "\n".join(
+        f"| {question} | {cells[side]}; {cells[last_side]} {unit} | {ratios[side]:.2f} |" for side in other_sides
+    )
 
 
-def machine(device: str = "auto") -> str:
-    """What the numbers were measured on: "cpu", or the GPU where there is one."""
+def machine_name(device: str = "auto") -> str:
+    """Return a description of the machine for the tables.
+
+    It names the GPU if there is one and `device` is not "cpu". Otherwise it names the CPU.
+    """
     cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else named[1] if named else platform.processor()
+    cpu_model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    name = (
+        torch.cuda.get_device_name()
+        if device != "cpu" and torch.cuda.is_available()
+        else cpu_model[1]
+        if cpu_model
+        else platform.processor()
+    )
     bf16 = " with bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bf16}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (
+        f"{name}, {torch.backends.cpu.get_cpu_capability()}{bf16}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,24 +1,32 @@
-"""Who makes the best pictures of a few hundred photos in equal time on one machine?
+"""Which toolkit makes the best samples from a few hundred photos in equal time on one machine?
 
 python benchmarks/contest.py --data-dir photos --minutes 15 --image-size 64
 
-One after the other, nothing else running: this toolkit (both models in the minutes, everything counted from the first import on),
-denoising-diffusion-pytorch with the steps of its own Trainer, and diffusers' pixel-space example. A sixth of each class is set aside
-first; nobody trains on it, and the same `corel-diffusers evaluate` compares everybody's pictures with it. The toolkit also
-keeps its validation photos from training; the peers, which have no use for them, train on those too, and their pictures are searched
-for copies of those too, and of photos as no VAE has rendered them. Drawing the pictures is outside the minutes: the toolkit takes 15
-steps of DPM-Solver++, the peers 50 of DDIM. A VAE's reconstruction is not counted with its own photo, in brackets with it.
+Three candidates run one after the other. Run nothing else at the same time.
 
-What an earlier call has measured in the folder, with the same minutes, size, number of pictures and recipe, stands.
+- This toolkit. Both models are trained within the minutes. Everything from the first import on is counted.
+- denoising-diffusion-pytorch, with the training steps of its own Trainer.
+- The unconditional example of diffusers, in pixel space.
 
-Leaves contest.json, contest.md, contest-kid.png (a plot), and contest.png (a row of samples each: of your photos, so not for publication).
+The script first sets a sixth of each class aside. No candidate trains on these photos. The same `corel-diffusers
+evaluate` compares the samples of all candidates with them. The toolkit also keeps its validation photos out of
+training. The peers do not need validation photos, so they train on them. For the peers, the search for copies therefore
+includes the validation photos, and it uses the photos as they are, not as a VAE renders them. Sampling is not part of
+the minutes: the toolkit samples with 15 steps of DPM-Solver++, the peers with 50 steps of DDIM. The KID of a VAE's
+reconstructions leaves out each pair of a reconstruction and its own photo. The value in brackets includes these pairs.
+
+A second call in the same folder keeps the results that it finds there. It needs the same minutes, size, number of
+samples and recipe.
+
+Writes contest.json, contest.md, contest-kid.png (a plot) and contest.png (a row of samples per run). The samples show
+your photos: do not publish contest.png.
 """
 
 import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import ROOT, launch, machine, tool
+from common import ROOT, machine_name, run_command, run_script
 from peers import PEERS
 from PIL import Image
 
@@ -30,37 +38,60 @@ from corel_diffusers.plots import picture_grid, save_picture
 
 OURS = "corel_diffusers"
 RECIPE = ("vae_share", "vae_flags", "unet_flags")
-SETTING = ("minutes", "image_size", "num_images", "against", "reserve_minutes", *RECIPE)
+SETTINGS = ("minutes", "image_size", "num_images", "against", "reserve_minutes", *RECIPE)
 
 
 def export(prepared: Path, size_px: int, folder: Path) -> Path:
-    """The photos that may be trained on, as PNG files of the size."""
+    """Save the training and validation photos as PNG files of the given size and return the folder."""
     photos, pixels = cache_pixels(load_photos(prepared), (size_px, size_px))
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
-        for name, values in zip(photos[split]["file_name"][:], pixels[split].values, strict=True):
-            Image.fromarray(values).save(folder / f"{Path(name).stem}.png")
+        for name, image in zip(photos[split]["file_name"][:], pixels[split].values, strict=True):
+            Image.fromarray(image).save(folder / f"{Path(name).stem}.png")
     return folder
 
 
 def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -> float:
-    """Both models in the minutes; what starting the first script takes is taken from the second's time. Seconds in all."""
+    """Train both models within the minutes and return the seconds that both scripts took.
+
+    train_unet.py gets the minutes that remain after train_vae.py, minus the reserve. The start-up time of train_vae.py
+    is therefore subtracted from the time of the UNet.
+    """
     shared = ["--data-dir", prepared, "--image-size", args.image_size, "--seed", seed, "--config", "tiny"]
     flags = ["--output-dir", run / "vae", "--max-train-minutes", args.vae_share * args.minutes, *args.vae_flags.split()]
-    spent = launch(ROOT / "train_vae.py", *shared, *flags)
-    left = args.minutes - spent / 60 - args.reserve_minutes
-    flags = ["--vae-checkpoint", run / "vae", "--output-dir", run / "pipeline", "--max-train-minutes", left, *args.unet_flags.split()]
-    return spent + launch(ROOT / "train_unet.py", *shared, *flags)
+    vae_seconds = run_script(ROOT / "train_vae.py", *shared, *flags)
+    minutes_left = args.minutes - vae_seconds / 60 - args.reserve_minutes
+    flags = [
+        "--vae-checkpoint",
+        run / "vae",
+        "--output-dir",
+        run / "pipeline",
+        "--max-train-minutes",
+        minutes_left,
+        *args.unet_flags.split(),
+    ]
+    return vae_seconds + run_script(ROOT / "train_unet.py", *shared, *flags)
 
 
-def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *what: object) -> dict:
-    """What `corel-diffusers evaluate` says, but for each picture's nearest photos."""
-    tool("evaluate", "--data-dir", prepared, "--output-dir", run, "--num-images", args.num_images, "--against", args.against, *what)
+def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *flags: object) -> dict:
+    """Run `corel-diffusers evaluate` and return its results without the nearest photos of each sample."""
+    run_command(
+        "evaluate",
+        "--data-dir",
+        prepared,
+        "--output-dir",
+        run,
+        "--num-images",
+        args.num_images,
+        "--against",
+        args.against,
+        *flags,
+    )
     return {name: value for name, value in read_json(run / "evaluation.json").items() if name != "nearest"}
 
 
 def table(results: list[dict]) -> str:
-    """A row for each run, the best first."""
+    """Return a table with one row per run. The run with the lowest KID comes first."""
     lines = [
         "| run | seconds | KID x1000 [95 %] | FD | precision | recall | copies in pixels, in features "
         "| VAE: PSNR, KID x1000 [95 %] (with own photos) |",
@@ -77,15 +108,15 @@ def table(results: list[dict]) -> str:
 
 
 def draw_plot(results: list[dict], path: Path) -> None:
-    """KID of each run with its interval."""
+    """Plot the KID of each run with its 95 % interval."""
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(results)), layout="constrained")
     worst_first = sorted(results, key=lambda r: -r["generation"]["kid_e3"])
-    for place, result in enumerate(worst_first):
+    for index, result in enumerate(worst_first):
         g = result["generation"]
-        axes.barh(place, g["kid_e3"], color="tab:blue" if result["run"].startswith(OURS) else "tab:gray")
-        axes.plot([g["kid_e3_low"], g["kid_e3_high"]], [place, place], color="black")
+        axes.barh(index, g["kid_e3"], color="tab:blue" if result["run"].startswith(OURS) else "tab:gray")
+        axes.plot([g["kid_e3_low"], g["kid_e3_high"]], [index, index], color="black")
     axes.set_yticks(range(len(worst_first)), [result["run"] for result in worst_first])
-    axes.set_xlabel("KID x1000 against photos that nobody trained on, with its 95 % interval")
+    axes.set_xlabel("KID x1000 against photos that no run has trained on, with its 95 % interval")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -100,28 +131,48 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--peer-seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[OURS, *PEERS], choices=[OURS, *PEERS])
-    parser.add_argument("--reserve-minutes", type=float, default=0.4, help="of the toolkit's time: imports, last validation, last grid")
-    parser.add_argument("--vae-share", type=float, default=0.3, help="of the toolkit's minutes")
-    parser.add_argument("--against", default="test", choices=["test", "validation"], help="validation, to choose a recipe by")
-    parser.add_argument("--vae-flags", default="", help="more flags for train_vae.py, to try a recipe")
-    parser.add_argument("--unet-flags", default="", help="more flags for train_unet.py")
+    parser.add_argument(
+        "--reserve-minutes",
+        type=float,
+        default=0.4,
+        help="part of the toolkit's minutes for imports, the last validation and the last grid",
+    )
+    parser.add_argument(
+        "--vae-share", type=float, default=0.3, help="fraction of the toolkit's minutes in which the VAE is trained"
+    )
+    parser.add_argument(
+        "--against",
+        default="test",
+        choices=["test", "validation"],
+        help="held-out photos to compare with; use validation to choose a recipe",
+    )
+    parser.add_argument("--vae-flags", default="", help="additional flags for train_vae.py, to try a recipe")
+    parser.add_argument("--unet-flags", default="", help="additional flags for train_unet.py, to try a recipe")
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()
     if args.against == "test" and any(getattr(args, name) != parser.get_default(name) for name in RECIPE):
-        parser.error("another recipe is chosen with --against validation: the test photos are for what is reported")
+        parser.error(
+            "--vae-share, --vae-flags, --unet-flags: the test photos are for reported results: "
+            "add --against validation to try another recipe"
+        )
     if args.against == "validation" and args.only != [OURS]:
-        parser.error(f"the peers train on the validation photos: give --only {OURS} beside --against validation")
+        parser.error(f"--against validation: the peers train on the validation photos: add --only {OURS}")
 
     prepared = args.output_dir / "data" / "corel" / "corel_all"
     flags = ["--output-dir", args.output_dir / "data", "--no-visualize", "--test-fraction", 1 / 6]
-    tool("prepare", "--data-dir", args.data_dir.resolve(), *flags)
-    numbers = args.output_dir / "contest.json"
-    setting = {"machine": machine()} | {name: getattr(args, name) for name in SETTING}
-    title = f"{args.minutes:g} minutes each, against the {args.against} photos by EfficientNet-Lite0 features, {machine()}"
-    before = read_json(numbers) if numbers.is_file() else setting | {"results": []}
-    if not setting.items() <= before.items():
-        parser.error(f"{numbers} is of other settings or of another machine: give another --output-dir")
-    results = before["results"]
+    run_command("prepare", "--data-dir", args.data_dir.resolve(), *flags)
+    json_file = args.output_dir / "contest.json"
+    settings = {"machine": machine_name()} | {name: getattr(args, name) for name in SETTINGS}
+    title = (
+        f"{args.minutes:g} minutes each, against the {args.against} photos by EfficientNet-Lite0 features, "
+        f"{machine_name()}"
+    )
+    previous = read_json(json_file) if json_file.is_file() else settings | {"results": []}
+    if not settings.items() <= previous.items():
+        parser.error(
+            f"{json_file}: it was measured with other settings or on another machine: use another --output-dir"
+        )
+    results = previous["results"]
     for name in args.only:
         for seed in args.seeds if name == OURS else args.peer_seeds:
             run = args.output_dir / f"{name}-seed{seed}"
@@ -129,22 +180,24 @@ def main() -> None:
                 continue
             if name == OURS:
                 seconds = train_ours(prepared, args, seed, run)
-                found = evaluate(prepared, run, args, "--pipeline", run / "pipeline", "--seed", seed)
-                pictures = Image.open(run / "pipeline" / "grid.png")
+                scores = evaluate(prepared, run, args, "--pipeline", run / "pipeline", "--seed", seed)
+                grid = Image.open(run / "pipeline" / "grid.png")
             else:
-                made = run / "pictures"
+                samples_dir = run / "pictures"
                 photos = export(prepared, args.image_size, args.output_dir / "photos")
                 flags = ["--seconds", 60 * args.minutes, "--num-images", args.num_images, "--seed", seed]
-                launch(ROOT / "benchmarks" / "peers.py", name, photos, made, *flags)
-                seconds = read_json(made.with_suffix(".json"))["seconds"]
-                found = evaluate(prepared, run, args, "--pictures", made)
-                pictures = picture_grid([Image.open(f) for f in sorted(made.glob("*.png"))[:36]], 12)
-            save_picture(pictures, run / "samples.png")
-            results.append({"run": f"{name}, seed {seed}", "train_seconds": seconds} | found)
-            write_json(numbers, setting | {"results": results})
+                run_script(ROOT / "benchmarks" / "peers.py", name, photos, samples_dir, *flags)
+                seconds = read_json(samples_dir.with_suffix(".json"))["seconds"]
+                scores = evaluate(prepared, run, args, "--pictures", samples_dir)
+                grid = picture_grid([Image.open(f) for f in sorted(samples_dir.glob("*.png"))[:36]], 12)
+            save_picture(grid, run / "samples.png")
+            results.append({"run": f"{name}, seed {seed}", "train_seconds": seconds} | scores)
+            write_json(json_file, settings | {"results": results})
             draw_plot(results, args.output_dir / "contest-kid.png")
             write_text(args.output_dir / "contest.md", f"{title}\n\n{table(results)}\n")
-    rows = [Image.open(args.output_dir / result["run"].replace(", seed ", "-seed") / "samples.png") for result in results]
+    rows = [
+        Image.open(args.output_dir / result["run"].replace(", seed ", "-seed") / "samples.png") for result in results
+    ]
     height = sum(row.height + 8 for row in rows)
     sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")
     top = 0

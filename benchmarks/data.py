@@ -1,4 +1,4 @@
-"""How much faster is a batch of photos read from the cache than decoded in a loader?
+"""How much faster is a batch of photos read from the cache than decoded in a data loader?
 
 python benchmarks/data.py --image-size 64
 """
@@ -10,7 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from common import compare, machine, make_photos
+from common import compare, machine_name, make_photos
 
 
 def main() -> None:
@@ -21,11 +21,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = folder  # a cache of its own
+        os.environ["HF_HOME"] = folder  # a temporary cache
         from plain import Photos, endless
         from torch.utils.data import DataLoader
 
-        from corel_diffusers.batches import BatchPlan, batches
+        from corel_diffusers.batches import BatchPlan, training_batches
         from corel_diffusers.data.photos import load_photos
         from corel_diffusers.data.transforms import cache_pixels, to_float
 
@@ -33,18 +33,22 @@ def main() -> None:
         decoded = endless(DataLoader(Photos(photos, args.image_size), args.batch_size, shuffle=True, drop_last=True))
         pixels = cache_pixels(load_photos(photos), (args.image_size, args.image_size))[1]["train"]
         plan = BatchPlan(len(pixels), args.batch_size, 1, 1, 0, seed=0)
-        cached = (to_float(values) for (values,) in batches(plan, 0, None, 0, pixels.values))
+        cached = (to_float(values) for (values,) in training_batches(plan, 0, None, 0, pixels.values))
 
-        def seconds(passes: object) -> list[float]:
-            found = []
+        def seconds(batches: object) -> list[float]:
+            batch_seconds = []
             for _ in range(args.batches):
-                began = time.monotonic()
-                next(passes)
-                found.append(time.monotonic() - began)
-            return found
+                start = time.monotonic()
+                next(batches)
+                batch_seconds.append(time.monotonic() - start)
+            return batch_seconds
 
         sides = {"decoded in the loader": partial(seconds, decoded), "from the cache": partial(seconds, cached)}
-        print(machine("cpu"), compare(f"{args.batch_size} photos at {args.image_size} px", sides, args.repeats, "ms a batch"), sep="\n")
+        print(
+            machine_name("cpu"),
+            compare(f"{args.batch_size} photos at {args.image_size} px", sides, args.repeats, "ms per batch"),
+            sep="\n",
+        )
 
 
 if __name__ == "__main__":

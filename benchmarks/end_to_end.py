@@ -1,11 +1,14 @@
-"""Does it pay to tune the VAE through the UNet's alignment (REPA-E, Leng et al. 2025, arXiv:2504.10483)?
+"""Is it worth tuning the VAE through the UNet's alignment loss (REPA-E, Leng et al. 2025, arXiv:2504.10483)?
 
 python benchmarks/end_to_end.py --data-dir photos --vae-checkpoint vae_models --tune-minutes 2 --minutes 3
 
-A trained VAE learns on beside a fresh UNet: its own losses, and the alignment of the UNet with EfficientNet's features, whose gradient
-goes through the frozen UNet and normalised latents into the encoder; the denoising loss stops at the latents. Then train_unet.py on the
-VAE as it was and on the tuned one in equal minutes, and on the VAE as it was with the minutes of tuning as well. Judged on the validation
-photos, on the CPU; nothing else should be running.
+First, the script trains a trained VAE further, together with a fresh UNet. The VAE has its own losses and the alignment
+loss. The alignment loss compares the UNet's inner features with EfficientNet's features. Its gradient goes through the
+frozen UNet and the normalised latents into the encoder. The gradient of the denoising loss stops at the latents.
+
+Then train_unet.py trains three UNets: on the original VAE and on the tuned VAE for the same number of minutes, and on
+the original VAE for these minutes plus the minutes of tuning. All are judged on the validation photos, on the CPU. Run
+nothing else at the same time.
 """
 
 import argparse
@@ -16,30 +19,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import QUIET, ROOT, launch, machine, tool
+from common import QUIET, ROOT, machine_name, run_command, run_script
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
-from corel_diffusers.alignment import cache_features, feature_scale, misalignment
+from corel_diffusers.alignment import alignment_loss, cache_features, feature_scale
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.transforms import cache_pixels, to_float
 from corel_diffusers.evaluation.report import with_interval
-from corel_diffusers.latents import cache_moments, load_vae, measure_scale
+from corel_diffusers.latents import cache_moments, load_vae, measure_latent_scale
 from corel_diffusers.losses import denoising_loss, kl_divergence, min_snr_weight, prediction_target
-from corel_diffusers.models import UNetInTraining, VAEWithPosterior, build_unet, inner_grid
+from corel_diffusers.models import UNetForTraining, VAEWithPosterior, build_unet, inner_grid
 from corel_diffusers.muon import build_optimizer
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.precision import autocast, resolve_precision
 from train_unet import trained_size_px
 
 CPU = torch.device("cpu")
-PULL = 1.5  # weight of the alignment in the VAE's loss, as in the paper
+VAE_ALIGN_WEIGHT = 1.5  # weight of the alignment loss in the VAE's loss, as in the paper
 
 
 def tune(args: argparse.Namespace, folder: Path) -> int:
-    """Trains VAE and UNet together and leaves the VAE in the folder; the photos that it saw."""
+    """Train the VAE and a fresh UNet together and save the VAE in the folder. Return the number of images seen."""
     torch.manual_seed(0)
     vae = load_vae(args.vae_checkpoint).requires_grad_(True)
     size_px, precision = trained_size_px(vae), resolve_precision("auto", "cpu")
@@ -49,55 +52,71 @@ def tune(args: argparse.Namespace, folder: Path) -> int:
     latent_shape = cache_moments(vae, pixels["train"], CPU).shape[3:]
     features = cache_features(pixels["train"], None, inner_grid(unet, latent_shape), CPU)
     mean, std = feature_scale(features, CPU)
-    model, coder = UNetInTraining(unet, changes=0, features=features.shape[2]), VAEWithPosterior(vae)
-    ours, its = UNetArguments(), VAEArguments()
-    optimizer = build_optimizer("muon", model, ours.LEARNING_RATES["tiny"], ours.weight_decay, ours.MUON_SCALE)
-    its_optimizer = build_optimizer("muon", vae, 1e-4, its.weight_decay, its.MUON_SCALE)
-    plan = json.loads((args.vae_checkpoint / "run.json").read_text())["plan"]  # a longer run's has weights of its own
+    model, vae_model = UNetForTraining(unet, changes=0, features=features.shape[2]), VAEWithPosterior(vae)
+    unet_defaults, vae_defaults = UNetArguments(), VAEArguments()
+    optimizer = build_optimizer(
+        "muon", model, unet_defaults.LEARNING_RATES["tiny"], unet_defaults.weight_decay, unet_defaults.MUON_SCALE
+    )
+    vae_optimizer = build_optimizer("muon", vae, 1e-4, vae_defaults.weight_decay, vae_defaults.MUON_SCALE)
+    # The plan of a long run sets its own loss weights.
+    plan = json.loads((args.vae_checkpoint / "run.json").read_text())["plan"]
     perceptual_weight, kl_weight = plan.get("perceptual_weight", 0.3), plan.get("kl_weight", 0.4 / np.prod(size_px))
-    scheduler, perceptual = DDPMScheduler(prediction_type="v_prediction", clip_sample=False), PerceptualLoss("efficientnet-lite0")
+    scheduler, perceptual = (
+        DDPMScheduler(prediction_type="v_prediction", clip_sample=False),
+        PerceptualLoss("efficientnet-lite0"),
+    )
 
-    began, seen = time.monotonic(), 0
-    while (share := (time.monotonic() - began) / (60 * args.tune_minutes)) < 1:
-        for part, rate in ((optimizer, ours.LEARNING_RATES["tiny"]), (its_optimizer, 1e-4)):
-            for group in part.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0) * (0.5 + 0.5 * np.cos(np.pi * share))
-        chosen, mirrored = np.random.default_rng(seen).integers(len(labels), size=16), seen // 16 % 2
-        batch = to_float(torch.from_numpy(pixels["train"].values[chosen]))
-        batch = batch.flip(-1) if mirrored else batch
-        wanted = torch.from_numpy(features[chosen][:, mirrored])
+    start, images_seen = time.monotonic(), 0
+    while (fraction := (time.monotonic() - start) / (60 * args.tune_minutes)) < 1:
+        for current_optimizer, base_lr in ((optimizer, unet_defaults.LEARNING_RATES["tiny"]), (vae_optimizer, 1e-4)):
+            for group in current_optimizer.param_groups:
+                group["lr"] = base_lr * group.get("lr_scale", 1.0) * (0.5 + 0.5 * np.cos(np.pi * fraction))
+        indices, mirrored = np.random.default_rng(images_seen).integers(len(labels), size=16), images_seen // 16 % 2
+        images = to_float(torch.from_numpy(pixels["train"].values[indices]))
+        images = images.flip(-1) if mirrored else images
+        target_features = torch.from_numpy(features[indices][:, mirrored])
         noise, timesteps = torch.randn(16, vae.config.latent_channels, *latent_shape), torch.randint(1000, (16,))
-        label, untold = labels[chosen], torch.zeros(16, 0)
+        batch_labels, crop_parameters = labels[indices], torch.zeros(16, 0)
         with autocast(precision, "cpu"):
-            drawn = torch.randn_like(noise)
-            made, center, logvar, _ = coder(batch, drawn)
-            loss = F.l1_loss(made, batch) + perceptual_weight * perceptual(made, batch)
-            latents = center + (0.5 * logvar).exp() * drawn
+            posterior_noise = torch.randn_like(noise)
+            reconstructions, latent_mean, logvar, _ = vae_model(images, posterior_noise)
+            loss = F.l1_loss(reconstructions, images) + perceptual_weight * perceptual(reconstructions, images)
+            latents = latent_mean + (0.5 * logvar).exp() * posterior_noise
             latents = F.batch_norm(latents.float(), None, None, training=True)
             model.requires_grad_(False)
-            _, guess = model(scheduler.add_noise(latents, noise, timesteps), timesteps, label, untold)
+            _, predicted_features = model(
+                scheduler.add_noise(latents, noise, timesteps), timesteps, batch_labels, crop_parameters
+            )
             model.requires_grad_(True)
-        kl = kl_divergence(center, logvar).mean()
-        (loss + kl_weight * kl + PULL * misalignment(guess, wanted, mean, std).mean()).backward()
-        its_optimizer.step()
-        its_optimizer.zero_grad()
+        kl = kl_divergence(latent_mean, logvar).mean()
+        (
+            loss
+            + kl_weight * kl
+            + VAE_ALIGN_WEIGHT * alignment_loss(predicted_features, target_features, mean, std).mean()
+        ).backward()
+        vae_optimizer.step()
+        vae_optimizer.zero_grad()
         latents = latents.detach()
         with autocast(precision, "cpu"):
-            prediction, guess = model(scheduler.add_noise(latents, noise, timesteps), timesteps, label, untold)
-        loss = denoising_loss(prediction, prediction_target(scheduler, latents, noise, timesteps))
-        loss = (min_snr_weight(scheduler, timesteps, ours.min_snr_gamma) * loss).mean()
-        aligned = misalignment(guess, wanted, mean, std).mean()
-        (loss + ours.align_weight * aligned).backward()
+            model_pred, predicted_features = model(
+                scheduler.add_noise(latents, noise, timesteps), timesteps, batch_labels, crop_parameters
+            )
+        loss = denoising_loss(model_pred, prediction_target(scheduler, latents, noise, timesteps))
+        loss = (min_snr_weight(scheduler, timesteps, unet_defaults.min_snr_gamma) * loss).mean()
+        alignment = alignment_loss(predicted_features, target_features, mean, std).mean()
+        (loss + unet_defaults.align_weight * alignment).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seen += 16
-        if seen % 800 == 0:
-            print(f"{seen} photos: alignment {1 - float(aligned):.3f}, KL {float(kl):.0f} nats", file=sys.stderr)
+        images_seen += 16
+        if images_seen % 800 == 0:
+            print(
+                f"{images_seen} photos: alignment {1 - float(alignment):.3f}, KL {float(kl):.0f} nats", file=sys.stderr
+            )
     vae.eval()
-    center, spread = measure_scale(cache_moments(vae, pixels["train"], CPU))
-    vae.register_to_config(latents_mean=center, latents_std=spread)
+    latent_mean, latent_std = measure_latent_scale(cache_moments(vae, pixels["train"], CPU))
+    vae.register_to_config(latents_mean=latent_mean, latents_std=latent_std)
     vae.save_pretrained(folder)
-    return seen
+    return images_seen
 
 
 def main() -> None:
@@ -109,21 +128,38 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--num-images", type=int, default=300)
     args = parser.parse_args()
-    args.data_dir, args.vae_checkpoint, args.output_dir = (p.resolve() for p in (args.data_dir, args.vae_checkpoint, args.output_dir))
-    tuned = args.output_dir / "vae"
-    seen = tune(args, tuned)
-    print(f"{machine('cpu')}; {seen} photos in {args.tune_minutes:g} minutes of tuning\n")
-    print("| VAE | PSNR (dB) | its KID x1000 [95 %] | KID x1000 [95 %] | precision | recall |\n|---|---|---|---|---|---|")
-    rows = [("as it was", args.vae_checkpoint, args.minutes), ("tuned through the alignment", tuned, args.minutes)]
+    args.data_dir, args.vae_checkpoint, args.output_dir = (
+        p.resolve() for p in (args.data_dir, args.vae_checkpoint, args.output_dir)
+    )
+    tuned_vae = args.output_dir / "vae"
+    images_seen = tune(args, tuned_vae)
+    print(f"{machine_name('cpu')}; {images_seen} photos in {args.tune_minutes:g} minutes of tuning\n")
+    print(
+        "| VAE | PSNR (dB) | its KID x1000 [95 %] | KID x1000 [95 %] | precision | recall |\n|---|---|---|---|---|---|"
+    )
+    rows = [("as it was", args.vae_checkpoint, args.minutes), ("tuned through the alignment", tuned_vae, args.minutes)]
     rows.append(("as it was, and the minutes of tuning as well", args.vae_checkpoint, args.minutes + args.tune_minutes))
     for name, vae, minutes in rows:
         run = args.output_dir / name.replace(" ", "-")
         flags = ["--data-dir", args.data_dir, "--output-dir", run]
-        launch(ROOT / "train_unet.py", *flags, "--config", "tiny", "--vae-checkpoint", vae, "--max-train-minutes", minutes, *QUIET)
-        tool("evaluate", *flags, "--pipeline", run, "--num-images", args.num_images, "--against", "validation")
-        found = json.loads((run / "evaluation.json").read_text())
-        floor, g = found["reconstruction"], found["generation"]
-        cells = f"{floor['psnr_db']:.2f} | {with_interval(floor)} | {with_interval(g)} | {g['precision']:.2f} | {g['recall']:.2f}"
+        run_script(
+            ROOT / "train_unet.py",
+            *flags,
+            "--config",
+            "tiny",
+            "--vae-checkpoint",
+            vae,
+            "--max-train-minutes",
+            minutes,
+            *QUIET,
+        )
+        run_command("evaluate", *flags, "--pipeline", run, "--num-images", args.num_images, "--against", "validation")
+        results = json.loads((run / "evaluation.json").read_text())
+        reconstruction, generation = results["reconstruction"], results["generation"]
+        cells = (
+            f"{reconstruction['psnr_db']:.2f} | {with_interval(reconstruction)} "
+            f"| {with_interval(generation)} | {generation['precision']:.2f} | {generation['recall']:.2f}"
+        )
         print(f"| {name} | {cells} |", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""What share of what this machine can do in convolutions and matrix products does a training step reach?
+"""Which fraction of the machine's peak in convolutions and matrix products does a training step reach?
 
 python benchmarks/peak.py --config tiny --image-size 64
 
-Every convolution (with the enlarging before it) and linear layer of the step is run by itself, forward and backward, at its shape and
-precision, as fast as the machine does it; their sum over the step's time is the share. What is left is norms, activations, attention and
-the optimizer. On the CPU.
+Each convolution (with the upsampling before it) and each linear layer of the step is run alone, forward and backward,
+at its shape and precision. The fastest run counts. The fraction is the sum of these times divided by the time of the
+step. The remaining time is for norms, activations, attention and the optimizer. The benchmark runs on the CPU.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from common import machine
+from common import machine_name
 from torch.utils.flop_counter import FlopCounterMode
 
 from corel_diffusers.losses import denoising_loss
@@ -24,17 +24,18 @@ from corel_diffusers.precision import autocast, resolve_precision
 
 
 def seconds(run: Callable[[], object], repeats: int) -> list[float]:
+    """Return the seconds of each call, after two warm-up calls."""
     run(), run()
-    found = []
+    times = []
     for _ in range(repeats):
-        began = time.monotonic()
+        start = time.monotonic()
         run()
-        found.append(time.monotonic() - began)
-    return found
+        times.append(time.monotonic() - start)
+    return times
 
 
 def training_step(name: str, args: argparse.Namespace, precision: str) -> tuple[torch.nn.Module, Callable[[], None]]:
-    """The "VAE" or "UNet", and a training step of it: forward, backward, fused AdamW."""
+    """Return the "VAE" or "UNet" and a function that runs its training step: forward, backward, fused AdamW."""
     size_px = (args.image_size, args.image_size)
     vae = build_vae(args.config, size_px)
     model = VAEWithPosterior(vae) if name == "VAE" else build_unet(args.config, size_px, vae, 6)
@@ -57,33 +58,36 @@ def training_step(name: str, args: argparse.Namespace, precision: str) -> tuple[
     return model, step
 
 
-def parts(model: torch.nn.Module, step: Callable[[], None]) -> Counter:
-    """The convolutions (an Upsample2D is one) and linear layers that a step goes through, and their inputs' shapes: how often each."""
-    found = Counter()
+def count_layers(model: torch.nn.Module, step: Callable[[], None]) -> Counter:
+    """Run a step and count the calls of each convolution and linear layer: (layer, input shape) -> count.
 
-    def note(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        found[layer, tuple(inputs[0].shape)] += 1
+    An Upsample2D counts as one convolution.
+    """
+    counts = Counter()
 
-    within = [layer.conv for layer in model.modules() if isinstance(layer, Upsample2D)]
+    def count(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        counts[layer, tuple(inputs[0].shape)] += 1
+
+    inner_convolutions = [layer.conv for layer in model.modules() if isinstance(layer, Upsample2D)]
     kinds = torch.nn.Conv2d, torch.nn.Linear, Upsample2D
-    layers = [layer for layer in model.modules() if isinstance(layer, kinds) and layer not in within]
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    layers = [layer for layer in model.modules() if isinstance(layer, kinds) and layer not in inner_convolutions]
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
     step()
     for hook in hooks:
         hook.remove()
-    return found
+    return counts
 
 
-def alone(layer: torch.nn.Module, shape: tuple[int, ...], precision: str, repeats: int) -> float:
-    """The least seconds of the layer's forward and backward pass."""
-    values = torch.randn(shape)
-    values = (values.to(memory_format=torch.channels_last) if values.ndim == 4 else values).requires_grad_()
+def layer_seconds(layer: torch.nn.Module, shape: tuple[int, ...], precision: str, repeats: int) -> float:
+    """Return the minimum time of the layer's forward and backward pass, in seconds."""
+    inputs = torch.randn(shape)
+    inputs = (inputs.to(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs).requires_grad_()
     with autocast(precision, "cpu"):
-        towards = torch.randn_like(layer(values))
+        output_grad = torch.randn_like(layer(inputs))
 
     def run() -> None:
         with autocast(precision, "cpu"):
-            layer(values).backward(towards)
+            layer(inputs).backward(output_grad)
 
     return min(seconds(run, repeats))
 
@@ -95,29 +99,40 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--vae-batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="the UNet's step alone, compiled: a VAE's may lose its gradients")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="time only the UNet's step, compiled; a compiled VAE may lose its gradients",
+    )
     args = parser.parse_args()
     precision = resolve_precision("auto", "cpu")
-    torch.empty(2**23 - 2**12)  # 32 MB, freed at once: as in the scripts, glibc from then on keeps what is freed and has less cleared anew
-    print(f"{machine('cpu')}, mixed precision {precision}")
+    # 32 MB, freed at once, as in the training scripts. Afterwards glibc keeps most of the freed memory, so that the
+    # system clears less memory again.
+    torch.empty(2**23 - 2**12)
+    print(f"{machine_name('cpu')}, mixed precision {precision}")
     for name in ["UNet"] if args.compile else ["VAE", "UNet"]:
-        whole = {}
-        for attention in ("fused", "math"):  # the scripts take what is faster on a CPU with bf16
-            torch.backends.cuda.enable_flash_sdp(attention == "fused")  # models are built accordingly
+        step_seconds = {}
+        for attention in ("fused", "math"):  # on a CPU with bf16, the training scripts use the faster one
+            torch.backends.cuda.enable_flash_sdp(attention == "fused")  # models use this setting when they are built
             model, step = training_step(name, args, precision)
-            with FlopCounterMode(display=False) as counter:  # which does not know the fused kernel: what is reported is the last, "math"
+            # The counter does not know the fused kernel. The reported count is therefore that of "math", the last one.
+            with FlopCounterMode(display=False) as counter:
                 step()
-            layers = parts(model, step)
+            layer_counts = count_layers(model, step)
             if args.compile:
                 model.compile()
-            whole[attention] = float(np.median(seconds(step, 4 * args.repeats)))
-        attention, whole = min(whole.items(), key=lambda item: item[1])
-        peak = sum(often * alone(layer, shape, precision, args.repeats) for (layer, shape), often in layers.items())
+            step_seconds[attention] = float(np.median(seconds(step, 4 * args.repeats)))
+        attention, step_seconds = min(step_seconds.items(), key=lambda item: item[1])
+        layers_seconds = sum(
+            count * layer_seconds(layer, shape, precision, args.repeats)
+            for (layer, shape), count in layer_counts.items()
+        )
         flops = counter.get_total_flops()
         print(
             f"| {name} step{', compiled' * args.compile}, {args.config}, {args.image_size} px, {attention} attention "
-            f"| {1e3 * whole:.3g} ms, {flops / whole / 1e9:,.0f} GFLOP/s; its layers "
-            f"alone {1e3 * peak:.3g} ms, {flops / peak / 1e9:,.0f} GFLOP/s | {peak / whole:.0%} of the peak |"
+            f"| {1e3 * step_seconds:.3g} ms, {flops / step_seconds / 1e9:,.0f} GFLOP/s; its layers "
+            f"alone {1e3 * layers_seconds:.3g} ms, {flops / layers_seconds / 1e9:,.0f} GFLOP/s "
+            f"| {layers_seconds / step_seconds:.0%} of the peak |"
         )
 
 

@@ -1,13 +1,16 @@
-"""The plain loops that the step benchmarks compare with: float32, NCHW, unfused AdamW, weights averaged one parameter after the other,
-layers as diffusers has them, the perceptual loss's network as its package has it.
+"""Plain training loops that the step benchmarks compare the toolkit with.
+
+They use float32, NCHW, unfused AdamW, an average of the weights that is updated one parameter at a time, the layers of
+diffusers, and the perceptual loss's network as its package builds it.
 
 python benchmarks/plain.py vae PHOTOS TIMES --config tiny
 python benchmarks/plain.py unet PHOTOS TIMES --config tiny --vae vae_models [--cached]
 python benchmarks/plain.py ddpm PHOTOS TIMES --config tiny --vae vae_models
 
-PHOTOS: a folder of PNG files, decoded and resized in the loader. TIMES: a JSON list, the moments at which steps ended. unet encodes each
-batch unless --cached; ddpm is denoising-diffusion-pytorch's Unet and the step of its Trainer, on the same latents, with about as many
-parameters as the config.
+PHOTOS is a folder of PNG files. The data loader decodes and resizes them. The script writes TIMES, a JSON list of the
+times at which the steps ended. `unet` encodes each batch, unless --cached is given. `ddpm` is
+denoising-diffusion-pytorch's Unet with the training step of its Trainer, on the same latents. It has about as many
+parameters as the UNet of --config.
 """
 
 import argparse
@@ -28,14 +31,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from corel_diffusers.files import write_json
 from corel_diffusers.models import build_unet, build_vae
-from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss, packaged_efficientnet
+from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss, load_packaged_efficientnet
 
 EMA_DECAY = 0.995
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Photos(Dataset):
-    """Decoded anew each time, (3, H, W) in [-1, 1]."""
+    """Photos that are decoded at each access: (3, H, W) in [-1, 1]."""
 
     def __init__(self, folder: Path, size_px: int) -> None:
         self.files, self.size_px = sorted(folder.glob("*.png")), size_px
@@ -44,95 +47,115 @@ class Photos(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        photo = ImageOps.fit(Image.open(self.files[index]).convert("RGB"), (self.size_px, self.size_px), Image.Resampling.LANCZOS)
+        photo = ImageOps.fit(
+            Image.open(self.files[index]).convert("RGB"), (self.size_px, self.size_px), Image.Resampling.LANCZOS
+        )
         values = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 127.5 - 1
         return values.flip(-1) if torch.rand(()) < 0.5 else values
 
 
 def endless(loader: DataLoader) -> Iterator[torch.Tensor]:
+    """Yield the batches of a loader on the device, epoch after epoch."""
     while True:
         yield from (batch.to(DEVICE) for batch in loader)
 
 
-def average(shadow: torch.nn.Module, model: torch.nn.Module) -> None:
-    for kept, now in zip(shadow.parameters(), model.parameters(), strict=True):
-        kept.data.mul_(EMA_DECAY).add_(now.data, alpha=1 - EMA_DECAY)
+def update_ema(ema: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Update the averaged weights, one parameter at a time."""
+    for ema_weight, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        ema_weight.data.mul_(EMA_DECAY).add_(weight.data, alpha=1 - EMA_DECAY)
 
 
 def vae_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
+    """Build a VAE and return a function that runs one training step."""
     vae = AutoencoderKL.from_config(build_vae(args.config, (args.image_size, args.image_size)).config).to(DEVICE)
-    shadow, perceptual = copy.deepcopy(vae), PerceptualLoss("efficientnet-lite0").to(DEVICE)
-    perceptual.network = EfficientNetLiteFeatures(packaged_efficientnet()).requires_grad_(False).to(DEVICE)
+    ema, perceptual = copy.deepcopy(vae), PerceptualLoss("efficientnet-lite0").to(DEVICE)
+    perceptual.network = EfficientNetLiteFeatures(load_packaged_efficientnet()).requires_grad_(False).to(DEVICE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4, foreach=False, fused=False)
 
     def step() -> None:
-        batch = next(photos)
-        posterior = vae.encode(batch).latent_dist
-        made = vae.decode(posterior.sample()).sample
-        loss = F.l1_loss(made, batch) + 0.3 * perceptual(made, batch) + 1e-4 * posterior.kl().mean()
+        images = next(photos)
+        posterior = vae.encode(images).latent_dist
+        reconstructions = vae.decode(posterior.sample()).sample
+        loss = (
+            F.l1_loss(reconstructions, images)
+            + 0.3 * perceptual(reconstructions, images)
+            + 1e-4 * posterior.kl().mean()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average(shadow, vae)
+        update_ema(ema, vae)
 
     return step
 
 
-def latents_of(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> tuple[AutoencoderKL, Iterator[torch.Tensor]]:
-    """Encoded anew each time, or, where they are cached, once."""
+def latent_batches(
+    args: argparse.Namespace, photos: Iterator[torch.Tensor]
+) -> tuple[AutoencoderKL, Iterator[torch.Tensor]]:
+    """Return the VAE and its latents of the photos. With --cached, eight batches are encoded once and repeated."""
     vae = AutoencoderKL.from_pretrained(args.vae).eval().to(DEVICE)
 
     @torch.no_grad()
-    def encode(batch: torch.Tensor) -> torch.Tensor:
-        return vae.encode(batch).latent_dist.sample() * vae.config.scaling_factor
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
 
     if not args.cached:
         return vae, map(encode, photos)
     return vae, itertools.cycle([encode(next(photos)) for _ in range(8)])
 
 
-def built_unet(args: argparse.Namespace, vae: AutoencoderKL) -> UNet2DModel:
-    return UNet2DModel.from_config(build_unet(args.config, (args.image_size, args.image_size), vae, 6).config).to(DEVICE)
+def plain_unet(args: argparse.Namespace, vae: AutoencoderKL) -> UNet2DModel:
+    """Build the UNet of --config with the layers of diffusers."""
+    return UNet2DModel.from_config(build_unet(args.config, (args.image_size, args.image_size), vae, 6).config).to(
+        DEVICE
+    )
 
 
 def unet_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
-    vae, latents = latents_of(args, photos)
-    unet = built_unet(args, vae)
-    shadow, scheduler = copy.deepcopy(unet), DDPMScheduler(prediction_type="v_prediction")
+    """Build a UNet and return a function that runs one training step."""
+    vae, latents = latent_batches(args, photos)
+    unet = plain_unet(args, vae)
+    ema, scheduler = copy.deepcopy(unet), DDPMScheduler(prediction_type="v_prediction")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, foreach=False, fused=False)
 
     def step() -> None:
-        clean = next(latents)
-        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),), device=DEVICE)
-        labels = torch.randint(7, (len(clean),), device=DEVICE)
-        made = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, labels).sample
-        F.mse_loss(made, scheduler.get_velocity(clean, noise, timesteps)).backward()
+        batch = next(latents)
+        noise, timesteps = torch.randn_like(batch), torch.randint(1000, (len(batch),), device=DEVICE)
+        labels = torch.randint(7, (len(batch),), device=DEVICE)
+        model_pred = unet(scheduler.add_noise(batch, noise, timesteps), timesteps, labels).sample
+        F.mse_loss(model_pred, scheduler.get_velocity(batch, noise, timesteps)).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average(shadow, unet)
+        update_ema(ema, unet)
 
     return step
 
 
 def ddpm_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Callable[[], None]:
+    """Build denoising-diffusion-pytorch's Unet and return a function that runs one training step."""
     stand_in_for_torchvision()
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
     args.cached = True
-    vae, latents = latents_of(args, photos)
-    ours = built_unet(args, vae)
-    mults = (1, 2, 4, 8)[: len(ours.config.block_out_channels)]
-    wanted = sum(p.numel() for p in ours.parameters())
+    vae, latents = latent_batches(args, photos)
+    toolkit_unet = plain_unet(args, vae)
+    dim_mults = (1, 2, 4, 8)[: len(toolkit_unet.config.block_out_channels)]
+    target_parameters = sum(p.numel() for p in toolkit_unet.parameters())
 
-    def built(dim: int) -> torch.nn.Module:
-        return Unet(dim=dim, dim_mults=mults, channels=vae.config.latent_channels)
+    def build(dim: int) -> torch.nn.Module:
+        return Unet(dim=dim, dim_mults=dim_mults, channels=vae.config.latent_channels)
 
-    nearest = min(range(8, 129, 8), key=lambda dim: abs(sum(p.numel() for p in built(dim).parameters()) - wanted))
-    diffusion = GaussianDiffusion(built(nearest), image_size=ours.config.sample_size, auto_normalize=False).to(DEVICE)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))  # as its Trainer has it
+    nearest_dim = min(
+        range(8, 129, 8), key=lambda dim: abs(sum(p.numel() for p in build(dim).parameters()) - target_parameters)
+    )
+    diffusion = GaussianDiffusion(
+        build(nearest_dim), image_size=toolkit_unet.config.sample_size, auto_normalize=False
+    ).to(DEVICE)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))  # the settings of its Trainer
     ema = EMA(diffusion, beta=EMA_DECAY, update_every=10)
 
     def step() -> None:
@@ -143,7 +166,8 @@ def ddpm_step(args: argparse.Namespace, photos: Iterator[torch.Tensor]) -> Calla
         ema.update()
 
     print(
-        f"denoising-diffusion-pytorch: dim {nearest}, {sum(p.numel() for p in diffusion.parameters()) / 1e6:.1f} M parameters",
+        f"denoising-diffusion-pytorch: dim {nearest_dim}, "
+        f"{sum(p.numel() for p in diffusion.parameters()) / 1e6:.1f} M parameters",
         file=sys.stderr,
     )
     return step

@@ -1,9 +1,9 @@
-"""What does a training step of each preset cost on this machine, in each precision and, on a CPU, with each kernel of attention?
+"""How long does a training step of each preset take, in each precision and, on a CPU, with each attention kernel?
 
 python benchmarks/presets.py --configs tiny base
 
-The steps are those that the scripts themselves time to plan with: forward, backward and optimizer, on made-up photos. Prints a table of
-milliseconds, and on a GPU of GiB at the peak.
+The training scripts time the same steps to plan a run: forward, backward and optimizer, on artificial photos. The
+script prints a table of milliseconds per step. On a GPU, the table also lists the peak memory in GiB.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from itertools import product
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from common import ROOT, machine
+from common import ROOT, machine_name
 
 sys.path.insert(0, str(ROOT))
 import train_unet
 import train_vae
 from corel_diffusers.arguments import UNetArguments, VAEArguments
 from corel_diffusers.models import build_vae
-from corel_diffusers.planning import UNET_LADDER, VAE_LADDER, photos_per_second
-from corel_diffusers.precision import use
+from corel_diffusers.planning import UNET_PRESETS, VAE_PRESETS, photos_per_second
+from corel_diffusers.precision import set_precision
 
 
 def main() -> None:
@@ -32,29 +32,46 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    ways = [(precision, "fused") for precision in ("no", "fp16", "bf16")] if gpu else list(product(("no", "bf16"), ("fused", "math")))
+    settings = (
+        [(precision, "fused") for precision in ("no", "fp16", "bf16")]
+        if gpu
+        else list(product(("no", "bf16"), ("fused", "math")))
+    )
     lines = []
-    for ladder, kind, script in ((VAE_LADDER, VAEArguments, train_vae), (UNET_LADDER, UNetArguments, train_unet)):
-        for rung in (rung for rung in ladder.rungs if rung.config in args.configs):
-            size_px, cells = (rung.side_px, rung.side_px), []
-            given = kind(config=rung.config, image_size=str(rung.side_px), batch_size=rung.batch_size)
-            given.fill({})
-            for precision, attention in ways:
+    for series, kind, script in ((VAE_PRESETS, VAEArguments, train_vae), (UNET_PRESETS, UNetArguments, train_unet)):
+        for preset in (preset for preset in series.presets if preset.config in args.configs):
+            size_px, cells = (preset.side_px, preset.side_px), []
+            script_args = kind(config=preset.config, image_size=str(preset.side_px), batch_size=preset.batch_size)
+            script_args.fill({})
+            for precision, attention in settings:
                 AcceleratorState._reset_state(True)
                 accelerator = Accelerator(mixed_precision=precision)
-                use(accelerator, precision, attention)
-                step = vae = None  # the one before takes no memory any more
+                set_precision(accelerator, precision, attention)
+                step = vae = None  # free the memory of the previous step
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
-                vae = [build_vae(rung.config, size_px).to(accelerator.device)] if script is train_unet else []
-                step = script.trial_step(given, accelerator, *vae, rung.config, size_px, rung.batch_size)
-                ms = 1e3 * rung.batch_size / photos_per_second(step, rung.batch_size)
-                found = {"model": script.__name__, "config": rung.config, "precision": precision, "attention": attention, "ms": ms}
-                print(json.dumps(found | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if gpu else {})), flush=True)
+                vae = [build_vae(preset.config, size_px).to(accelerator.device)] if script is train_unet else []
+                step = script.trial_step(script_args, accelerator, *vae, preset.config, size_px, preset.batch_size)
+                ms = 1e3 * preset.batch_size / photos_per_second(step, preset.batch_size)
+                result = {
+                    "model": script.__name__,
+                    "config": preset.config,
+                    "precision": precision,
+                    "attention": attention,
+                    "ms": ms,
+                }
+                print(
+                    json.dumps(result | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if gpu else {})), flush=True
+                )
                 cells.append(f"{ms:,.0f}" + (f", {torch.cuda.max_memory_allocated() / 2**30:.1f}" if gpu else ""))
-            name = f"{script.__name__.removeprefix('train_')} {rung.config}, {rung.side_px} px, batch {rung.batch_size}"
+            name = (
+                f"{script.__name__.removeprefix('train_')} {preset.config}, {preset.side_px} px, "
+                f"batch {preset.batch_size}"
+            )
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    print(f"{machine()}\n\n| step | {' | '.join(f'{p}, {a}' for p, a in ways)} |\n|---{'|---' * len(ways)}|")
+    print(
+        f"{machine_name()}\n\n| step | {' | '.join(f'{p}, {a}' for p, a in settings)} |\n|---{'|---' * len(settings)}|"
+    )
     print(*lines, sep="\n")
 
 

@@ -1,10 +1,10 @@
-"""Which sampler comes nearest to held-out photos in its time, and how much faster is it than the plain loop?
+"""Which sampler reaches the lowest KID in a given time, and how much faster is it than the plain loop?
 
 python benchmarks/sampling.py --pipeline diffusion_models --data-dir photos --num-images 300
 
-Each sampler at each number of steps: KID against the validation photos, and the seconds that the pictures took. The plain loop is 50
-steps of DDIM in float32, with and without the class in two passes, as diffusers' examples do it. Leaves sampling.json, sampling.md and
-sampling.png.
+The script runs each sampler with each number of steps. It measures the KID against the validation photos and the
+seconds of sampling. The plain loop runs 50 steps of DDIM in float32. It needs two forward passes per step, one with and
+one without the class, like the examples of diffusers. Writes sampling.json, sampling.md and sampling.png.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from common import machine
+from common import machine_name
 from diffusers import DDIMScheduler, DiffusionPipeline
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -26,7 +26,7 @@ from corel_diffusers.evaluation.features import as_array, extract, load_network,
 from corel_diffusers.evaluation.metrics import compare
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
-from corel_diffusers.generate import build_sampler, load_pipeline, sample_pictures
+from corel_diffusers.generate import build_sampler, load_pipeline, sample_images
 from corel_diffusers.models import downsample_factor
 from corel_diffusers.precision import resolve_precision
 
@@ -36,37 +36,44 @@ PLAIN = "plain loop, ddim"
 
 @torch.no_grad()
 def plain_loop(pipe: DiffusionPipeline, labels: list[int] | None, args: argparse.Namespace, steps: int) -> list:
-    """DDIM, the two predictions of guidance in a pass each, the VAE on the whole batch; what is drawn is what the pipeline draws when
-    guidance acts at all noise levels."""
-    scheduler, made = DDIMScheduler.from_config(pipe.scheduler.config), []
+    """Sample with DDIM, in float32.
+
+    Each of the two predictions of guidance takes a separate forward pass. The VAE decodes the full batch at once. The
+    samples are those that the pipeline draws when guidance acts at all noise levels.
+    """
+    scheduler, images = DDIMScheduler.from_config(pipe.scheduler.config), []
     scheduler.set_timesteps(steps)
     shape = pipe.unet.config.in_channels, *(side // downsample_factor(pipe.vae) for side in picture_size_px(pipe))
-    for places in torch.arange(args.num_images).split(args.batch_size):
-        noise = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(int(place))) for place in places]
-        x, own = torch.cat(noise), torch.tensor([labels[place] for place in places]) if labels else None
+    for indices in torch.arange(args.num_images).split(args.batch_size):
+        noise = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(int(index))) for index in indices]
+        latents, batch_labels = torch.cat(noise), torch.tensor([labels[index] for index in indices]) if labels else None
         for timestep in scheduler.timesteps:
-            predicted = pipe.unet(x, timestep, own).sample
+            model_pred = pipe.unet(latents, timestep, batch_labels).sample
             if guide := getattr(pipe, "guide", None):
-                weak = guide(x, timestep, own).sample
+                guide_pred = guide(latents, timestep, batch_labels).sample
             elif labels:
-                weak = pipe.unet(x, timestep, torch.full_like(own, pipe.null_label)).sample
+                guide_pred = pipe.unet(latents, timestep, torch.full_like(batch_labels, pipe.null_label)).sample
             else:
-                weak = predicted
-            predicted = weak + args.guidance_scale * (predicted - weak)
-            x = scheduler.step(predicted, timestep, x).prev_sample
-        made += pipe.decode(x, "pil")
-    return made
+                guide_pred = model_pred
+            model_pred = guide_pred + args.guidance_scale * (model_pred - guide_pred)
+            latents = scheduler.step(model_pred, timestep, latents).prev_sample
+        images += pipe.decode(latents, "pil")
+    return images
 
 
 def draw_plot(rows: list[dict], path: Path) -> None:
-    """KID over seconds, a line a sampler."""
+    """Plot KID over seconds, with one line per sampler."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in dict.fromkeys(row["sampler"] for row in rows):
-        own = sorted((row for row in rows if row["sampler"] == name), key=lambda row: row["seconds"])
-        axes.plot([row["seconds"] for row in own], [row["kid_e3"] for row in own], marker="o", label=name)
-        for row in own:
-            axes.annotate(row["steps"], (row["seconds"], row["kid_e3"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes.set(xscale="log", xlabel=f"seconds for {rows[0]['n'][0]} pictures", ylabel="KID x1000 against held-out photos")
+        sampler_rows = sorted((row for row in rows if row["sampler"] == name), key=lambda row: row["seconds"])
+        axes.plot(
+            [row["seconds"] for row in sampler_rows], [row["kid_e3"] for row in sampler_rows], marker="o", label=name
+        )
+        for row in sampler_rows:
+            axes.annotate(
+                row["steps"], (row["seconds"], row["kid_e3"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+    axes.set(xscale="log", xlabel=f"seconds for {rows[0]['n'][0]} samples", ylabel="KID x1000 against held-out photos")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -79,7 +86,7 @@ def draw_plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True)
-    parser.add_argument("--data-dir", required=True, help='a folder, or "scenes"')
+    parser.add_argument("--data-dir", required=True, help='a folder of photos, or "scenes"')
     parser.add_argument("--output-dir", type=Path, default=Path("sampling"))
     parser.add_argument("--num-images", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=50)
@@ -89,33 +96,47 @@ def main() -> None:
     args = parser.parse_args()
     device, precision = torch.device("cpu"), resolve_precision("auto", "cpu")
     pipe, network = load_pipeline(args.pipeline, device), load_network("efficientnet-lite0", device)
-    photos, pixels = cache_pixels(load_photos(SCENES if args.data_dir == SCENES else Path(args.data_dir)), picture_size_px(pipe))
-    real, photo_labels = photo_features(network, pixels["validation"]), torch.tensor(photos["validation"]["label"][:])
+    photos, pixels = cache_pixels(
+        load_photos(SCENES if args.data_dir == SCENES else Path(args.data_dir)), picture_size_px(pipe)
+    )
+    real_features, photo_labels = (
+        photo_features(network, pixels["validation"]),
+        torch.tensor(photos["validation"]["label"][:]),
+    )
     class_names = photos["train"].features["label"].names
-    trained_with, (labels, like_photos) = pipe.scheduler, labels_to_draw(pipe, class_names, photo_labels, args.num_images)
+    training_scheduler, (labels, like_photos) = (
+        pipe.scheduler,
+        labels_to_draw(pipe, class_names, photo_labels, args.num_images),
+    )
     shared = {"num_images": args.num_images, "batch_size": args.batch_size, "guidance_scale": args.guidance_scale}
-    drawing = Generate(**shared, mixed_precision=precision)
+    sampling_args = Generate(**shared, mixed_precision=precision)
 
     rows = []
     runs = [(PLAIN, 50), *((name, steps) for steps in args.steps for name in args.samplers)]
-    plain_loop(pipe, labels, args, 2)  # what is slow the first time is not the plain loop's fault
+    plain_loop(pipe, labels, args, 2)  # warm-up: the first call is slow, and the plain loop is timed first
     for name, steps in runs:
-        began = time.monotonic()
+        start = time.monotonic()
         if name == PLAIN:
-            pictures = plain_loop(pipe, labels, args, steps)
+            samples = plain_loop(pipe, labels, args, steps)
         else:
-            pipe.scheduler = build_sampler(name, trained_with)
-            pictures = list(sample_pictures(pipe, drawing, labels, 0, num_inference_steps=steps))
-        seconds = time.monotonic() - began
-        found = compare(extract(network, as_array(pictures)), real, labels_a=like_photos, labels_b=photo_labels)
-        rows.append({"sampler": name, "steps": steps, "seconds": seconds} | found)
+            pipe.scheduler = build_sampler(name, training_scheduler)
+            samples = list(sample_images(pipe, sampling_args, labels, 0, num_inference_steps=steps))
+        seconds = time.monotonic() - start
+        scores = compare(
+            extract(network, as_array(samples)), real_features, labels_a=like_photos, labels_b=photo_labels
+        )
+        rows.append({"sampler": name, "steps": steps, "seconds": seconds} | scores)
         lines = ["| sampler | steps | seconds | times as fast | KID x1000 [95 %] | FD |", "|---|---|---|---|---|---|"]
         for row in sorted(rows, key=lambda row: row["seconds"]):
             cells = row["sampler"], row["steps"], f"{row['seconds']:.1f}", f"{rows[0]['seconds'] / row['seconds']:.1f}"
             lines.append(f"| {' | '.join(map(str, cells))} | {with_interval(row)} | {row['fd']:.0f} |")
-        text = f"{args.num_images} pictures, guidance {args.guidance_scale:g}, {machine('cpu')}\n\n" + "\n".join(lines) + "\n"
+        text = (
+            f"{args.num_images} samples, guidance {args.guidance_scale:g}, {machine_name('cpu')}\n\n"
+            + "\n".join(lines)
+            + "\n"
+        )
         write_text(args.output_dir / "sampling.md", text)
-        write_json(args.output_dir / "sampling.json", {"machine": machine("cpu"), "rows": rows})
+        write_json(args.output_dir / "sampling.json", {"machine": machine_name("cpu"), "rows": rows})
         draw_plot(rows, args.output_dir / "sampling.png")
     print(text)
 

@@ -262,7 +262,7 @@ def main(args: UNetArguments) -> None:
     state.stop_reason = stop_reason(args, state, history)
     means, stop = RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, 2 * len(held_out_set.latents))
-    compilation = Compilation(args, accelerator, model, state)
+    compilation = Compilation(args, accelerator, model, state.step)
     pick_version = partial(
         pick_versions, seed=args.seed, global_batch=plan.global_batch, views=args.views, view_chance=args.view_chance
     )

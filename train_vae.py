@@ -175,7 +175,7 @@ def main(args: VAEArguments) -> None:
     kl_weight = torch.tensor(state.kl_weight or args.kl_weight, device=device)
     means, stop = RunningMean(state, device), StopSignal()
     validate_every = epochs_between_validations(args, plan, len(pixels["validation"]))
-    compilation = Compilation(args, accelerator, model, state)
+    compilation = Compilation(args, accelerator, model, state.step)
     arrays = pixels["train"].values, large_pixels.values
     batches = training_batches(plan, state.step, length.steps, args.num_workers, *preload(arrays, device))
     with progress_bar(plan, state, length, accelerator) as bar:

@@ -36,8 +36,8 @@ class Prepare:
     layout: Literal["auto", "corel", "corel-1k", "folders", "flat"] = "auto"
     """How the folder names the classes of its photos."""
 
-    def run(self) -> None:
-        """Check the flags and prepare the photos."""
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
         base = Path(self.base_dir)
         if not (base / self.data_dir).is_dir():
             raise UserError(
@@ -45,21 +45,9 @@ class Prepare:
                 "check the path (relative paths start at --base-dir)"
             )
         require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a fraction from 0 to 0.5")
-        figs_dir = base / self.figs_dir if self.visualize else None
         require_writable(base / self.output_dir, "--output-dir")
-        if figs_dir:
-            require_writable(figs_dir, "--figs-dir")
-        from corel_diffusers.data.prepare import prepare
-
-        prepare(
-            base / self.data_dir,
-            base / self.output_dir,
-            figs_dir,
-            self.layout,
-            self.trim_borders,
-            self.strict,
-            self.test_fraction,
-        )
+        if self.visualize:
+            require_writable(base / self.figs_dir, "--figs-dir")
 
 
 @dataclass(kw_only=True)
@@ -139,8 +127,8 @@ class Generate(Sampling):
     individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Save single images for any number of samples. Without this flag, they are saved for up to 16 samples."""
 
-    def run(self) -> None:
-        """Check the flags and generate the samples."""
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
         require(self.nrow >= 1, "nrow", self.nrow, "give 1 or more")
         require(
             self.ddim_steps is None or 1 <= self.ddim_steps <= 1000, "ddim_steps", self.ddim_steps, "give 1 to 1000"
@@ -149,16 +137,13 @@ class Generate(Sampling):
             if self.steps or self.sampler not in ("auto", "ddim"):
                 raise UserError("--ddim-steps is short for --sampler ddim --steps: give only one of the two")
             self.sampler, self.steps = "ddim", self.ddim_steps
-        self.check()
+        super().check()
         base = Path(self.base_dir)
         if self.vae_checkpoint:
             self.vae_checkpoint = model_location(self.vae_checkpoint, base, "--vae-checkpoint")
         if (base / self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
         require_writable((base / self.output).parent, "--output")
-        from corel_diffusers.generate import generate
-
-        generate(self, base / self.output)
 
 
 @dataclass(kw_only=True)
@@ -186,37 +171,34 @@ class Evaluate(Sampling):
     seed: int = 0
     """Random seed of the samples."""
 
-    def run(self) -> None:
-        """Check the flags and evaluate."""
-        base = Path(self.base_dir)
+    @property
+    def photo_source(self) -> str | Path:
+        """The folder of photos as a Path, "scenes", or the id of a Hub dataset."""
+        return self.dataset_name or (SCENES if self.data_dir == SCENES else Path(self.base_dir) / self.data_dir)
+
+    @property
+    def results_dir(self) -> Path:
+        """The folder of evaluation.json and evaluation.html."""
+        default_dir = self.pipeline if isinstance(self.pipeline, Path) else Path(self.base_dir) / "evaluation"
+        return Path(self.base_dir) / self.output_dir if self.output_dir else default_dir
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
         if self.pictures:
-            require(
-                (base / self.pictures).is_dir(),
-                "pictures",
-                base / self.pictures,
-                "this is not a folder: check the path",
-            )
+            folder = Path(self.base_dir) / self.pictures
+            require(folder.is_dir(), "pictures", folder, "this is not a folder: check the path")
         else:
-            self.check()
-            require(
-                self.num_images >= 4,
-                "num_images",
-                self.num_images,
-                "give 4 or more, and some hundreds for reliable numbers",
-            )
+            super().check()
+            way_out = "give 4 or more, and some hundreds for reliable numbers"
+            require(self.num_images >= 4, "num_images", self.num_images, way_out)
         if bool(self.data_dir) == bool(self.dataset_name):
             raise UserError(
                 "evaluate compares with the photos that the model was trained on: give --data-dir or --dataset-name"
             )
-        source = self.dataset_name or (SCENES if self.data_dir == SCENES else base / self.data_dir)
+        source = self.photo_source
         if isinstance(source, Path) and not source.is_dir():
             raise UserError(f"--data-dir {source} is not a folder: check the path (relative paths start at --base-dir)")
-        default_dir = self.pipeline if isinstance(self.pipeline, Path) else base / "evaluation"
-        output_dir = base / self.output_dir if self.output_dir else default_dir
-        require_writable(output_dir, "--output-dir")
-        from corel_diffusers.evaluation.evaluate import evaluate
-
-        evaluate(self, source, output_dir)
+        require_writable(self.results_dir, "--output-dir")
 
 
 @dataclass(kw_only=True)
@@ -234,20 +216,58 @@ class Push:
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only list the files that would be pushed."""
 
-    def run(self) -> None:
-        """Check the flags and push the pipeline."""
-        check_repo_id(self.repo_id, "--repo-id")
-        folder = Path(self.base_dir) / self.pipeline
-        if not folder.is_dir():
-            raise UserError(f"--pipeline {folder} is not a folder: give the --output-dir of train_unet.py")
-        from corel_diffusers.hub import push
+    @property
+    def folder(self) -> Path:
+        """The pipeline's folder."""
+        return Path(self.base_dir) / self.pipeline
 
-        push(folder, self.repo_id, self.private, self.dry_run)
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
+        check_repo_id(self.repo_id, "--repo-id")
+        if not self.folder.is_dir():
+            raise UserError(f"--pipeline {self.folder} is not a folder: give the --output-dir of train_unet.py")
+
+
+def run_prepare(args: Prepare) -> None:
+    from corel_diffusers.data.prepare import prepare
+
+    base = Path(args.base_dir)
+    figs_dir = base / args.figs_dir if args.visualize else None
+    folders = base / args.data_dir, base / args.output_dir, figs_dir
+    prepare(*folders, args.layout, args.trim_borders, args.strict, args.test_fraction)
+
+
+def run_generate(args: Generate) -> None:
+    from corel_diffusers.generate import generate
+
+    generate(args, Path(args.base_dir) / args.output)
+
+
+def run_evaluate(args: Evaluate) -> None:
+    from corel_diffusers.evaluation.evaluate import evaluate
+    from corel_diffusers.hub import write_card
+
+    evaluate(args, args.photo_source, args.results_dir)
+    if args.results_dir == args.pipeline:
+        write_card(args.results_dir)
+
+
+def run_push(args: Push) -> None:
+    from corel_diffusers.hub import push
+
+    push(args.folder, args.repo_id, args.private, args.dry_run)
 
 
 def main() -> None:
-    """Parse the command line and run the subcommand."""
+    """Parse the command line, check the flags and run the subcommand. Heavy modules are imported after the check."""
+    subcommands = {
+        "prepare": (Prepare, run_prepare),
+        "generate": (Generate, run_generate),
+        "evaluate": (Evaluate, run_evaluate),
+        "push": (Push, run_push),
+    }
     with one_line_errors():
-        tyro.extras.subcommand_cli_from_dict(
-            {"prepare": Prepare, "generate": Generate, "evaluate": Evaluate, "push": Push}, prog="corel-diffusers"
-        ).run()
+        flags = {name: kind for name, (kind, _) in subcommands.items()}
+        args = tyro.extras.subcommand_cli_from_dict(flags, prog="corel-diffusers")
+        args.check()
+        next(run for kind, run in subcommands.values() if type(args) is kind)(args)

@@ -362,11 +362,11 @@ class Compilation:
     MIN_COSINE = 0.9  # of uncompiled and compiled gradients; the rounding of bf16 alone gives 0.99
 
     def __init__(
-        self, args: TrainingArguments, accelerator: Accelerator, model: torch.nn.Module, state: RunState
+        self, args: TrainingArguments, accelerator: Accelerator, model: torch.nn.Module, first_step: int
     ) -> None:
         self.accelerator, self.model = accelerator, accelerator.unwrap_model(model)
         # the end time of each step; None: the steps are not timed
-        self.times: list[float] | None = [] if args.compile and not state.step else None
+        self.times: list[float] | None = [] if args.compile and not first_step else None
         self.inputs: tuple[torch.Tensor, ...] = ()  # of the last step
         self.input_hook = self.model.register_forward_pre_hook(self.keep) if args.compile else None
 

@@ -210,7 +210,7 @@ def test_a_compiled_model_with_wrong_gradients_is_not_used(broken, dropout, caps
     model, state = TwoLayers(broken), RunState()
     model.dropout = torch.nn.Dropout(dropout)
     stays_compiled = not broken or dropout
-    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, state)
+    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, state.step)
     for step in range(1, 44):
         assert (model._compiled_call_impl is not None) == (step > 13 and bool(stays_compiled))
         model(torch.randn(2, 4))[0].sum().backward()
@@ -224,7 +224,7 @@ def test_a_compiled_model_with_wrong_gradients_is_not_used(broken, dropout, caps
 def test_a_resumed_run_is_compiled_after_its_first_step(capsys):
     AcceleratorState._reset_state(True)
     model = TwoLayers(broken=False)
-    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, RunState(step=20))
+    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, 20)
     model(torch.randn(2, 4))
     compilation.tick(21, steps_to_come=100)
     assert model._compiled_call_impl

@@ -47,7 +47,7 @@ from corel_diffusers.generate import (
     possible_steps,
     sample_images,
 )
-from corel_diffusers.hub import pipeline_digest, write_card
+from corel_diffusers.hub import pipeline_digest
 from corel_diffusers.latents import config_key, weights_key
 from corel_diffusers.perceptual import PerceptualLoss
 from corel_diffusers.plots import to_pictures
@@ -183,8 +183,6 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     }
 
     write_json(output_dir / "evaluation.json", results)
-    if output_dir == args.pipeline:
-        write_card(output_dir)
     report.write_html(output_dir / "evaluation.html", results, sheets)
     print(report.table_text(results))
     print(

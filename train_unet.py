@@ -6,7 +6,8 @@ python train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel
 accelerate launch train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all
 """
 
-from corel_diffusers.arguments import UNetArguments, parse
+from corel_diffusers.config.parsing import parse
+from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.files import one_line_errors
 
 if __name__ == "__main__":
@@ -25,27 +26,12 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
-from corel_diffusers import advice, hub
-from corel_diffusers.alignment import alignment_loss, cache_features, feature_scale
-from corel_diffusers.batches import BatchPlan, StepRandom, preload, to_device, training_batches
-from corel_diffusers.checkpoints import (
-    RunState,
-    Trained,
-    find_resume,
-    load_checkpoint,
-    mark_finished,
-    run_settings,
-    save_checkpoint,
-)
-from corel_diffusers.cuda_graphs import capture_if_faster
-from corel_diffusers.data.photos import load_numbered_photos
-from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, evenly_spaced
-from corel_diffusers.data.views import AugmentedCrops, pick_versions
-from corel_diffusers.evaluation.evaluate import SampleJudge, reconstruction_limit
-from corel_diffusers.files import UserError, atomic_model_save, best_record, read_json
-from corel_diffusers.generate import build_sampler
-from corel_diffusers.guide import Guide
-from corel_diffusers.latents import (
+from corel_diffusers import hub
+from corel_diffusers.data.augmented_crops import AugmentedCrops, pick_versions
+from corel_diffusers.data.batches import BatchPlan, StepRandom, preload, to_device, training_batches
+from corel_diffusers.data.cache import process_share
+from corel_diffusers.data.features import cache_features, feature_scale
+from corel_diffusers.data.latents import (
     cache_moments,
     config_key,
     load_vae,
@@ -54,40 +40,38 @@ from corel_diffusers.latents import (
     scale_latents,
     weights_key,
 )
-from corel_diffusers.learning_rate import LearningRate
-from corel_diffusers.losses import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
-from corel_diffusers.models import UNetForTraining, build_unet, downsample_factor, inner_grid, parameter_count
-from corel_diffusers.muon import build_optimizer
-from corel_diffusers.planning import UNET_PRESETS, plan_run
+from corel_diffusers.data.photos import load_numbered_photos
+from corel_diffusers.data.pixels import cache_large_pixels, cache_pixels, evenly_spaced
+from corel_diffusers.data.training_photos import count_trained_on, training_photos
+from corel_diffusers.evaluation.judge import SampleJudge
+from corel_diffusers.evaluation.reconstruction import reconstruction_limit
+from corel_diffusers.files import UserError, atomic_model_save, best_record, read_json
+from corel_diffusers.losses.alignment import alignment_loss
+from corel_diffusers.losses.diffusion import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
+from corel_diffusers.models.configs import downsample_factor, parameter_count
+from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
 from corel_diffusers.plots import picture_grid, plot_history, save_picture
-from corel_diffusers.precision import arithmetic
-from corel_diffusers.processes import broadcast_from_main
-from corel_diffusers.sharding import is_sharded, set_sharding, unsharded_copy
-from corel_diffusers.training import (
-    Compilation,
-    RunLength,
-    RunningMean,
-    StopSignal,
-    build_ema,
-    checkpoint_due,
-    clip_gradients,
-    count_trained_on,
-    early_stop_reason,
-    ema_weights,
-    epochs_between_validations,
-    explain_out_of_memory,
-    log_validation,
-    open_history,
-    print_data_and_model,
-    process_share,
-    progress_bar,
-    samples_due,
-    show_progress,
-    start_run,
-    training_photos,
-    update_best_loss,
-    update_early_stopping,
-)
+from corel_diffusers.runtime.compilation import Compilation
+from corel_diffusers.runtime.cuda_graphs import capture_if_faster
+from corel_diffusers.runtime.precision import arithmetic
+from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.sharding import is_sharded, set_sharding, unsharded_copy
+from corel_diffusers.sampling.samplers import build_sampler
+from corel_diffusers.training import advice
+from corel_diffusers.training.checkpoints import Trained, load_checkpoint, save_checkpoint
+from corel_diffusers.training.ema import build_ema, ema_weights
+from corel_diffusers.training.guide import Guide
+from corel_diffusers.training.history import open_history
+from corel_diffusers.training.learning_rate import LearningRate
+from corel_diffusers.training.length import RunLength, checkpoint_due, epochs_between_validations, samples_due
+from corel_diffusers.training.metrics import RunningMean, log_validation, progress_bar, show_progress
+from corel_diffusers.training.optimizers import build_optimizer, clip_gradients
+from corel_diffusers.training.planning import plan_run
+from corel_diffusers.training.presets import UNET_PRESETS
+from corel_diffusers.training.resume import find_resume, mark_finished, run_settings
+from corel_diffusers.training.run import explain_out_of_memory, print_data_and_model, start_run
+from corel_diffusers.training.state import RunState
+from corel_diffusers.training.stopping import StopSignal, early_stop_reason, update_best_loss, update_early_stopping
 from pipeline import CorelPipeline
 
 BANDS = 4  # equal ranges of timesteps; the first one has the least noise

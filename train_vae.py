@@ -6,7 +6,8 @@ python train_vae.py --data-dir training_data/corel/corel_all --output-dir vae_mo
 accelerate launch train_vae.py --data-dir training_data/corel/corel_all --output-dir vae_models
 """
 
-from corel_diffusers.arguments import VAEArguments, parse
+from corel_diffusers.config.parsing import parse
+from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import one_line_errors
 
 if __name__ == "__main__":
@@ -23,24 +24,16 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from corel_diffusers import advice
-from corel_diffusers.batches import BatchPlan, StepRandom, preload, to_device, training_batches
-from corel_diffusers.checkpoints import (
-    Trained,
-    find_resume,
-    load_checkpoint,
-    mark_finished,
-    run_settings,
-    save_checkpoint,
-)
-from corel_diffusers.cuda_graphs import capture_if_faster
+from corel_diffusers.data.augmented_crops import random_crops
+from corel_diffusers.data.batches import BatchPlan, StepRandom, preload, to_device, training_batches
+from corel_diffusers.data.cache import process_share
+from corel_diffusers.data.latents import cache_moments, measure_latent_scale
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import Pixels, cache_large_pixels, cache_pixels, random_crops
-from corel_diffusers.data.views import STATISTICS_PHOTOS, STATISTICS_PHOTOS_WHEN_STOPPED
+from corel_diffusers.data.pixels import Pixels, cache_large_pixels, cache_pixels
+from corel_diffusers.data.versions import STATISTICS_PHOTOS, STATISTICS_PHOTOS_WHEN_STOPPED
 from corel_diffusers.files import UserError, atomic_model_save, best_record, read_json, write_json
-from corel_diffusers.latents import cache_moments, measure_latent_scale
-from corel_diffusers.learning_rate import LearningRate
-from corel_diffusers.losses import (
+from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.losses.vae import (
     add_adversarial_loss,
     controlled_kl_weight,
     discriminator_loss,
@@ -48,41 +41,27 @@ from corel_diffusers.losses import (
     kl_warmup,
     reconstruction_loss,
 )
-from corel_diffusers.models import (
-    VAEWithPosterior,
-    build_discriminator,
-    build_vae,
-    check_size,
-    downsample_factor,
-    parameter_count,
-)
-from corel_diffusers.muon import CombinedOptimizer, build_optimizer
-from corel_diffusers.perceptual import PerceptualLoss
-from corel_diffusers.planning import VAE_PRESETS, plan_run
+from corel_diffusers.models.configs import check_size, downsample_factor, parameter_count
+from corel_diffusers.models.discriminator import build_discriminator
+from corel_diffusers.models.vae import VAEWithPosterior, build_vae
 from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
-from corel_diffusers.processes import broadcast_from_main
-from corel_diffusers.sharding import is_sharded
-from corel_diffusers.training import (
-    Compilation,
-    RunLength,
-    RunningMean,
-    StopSignal,
-    build_ema,
-    checkpoint_due,
-    clip_gradients,
-    ema_weights,
-    epochs_between_validations,
-    explain_out_of_memory,
-    log_validation,
-    open_history,
-    print_data_and_model,
-    process_share,
-    progress_bar,
-    samples_due,
-    show_progress,
-    start_run,
-    update_best_loss,
-)
+from corel_diffusers.runtime.compilation import Compilation
+from corel_diffusers.runtime.cuda_graphs import capture_if_faster
+from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.sharding import is_sharded
+from corel_diffusers.training import advice
+from corel_diffusers.training.checkpoints import Trained, load_checkpoint, save_checkpoint
+from corel_diffusers.training.ema import build_ema, ema_weights
+from corel_diffusers.training.history import open_history
+from corel_diffusers.training.learning_rate import LearningRate
+from corel_diffusers.training.length import RunLength, checkpoint_due, epochs_between_validations, samples_due
+from corel_diffusers.training.metrics import RunningMean, log_validation, progress_bar, show_progress
+from corel_diffusers.training.optimizers import CombinedOptimizer, build_optimizer, clip_gradients
+from corel_diffusers.training.planning import plan_run
+from corel_diffusers.training.presets import VAE_PRESETS
+from corel_diffusers.training.resume import find_resume, mark_finished, run_settings
+from corel_diffusers.training.run import explain_out_of_memory, print_data_and_model, start_run
+from corel_diffusers.training.stopping import StopSignal, update_best_loss
 
 PANELS = {
     # measured on full photos, with the posterior mean and the EMA weights

@@ -23,12 +23,12 @@ from common import QUIET, ROOT, machine_name, run_command, run_script
 from diffusers import AutoencoderKL, UNet2DModel
 
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.evaluation.evaluate import reconstruct, reconstruction_scores
+from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.features import load_network, photo_features
+from corel_diffusers.evaluation.reconstruction import reconstruct, reconstruction_scores
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import best_record, read_metrics, write_json, write_text
-from corel_diffusers.models import load_config, parameter_count
+from corel_diffusers.models.configs import load_config, parameter_count
 
 Choices = dict[str, tuple[dict, list]]  # name -> (changes to the preset, additional flags)
 

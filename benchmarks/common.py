@@ -49,10 +49,10 @@ def record_steps(times_file: Path, script: str, flags: list[str], clock: Callabl
 
     The time between two values covers everything in the training loop.
     """
-    from corel_diffusers import training
     from corel_diffusers.files import write_json
+    from corel_diffusers.training import metrics
 
-    step_ends, original_show_progress = [], training.show_progress
+    step_ends, original_show_progress = [], metrics.show_progress
 
     def show_progress(*values: object) -> None:
         if torch.cuda.is_available():
@@ -60,7 +60,7 @@ def record_steps(times_file: Path, script: str, flags: list[str], clock: Callabl
         step_ends.append(clock())
         original_show_progress(*values)
 
-    training.show_progress = show_progress
+    metrics.show_progress = show_progress
     sys.path.insert(0, str(ROOT))  # a script that is started directly finds its own folder there
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")

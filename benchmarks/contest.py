@@ -31,7 +31,7 @@ from peers import PEERS
 from PIL import Image
 
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import read_json, write_json, write_text
 from corel_diffusers.plots import picture_grid, save_picture

@@ -24,29 +24,16 @@ import torch
 from common import machine_name
 from torch.nn import functional as F
 
-from corel_diffusers.cli import Generate
+from corel_diffusers.config.commands import Generate
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.evaluation.evaluate import picture_size_px, reconstruct, vae_rendering
+from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.features import as_array, efficientnet_map
-from corel_diffusers.evaluation.memorization import (
-    PIXEL_RATIO,
-    CopyFinder,
-    calibrated_ratio,
-    crop_picture,
-    distances,
-    resize,
-    two_nearest,
-)
-from corel_diffusers.generate import (
-    AUTO,
-    DEFAULT_STEPS,
-    build_sampler,
-    labels_for_images,
-    load_pipeline,
-    pick_device,
-    sample_images,
-)
+from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, calibrated_ratio, two_nearest
+from corel_diffusers.evaluation.photo_crops import crop_picture, distances, resize
+from corel_diffusers.evaluation.reconstruction import reconstruct, vae_rendering
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px
+from corel_diffusers.sampling.samplers import AUTO, DEFAULT_STEPS, build_sampler
+from corel_diffusers.sampling.samples import labels_for_images, sample_images
 
 
 def cell_means(feature_map: torch.Tensor, side: int, unit_length: bool) -> torch.Tensor:

@@ -25,9 +25,9 @@ def main() -> None:
         from plain import Photos, endless
         from torch.utils.data import DataLoader
 
-        from corel_diffusers.batches import BatchPlan, training_batches
+        from corel_diffusers.data.batches import BatchPlan, training_batches
         from corel_diffusers.data.photos import load_photos
-        from corel_diffusers.data.transforms import cache_pixels, to_float
+        from corel_diffusers.data.pixels import cache_pixels, to_float
 
         photos = make_photos(Path(folder) / "photos")
         decoded = endless(DataLoader(Photos(photos, args.image_size), args.batch_size, shuffle=True, drop_last=True))

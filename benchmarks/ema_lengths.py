@@ -20,12 +20,12 @@ from common import QUIET, ROOT, machine_name, run_command, run_script
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 
-from corel_diffusers.checkpoints import find_checkpoints
+from corel_diffusers.data.latents import cache_moments
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_text
-from corel_diffusers.latents import cache_moments
+from corel_diffusers.training.checkpoints import find_checkpoints
 
 sys.path.insert(0, str(ROOT))
 from train_unet import denoising_losses, fixed_noise_set, trained_size_px

@@ -24,17 +24,21 @@ from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
-from corel_diffusers.alignment import alignment_loss, cache_features, feature_scale
-from corel_diffusers.arguments import UNetArguments, VAEArguments
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.features import cache_features, feature_scale
+from corel_diffusers.data.latents import cache_moments, load_vae, measure_latent_scale
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels, to_float
+from corel_diffusers.data.pixels import cache_pixels, to_float
 from corel_diffusers.evaluation.report import with_interval
-from corel_diffusers.latents import cache_moments, load_vae, measure_latent_scale
-from corel_diffusers.losses import denoising_loss, kl_divergence, min_snr_weight, prediction_target
-from corel_diffusers.models import UNetForTraining, VAEWithPosterior, build_unet, inner_grid
-from corel_diffusers.muon import build_optimizer
-from corel_diffusers.perceptual import PerceptualLoss
-from corel_diffusers.precision import autocast, resolve_precision
+from corel_diffusers.losses.alignment import alignment_loss
+from corel_diffusers.losses.diffusion import denoising_loss, min_snr_weight, prediction_target
+from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.losses.vae import kl_divergence
+from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
+from corel_diffusers.models.vae import VAEWithPosterior
+from corel_diffusers.runtime.precision import autocast, resolve_precision
+from corel_diffusers.training.optimizers import build_optimizer
 from train_unet import trained_size_px
 
 CPU = torch.device("cpu")

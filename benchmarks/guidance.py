@@ -20,17 +20,20 @@ from common import ROOT, machine_name
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT))
-from corel_diffusers.checkpoints import find_checkpoints, step_of
-from corel_diffusers.cli import Generate
+from corel_diffusers.config.commands import Generate
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.evaluation.evaluate import labels_to_draw, picture_size_px, vae_rendering
+from corel_diffusers.data.pixels import cache_pixels
+from corel_diffusers.evaluation.evaluate import labels_to_draw
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.kid import kernel_distance
 from corel_diffusers.evaluation.memorization import CopyFinder
-from corel_diffusers.evaluation.metrics import kernel_distance
+from corel_diffusers.evaluation.reconstruction import vae_rendering
 from corel_diffusers.files import best_record, read_metrics
-from corel_diffusers.generate import AUTO, build_sampler, load_pipeline, pick_device, sample_images
-from corel_diffusers.guide import Guide
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px
+from corel_diffusers.sampling.samplers import AUTO, build_sampler
+from corel_diffusers.sampling.samples import sample_images
+from corel_diffusers.training.checkpoints import find_checkpoints, step_of
+from corel_diffusers.training.guide import Guide
 from train_unet import lowest_gauge
 
 

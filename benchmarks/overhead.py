@@ -33,10 +33,14 @@ def record(times_file: Path, script: str, flags: list[str]) -> None:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-    from corel_diffusers import alignment, losses, training
-    from corel_diffusers.batches import ArrayBatches, StepRandom
-    from corel_diffusers.models import UNetForTraining, VAEWithPosterior
-    from corel_diffusers.perceptual import PerceptualLoss
+    from corel_diffusers.data.batches import ArrayBatches, StepRandom
+    from corel_diffusers.losses import alignment
+    from corel_diffusers.losses import diffusion as losses
+    from corel_diffusers.losses.perceptual import PerceptualLoss
+    from corel_diffusers.models.unet import UNetForTraining
+    from corel_diffusers.models.vae import VAEWithPosterior
+    from corel_diffusers.training import ema
+    from corel_diffusers.training import stopping as training
 
     seconds = dict.fromkeys(("inside", *OUTSIDE), 0.0)
 
@@ -65,7 +69,7 @@ def record(times_file: Path, script: str, flags: list[str]) -> None:
     for name in ("__init__", "normal", "integers", "uniform"):
         add_timer("randomness", StepRandom, name)
     add_timer("clipping", training, "clip_gradients")
-    add_timer("averaging", training.EMA, "step")
+    add_timer("averaging", ema.EMA, "step")
     record_steps(times_file, script, flags, lambda: (time.perf_counter(), *seconds.values()))
 
 

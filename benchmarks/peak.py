@@ -17,10 +17,12 @@ import torch
 from common import machine_name
 from torch.utils.flop_counter import FlopCounterMode
 
-from corel_diffusers.losses import denoising_loss
-from corel_diffusers.models import VAEWithPosterior, build_unet, build_vae, downsample_factor
+from corel_diffusers.losses.diffusion import denoising_loss
+from corel_diffusers.models.configs import downsample_factor
 from corel_diffusers.models.layers import Upsample2D
-from corel_diffusers.precision import autocast, resolve_precision
+from corel_diffusers.models.unet import build_unet
+from corel_diffusers.models.vae import VAEWithPosterior, build_vae
+from corel_diffusers.runtime.precision import autocast, resolve_precision
 
 
 def seconds(run: Callable[[], object], repeats: int) -> list[float]:

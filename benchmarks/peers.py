@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 from corel_diffusers.files import write_json
-from corel_diffusers.models import parameter_count
+from corel_diffusers.models.configs import parameter_count
 
 
 class TimeIsUp(Exception):

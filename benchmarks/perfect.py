@@ -20,10 +20,11 @@ from common import machine_name
 from PIL import Image, ImageFilter
 
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.evaluation.evaluate import concatenate_pixels, stratified_labels
+from corel_diffusers.data.pixels import cache_pixels
+from corel_diffusers.evaluation.evaluate import concatenate_pixels
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
-from corel_diffusers.evaluation.metrics import kernel, kernel_distance, kernel_interval
+from corel_diffusers.evaluation.judge import stratified_labels
+from corel_diffusers.evaluation.kid import kernel, kernel_distance, kernel_interval
 
 # name -> (number of samples, held-out fraction of each class)
 SETTINGS = {"evaluate": (300, 1 / 6), "--evaluate-every": (48, 1 / 10)}

@@ -30,8 +30,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from corel_diffusers.files import write_json
-from corel_diffusers.models import build_unet, build_vae
-from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss, load_packaged_efficientnet
+from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.models.efficientnet import EfficientNetLiteFeatures, load_packaged_efficientnet
+from corel_diffusers.models.unet import build_unet
+from corel_diffusers.models.vae import build_vae
 
 EMA_DECAY = 0.995
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,10 +19,12 @@ from common import ROOT, machine_name
 sys.path.insert(0, str(ROOT))
 import train_unet
 import train_vae
-from corel_diffusers.arguments import UNetArguments, VAEArguments
-from corel_diffusers.models import build_vae
-from corel_diffusers.planning import UNET_PRESETS, VAE_PRESETS, photos_per_second
-from corel_diffusers.precision import set_precision
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.models.vae import build_vae
+from corel_diffusers.runtime.precision import set_precision
+from corel_diffusers.runtime.timing import photos_per_second
+from corel_diffusers.training.presets import UNET_PRESETS, VAE_PRESETS
 
 
 def main() -> None:

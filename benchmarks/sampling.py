@@ -17,18 +17,20 @@ from common import machine_name
 from diffusers import DDIMScheduler, DiffusionPipeline
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from corel_diffusers.arguments import SCENES
-from corel_diffusers.cli import Generate
+from corel_diffusers.config.checks import SCENES
+from corel_diffusers.config.commands import Generate
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.evaluation.evaluate import labels_to_draw, picture_size_px
+from corel_diffusers.data.pixels import cache_pixels
+from corel_diffusers.evaluation.evaluate import labels_to_draw
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.metrics import compare
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
-from corel_diffusers.generate import build_sampler, load_pipeline, sample_images
-from corel_diffusers.models import downsample_factor
-from corel_diffusers.precision import resolve_precision
+from corel_diffusers.models.configs import downsample_factor
+from corel_diffusers.runtime.precision import resolve_precision
+from corel_diffusers.sampling.pipelines import load_pipeline, picture_size_px
+from corel_diffusers.sampling.samplers import build_sampler
+from corel_diffusers.sampling.samples import sample_images
 
 SAMPLERS = ("dpm-solver++", "unipc", "ddim", "ddpm")
 PLAIN = "plain loop, ddim"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import QUIET, ROOT, compare, machine_name, make_photos, step_arguments, step_seconds
 
-from corel_diffusers.models import build_vae
+from corel_diffusers.models.vae import build_vae
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from corel_diffusers.cli import Generate
+from corel_diffusers.config.commands import Generate
 from corel_diffusers.files import write_text
-from corel_diffusers.generate import AUTO, build_sampler, labels_for_images, load_pipeline, pick_device, sample_images
 from corel_diffusers.plots import picture_grid, save_picture
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
+from corel_diffusers.sampling.samplers import AUTO, build_sampler
+from corel_diffusers.sampling.samples import labels_for_images, sample_images
 
 SHOWN_PX = 192
 

@@ -1,13 +1,13 @@
 """The Hub: write a model card with measured numbers, and upload a pipeline folder."""
 
-import hashlib
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData, get_token
 
 from corel_diffusers.evaluation.report import card_rows, heading
 from corel_diffusers.files import UserError, best_record, first_line, read_json, read_metrics, write_text
-from corel_diffusers.generate import dpm_solver_options
+from corel_diffusers.sampling.pipelines import has_guide, pipeline_digest
+from corel_diffusers.sampling.samplers import dpm_solver_options
 
 PIPELINE_FILES = (
     "model_index.json",
@@ -20,7 +20,6 @@ PIPELINE_FILES = (
     "scheduler/*",
 )
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
-
 GUIDED = (
     "`guide/` is the guide model, the UNet early in its training: guidance leads away from its prediction. "
     "`pipe.guide = None` turns it off."
@@ -136,22 +135,6 @@ def evaluation_lines(folder: Path) -> list[str]:
         "",
         f"Evaluated: {heading(results)}. A perfect model has the KID and FD of real photos against real photos.",
     ]
-
-
-def pipeline_digest(folder: Path) -> str:
-    """Return the SHA-256 of the weights of the UNet and of the guide model, if there is one.
-
-    The card uses it to check that an evaluation was made with these weights.
-    """
-    parts = ("unet", "guide") if has_guide(folder) else ("unet",)
-    return hashlib.sha256(
-        b"".join((folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in parts)
-    ).hexdigest()
-
-
-def has_guide(folder: Path) -> bool:
-    """Return whether the pipeline has a guide model. An unused folder guide/ may be left from an earlier pipeline."""
-    return read_json(folder / "model_index.json").get("guide", [None])[0] is not None
 
 
 def require_token() -> None:

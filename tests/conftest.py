@@ -29,7 +29,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from corel_diffusers.arguments import parse
+from corel_diffusers.config.parsing import parse
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,9 @@ import pytest
 from conftest import run_here
 from scipy.stats import binom
 
-from corel_diffusers.advice import on_copies, on_kl, on_loss
-from corel_diffusers.arguments import VAEArguments
+from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.evaluation.report import on_copies
+from corel_diffusers.training.advice import on_kl, on_loss
 
 COLLAPSED = [
     "--kl-weight",

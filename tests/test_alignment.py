@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from corel_diffusers.alignment import alignment_loss, cache_features, feature_scale
+from corel_diffusers.data.features import cache_features, feature_scale
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
-from corel_diffusers.perceptual import EfficientNetLiteFeatures
+from corel_diffusers.data.pixels import cache_pixels
+from corel_diffusers.losses.alignment import alignment_loss
+from corel_diffusers.models.efficientnet import EfficientNetLiteFeatures
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from corel_diffusers.batches import BatchPlan, StepRandom, preload, training_batches
+from corel_diffusers.data.batches import BatchPlan, StepRandom, preload, training_batches
 from corel_diffusers.data.cache import cached_array
 
 
@@ -95,7 +95,7 @@ def test_small_arrays_are_kept_in_memory(monkeypatch):
     (preloaded,) = preload([array], torch.device("cpu"))
     assert isinstance(preloaded, np.ndarray)
     assert np.array_equal(preloaded, array[:])
-    monkeypatch.setattr("corel_diffusers.batches.IN_MEMORY_BYTES", 39)
+    monkeypatch.setattr("corel_diffusers.data.batches.IN_MEMORY_BYTES", 39)
     assert preload([array], torch.device("cpu")) == [array], "a larger array is not loaded"
 
 

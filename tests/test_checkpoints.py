@@ -8,18 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from corel_diffusers.arguments import UNetArguments, VAEArguments
-from corel_diffusers.checkpoints import (
-    RunState,
-    Trained,
-    find_checkpoints,
-    load_checkpoint,
-    resumed_checkpoint,
-    save_checkpoint,
-)
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import UserError, write_json
-from corel_diffusers.learning_rate import LearningRate
-from corel_diffusers.muon import CombinedOptimizer, build_optimizer
+from corel_diffusers.training.checkpoints import Trained, find_checkpoints, load_checkpoint, save_checkpoint
+from corel_diffusers.training.learning_rate import LearningRate
+from corel_diffusers.training.optimizers import CombinedOptimizer, build_optimizer
+from corel_diffusers.training.resume import resumed_checkpoint
+from corel_diffusers.training.state import RunState
 
 
 def test_a_flag_added_after_the_run_began_counts_as_its_default(tmp_path):

@@ -12,9 +12,11 @@ from conftest import UNET_CONFIG, launch
 from diffusers import UNet2DModel
 from torch import nn
 
-from corel_diffusers import cuda_graphs
-from corel_diffusers.cuda_graphs import capture_if_faster
-from corel_diffusers.models import UNetForTraining, from_config, layers
+from corel_diffusers.models import layers
+from corel_diffusers.models.configs import from_config
+from corel_diffusers.models.unet import UNetForTraining
+from corel_diffusers.runtime import cuda_graphs
+from corel_diffusers.runtime.cuda_graphs import capture_if_faster
 
 ARGS = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False)
 

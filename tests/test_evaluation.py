@@ -18,17 +18,18 @@ from torchmetrics.image.kid import poly_mmd
 
 from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
 from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.pixels import Pixels, cache_pixels, to_float
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
-from corel_diffusers.data.transforms import Pixels, cache_pixels, to_float
 from corel_diffusers.evaluation import evaluate as evaluation
 from corel_diffusers.evaluation import features as feature_networks
-from corel_diffusers.evaluation import memorization, metrics, report
-from corel_diffusers.evaluation.evaluate import reconstruct, reconstruction_scores, vae_rendering
+from corel_diffusers.evaluation import kid, memorization, metrics, photo_crops, reconstruction, report
+from corel_diffusers.evaluation.reconstruction import reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import write_card
-from corel_diffusers.models import build_unet, build_vae
-from corel_diffusers.perceptual import PerceptualLoss
-from corel_diffusers.precision import autocast
+from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.models.unet import build_unet
+from corel_diffusers.models.vae import build_vae
+from corel_diffusers.runtime.precision import autocast
 from pipeline import CorelPipeline
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def gaussian(n, d=12, shift=0.0, seed=0):
 
 def test_kid_equals_that_of_torchmetrics():
     a, b = gaussian(40), gaussian(40, shift=0.3, seed=1)
-    assert metrics.kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
+    assert kid.kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
 
 
 def test_kid_of_sets_of_different_sizes_is_the_mean_over_all_pairs():
@@ -48,7 +49,7 @@ def test_kid_of_sets_of_different_sizes_is_the_mean_over_all_pairs():
     k = lambda x, y: (float(x @ y) / 12 + 1) ** 3  # noqa: E731
     within = [np.mean([k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (a, b)]
     between = np.mean([k(x, y) for x in a for y in b])
-    assert metrics.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between)
+    assert kid.kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between)
 
 
 def test_paired_images_have_the_same_kid_as_images_made_from_other_photos():
@@ -63,10 +64,10 @@ def test_paired_images_have_the_same_kid_as_images_made_from_other_photos():
             gaussian(20, seed=1000 + seed),
             0.5 * gaussian(20, seed=2000 + seed),
         )
-        paired_kids.append(metrics.kernel_distance(photos + noise, photos, paired=True))
-        all_pair_kids.append(metrics.kernel_distance(photos + noise, photos))
-        other_kids.append(metrics.kernel_distance(other_photos + noise, photos))
-        low, high = metrics.kernel_interval(photos + noise, photos, paired=True, resamples=50)
+        paired_kids.append(kid.kernel_distance(photos + noise, photos, paired=True))
+        all_pair_kids.append(kid.kernel_distance(photos + noise, photos))
+        other_kids.append(kid.kernel_distance(other_photos + noise, photos))
+        low, high = kid.kernel_interval(photos + noise, photos, paired=True, resamples=50)
         assert low < paired_kids[-1] < high
     standard_error = np.std(other_kids) / 200**0.5
     assert abs(np.mean(paired_kids) - np.mean(other_kids)) < 3 * standard_error
@@ -89,8 +90,8 @@ def test_the_distance_of_a_set_to_itself_is_zero():
     a = gaussian(30, d=100)  # fewer images than dimensions: the covariance does not have full rank
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     assert metrics.precision_recall(a, a) == (1.0, 1.0)
-    assert metrics.kernel_distance(a, a, paired=True) == pytest.approx(0, abs=1e-9)
-    assert metrics.kernel_distance(a, a) < 0, "with the pairs of an image and itself, KID is too low"
+    assert kid.kernel_distance(a, a, paired=True) == pytest.approx(0, abs=1e-9)
+    assert kid.kernel_distance(a, a) < 0, "with the pairs of an image and itself, KID is too low"
 
 
 def test_precision_and_recall_equal_values_computed_by_hand():
@@ -128,8 +129,8 @@ def test_kid_of_a_perfect_model_is_zero_at_any_size_and_class_mix(sample_counts,
             random_features(sample_counts, 2 * seed),
             random_features(photo_counts, 2 * seed + 1),
         )
-        kids.append(metrics.kernel_distance(a, b, labels_a=labels_a, labels_b=labels_b))
-        unlabelled_kids.append(metrics.kernel_distance(a, b))
+        kids.append(kid.kernel_distance(a, b, labels_a=labels_a, labels_b=labels_b))
+        unlabelled_kids.append(kid.kernel_distance(a, b))
     standard_error = np.std(kids) / 200**0.5
     assert abs(np.mean(kids)) < 3 * standard_error
     assert abs(np.mean(unlabelled_kids)) > 5 * standard_error, "without labels, KID is biased"
@@ -145,8 +146,8 @@ def test_kid_of_unlabelled_samples_is_zero_if_the_photos_have_fixed_class_counts
             random_features(random_counts.tolist(), 2 * seed)[0],
             random_features([2, 3, 5], 2 * seed + 1),
         )
-        kids.append(metrics.kernel_distance(a, b, labels_b=labels_b))
-        unlabelled_kids.append(metrics.kernel_distance(a, b))
+        kids.append(kid.kernel_distance(a, b, labels_b=labels_b))
+        unlabelled_kids.append(kid.kernel_distance(a, b))
     standard_error = np.std(kids) / 200**0.5
     assert abs(np.mean(kids)) < 3 * standard_error
     assert np.mean(unlabelled_kids) < -5 * standard_error
@@ -169,7 +170,7 @@ def test_kid_with_labels_is_the_mean_over_pairs_of_classes():
             pairs = product((labels_left == one).nonzero().flatten(), (labels_right == other).nonzero().flatten())
             values = [k(left[i], right[j]) for i, j in pairs if left is not right or i != j]
             expected += factor * fraction * other_fraction * np.mean(values)
-    assert metrics.kernel_distance(a, b, labels_a=labels_a, labels_b=labels_b) == pytest.approx(expected)
+    assert kid.kernel_distance(a, b, labels_a=labels_a, labels_b=labels_b) == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +197,9 @@ def test_the_interval_covers_the_true_kid_of_real_features(scene_features, same_
     sample_features = photo_features if same_distribution else blurred
     true_kid = float(
         (
-            metrics.kernel(sample_features, sample_features)
-            + metrics.kernel(photo_features, photo_features)
-            - 2 * metrics.kernel(sample_features, photo_features)
+            kid.kernel(sample_features, sample_features)
+            + kid.kernel(photo_features, photo_features)
+            - 2 * kid.kernel(sample_features, photo_features)
         ).mean()
     )
     rng, hits, widths, kids = np.random.default_rng(0), 0, [], []
@@ -208,9 +209,9 @@ def test_the_interval_covers_the_true_kid_of_real_features(scene_features, same_
             for size in sizes
         ]
         sets = sample_features[rows[0]], photo_features[rows[1]], False, labels[rows[0]], labels[rows[1]]
-        low, high = metrics.kernel_interval(*sets, resamples=400)
+        low, high = kid.kernel_interval(*sets, resamples=400)
         hits += low <= true_kid <= high
-        kids.append(metrics.kernel_distance(*sets))
+        kids.append(kid.kernel_distance(*sets))
         widths.append(high - low)
     assert 0.91 * 400 <= hits <= 0.99 * 400, f"a 95 % interval contained the true KID {hits} times of 400"
     assert 0.8 < np.mean(widths) / (3.92 * np.std(kids)) < 1.2
@@ -225,7 +226,7 @@ def test_the_interval_of_halves_contains_95_percent_of_the_splits():
         order = rng.permutation(33)
         order = order[np.argsort(labels[order], kind="stable")]
         a, b = order[::2], order[1::2]
-        kids.append(1e3 * metrics.kernel_distance(features[a], features[b], False, labels[a], labels[b]))
+        kids.append(1e3 * kid.kernel_distance(features[a], features[b], False, labels[a], labels[b]))
     assert scores["kid_e3"] == pytest.approx(np.mean(kids))
     assert np.mean([scores["kid_e3_low"] <= value <= scores["kid_e3_high"] for value in kids]) == pytest.approx(
         0.94, abs=0.02
@@ -254,7 +255,7 @@ def test_a_class_is_compared_with_its_held_out_photos_if_there_are_enough():
     all_photos = torch.cat([train[0], held_out[0]]), torch.cat([train[1], held_out[1]])
     scores = evaluation.class_scores(["many", "few"], samples, train, all_photos, held_out)
     assert [scores[name]["against"] for name in ("many", "few")] == ["held-out", "all"]
-    assert scores["many"]["kid_e3"] == pytest.approx(1e3 * metrics.kernel_distance(samples[0][:6], held_out[0][:8]))
+    assert scores["many"]["kid_e3"] == pytest.approx(1e3 * kid.kernel_distance(samples[0][:6], held_out[0][:8]))
     assert scores["few"]["n"] == [6, 23]
     assert [row[1] for row in report.class_rows({"classes": scores})[1:]] == [
         "held-out photos",
@@ -275,11 +276,11 @@ def test_the_interval_covers_the_true_kid_of_normal_distributions():
     hits, widths, kids = 0, [], []
     for trial in range(100):
         a, b = gaussian(60, d, 0, 2 * trial), gaussian(40, d, shift, 2 * trial + 1)
-        low, high = metrics.kernel_interval(a, b, resamples=300)
+        low, high = kid.kernel_interval(a, b, resamples=300)
         hits += low <= true_kid <= high
-        assert low <= metrics.kernel_distance(a, b) <= high
+        assert low <= kid.kernel_distance(a, b) <= high
         widths.append(high - low)
-        kids.append(metrics.kernel_distance(a, b))
+        kids.append(kid.kernel_distance(a, b))
     assert np.mean(widths) < 2 * 3.92 * np.std(kids), "the interval is at most twice as wide as the spread of KID"
     assert hits >= 90, f"a 95 % interval contained the true KID {hits} times of 100"
 
@@ -327,7 +328,7 @@ def test_planted_copies_are_found(pixels, plant):
     if "mirrored" in plant:
         copies = copies[:, :, ::-1]
     if "cropped" in plant:
-        copies = np.stack([memorization.crop_picture(copy, (0.9, 0.03, 0.06)) for copy in copies])
+        copies = np.stack([photo_crops.crop_picture(copy, (0.9, 0.03, 0.06)) for copy in copies])
     if "noisy" in plant:
         copies = np.clip(copies + np.random.default_rng(0).normal(0, 4, copies.shape), 0, 255).astype(np.uint8)
     in_pixels, in_features = finder.search(np.ascontiguousarray(copies))
@@ -342,7 +343,7 @@ def test_a_copy_of_a_corner_is_found_in_features(pixels):
     finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], CPU)
     corners = product((0, 1 / 8), repeat=2)
     copies = np.stack(
-        [memorization.crop_picture(pixels["train"].values[0], (7 / 8, left, top)) for left, top in corners]
+        [photo_crops.crop_picture(pixels["train"].values[0], (7 / 8, left, top)) for left, top in corners]
     )
     nearest = finder.in_features(np.concatenate([copies, copies[:, :, ::-1]]))
     assert nearest.photo.tolist() == [0] * 8
@@ -418,9 +419,9 @@ def test_the_two_stage_search_finds_the_same_copies_as_an_exhaustive_search(pixe
     nearest = finder.search(copies)[0]
     offsets, scales = np.linspace(0, 1, 9), (0.66, 0.68, 0.7, 0.79, 0.81, 0.83, 0.91, 0.93, 0.95)
     crops = [(scale, (1 - scale) * left, (1 - scale) * top) for scale in scales for left in offsets for top in offsets]
-    photo_crops = [torch.from_numpy(memorization.resize(photos, 32, crop).reshape(len(photos), -1)) for crop in crops]
-    distance = memorization.distances(
-        torch.from_numpy(memorization.resize(copies[:, :, ::-1], 32).reshape(6, -1)), photo_crops
+    photo_crops = [torch.from_numpy(photo_crops.resize(photos, 32, crop).reshape(len(photos), -1)) for crop in crops]
+    distance = photo_crops.distances(
+        torch.from_numpy(photo_crops.resize(copies[:, :, ::-1], 32).reshape(6, -1)), photo_crops
     )
     exhaustive = memorization.two_nearest(distance, finder.groups)
     assert nearest.photo.tolist() == exhaustive.photo.tolist() == list(range(6))
@@ -574,7 +575,7 @@ def test_photos_are_reconstructed_in_the_precision_of_the_samples(vae, pixels, c
 def test_reconstructed_photos_are_cached_by_the_weights_of_the_vae(vae, pixels, monkeypatch):
     expected = vae_rendering(vae, pixels["validation"])
     assert np.array_equal(expected.values, reconstruct(vae, pixels["validation"].values))
-    monkeypatch.setattr(evaluation, "reconstruct", lambda *a: pytest.fail("not read from the cache"))
+    monkeypatch.setattr(reconstruction, "reconstruct", lambda *a: pytest.fail("not read from the cache"))
     assert np.array_equal(vae_rendering(vae, pixels["validation"]).values, expected.values)
     with torch.no_grad():
         vae.decoder.conv_out.bias += 0.5
@@ -694,7 +695,7 @@ def test_evaluate_warns_if_the_model_was_trained_on_held_out_photos(trained_unet
 
 
 def test_the_line_on_the_vae_reports_psnr_and_warns_if_it_is_poor(vae, pixels):
-    line = evaluation.reconstruction_limit(vae, pixels["validation"])
+    line = reconstruction.reconstruction_limit(vae, pixels["validation"])
     photos = np.asarray(pixels["validation"].values)
     errors = ((reconstruct(vae, photos) / 255.0 - photos / 255.0) ** 2).mean((1, 2, 3))
     assert f"PSNR {np.mean(-10 * np.log10(errors)):.1f} dB" in line
@@ -729,10 +730,10 @@ def test_there_is_no_kid_if_the_labels_do_not_allow_an_unbiased_estimate():
     """Photos of one class are similar. Without two held-out photos of one class, nothing shows how similar they are."""
     features = gaussian(12)
     one_per_class, two_per_class = torch.arange(12), torch.arange(6).repeat(2)
-    assert metrics.kernel_distance(gaussian(20, seed=1), features, labels_b=one_per_class) is None
-    assert metrics.kernel_distance(gaussian(20, seed=1), features, labels_b=two_per_class) is not None
+    assert kid.kernel_distance(gaussian(20, seed=1), features, labels_b=one_per_class) is None
+    assert kid.kernel_distance(gaussian(20, seed=1), features, labels_b=two_per_class) is not None
     labels_a, labels_b = torch.zeros(4), torch.tensor([0, 1, 1, 1, 1, 1, 1, 1])
-    assert metrics.kernel_distance(features[:4], features[4:], labels_a=labels_a, labels_b=labels_b) is None
+    assert kid.kernel_distance(features[:4], features[4:], labels_a=labels_a, labels_b=labels_b) is None
     result = metrics.compare(features, features, labels_b=one_per_class)
     assert result["kid_e3"] is result["kid_e3_low"] is None
     assert report.with_interval(result) == "-"

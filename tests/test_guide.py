@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 
 import train_unet
-from corel_diffusers import guide
-from corel_diffusers.guide import Guide, guide_step
+from corel_diffusers.training import guide
+from corel_diffusers.training.guide import Guide, guide_step
 
 
 def snapshot_steps(run_dir: Path) -> list[int]:

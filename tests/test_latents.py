@@ -5,11 +5,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_large_pixels, cache_pixels, random_crops
-from corel_diffusers.data.views import CROP_CONDITIONS, AugmentedCrops, pick_versions
-from corel_diffusers.files import UserError
-from corel_diffusers.latents import (
+from corel_diffusers.data import versions
+from corel_diffusers.data.augmented_crops import CROP_CONDITIONS, AugmentedCrops, pick_versions, random_crops
+from corel_diffusers.data.latents import (
     cache_moments,
     config_key,
     load_vae,
@@ -18,7 +16,10 @@ from corel_diffusers.latents import (
     scale_latents,
     weights_key,
 )
-from corel_diffusers.models import build_vae
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.pixels import cache_large_pixels, cache_pixels
+from corel_diffusers.files import UserError
+from corel_diffusers.models.vae import build_vae
 from pipeline import CorelPipeline
 
 
@@ -101,13 +102,11 @@ def test_versions_are_picked_with_the_given_probabilities(views):
 
 
 def test_other_weights_or_sizes_use_another_cache(vae, pixels, raw_photos, monkeypatch):
-    from corel_diffusers.data import views
-
     cache_moments(vae, pixels, torch.device("cpu"))
     encoded = []
-    original = views.cached_array
+    original = versions.cached_array
     monkeypatch.setattr(
-        views, "cached_array", lambda *a: original(*a[:3], lambda photos: encoded.append(1) or a[3](photos), *a[4:])
+        versions, "cached_array", lambda *a: original(*a[:3], lambda photos: encoded.append(1) or a[3](photos), *a[4:])
     )
     cache_moments(vae, pixels, torch.device("cpu"))
     assert not encoded, "the same request must be read from the cache"
@@ -160,7 +159,6 @@ def test_the_error_for_a_missing_or_unfinished_vae_says_what_to_do(tmp_path, vae
 
 
 def test_another_config_or_another_arithmetic_uses_another_cache(vae, pixels, monkeypatch, tmp_path):
-    from corel_diffusers.data import views
 
     other_vae = AutoencoderKL.from_config(dict(vae.config) | {"act_fn": "relu"}).eval()
     other_vae.load_state_dict(vae.state_dict())
@@ -173,5 +171,5 @@ def test_another_config_or_another_arithmetic_uses_another_cache(vae, pixels, mo
     fresh.save_pretrained(tmp_path)
     assert config_key(AutoencoderKL.from_pretrained(tmp_path)) == config_key(fresh), "tuples become lists"
     folder = cache_moments(vae, pixels, torch.device("cpu")).folder
-    monkeypatch.setattr(views, "arithmetic", lambda device: "sm90-tf32")
+    monkeypatch.setattr(versions, "arithmetic", lambda device: "sm90-tf32")
     assert cache_moments(vae, pixels, torch.device("cpu")).folder != folder

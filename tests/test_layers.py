@@ -9,7 +9,8 @@ from diffusers.models import resnet, upsampling
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch.nn import functional as F
 
-from corel_diffusers.models import from_config, layers, load_config
+from corel_diffusers.models import layers
+from corel_diffusers.models.configs import from_config, load_config
 
 VAE = load_config("vae", "tiny") | {
     "down_block_types": ["DownEncoderBlock2D"] * 3,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from corel_diffusers.arguments import VAEArguments
-from corel_diffusers.learning_rate import LearningRate, lr_factor
+from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.training.learning_rate import LearningRate, lr_factor
 
 
 def lrs(scheduler, optimizer, steps):

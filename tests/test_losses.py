@@ -8,21 +8,20 @@ from diffusers.training_utils import compute_snr
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 
-from corel_diffusers.losses import (
+from corel_diffusers.losses.diffusion import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
+from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.losses.vae import (
     adaptive_weight,
     add_adversarial_loss,
     controlled_kl_weight,
-    denoising_loss,
     discriminator_loss,
     kl_divergence,
     kl_warmup,
-    log_normal_timesteps,
-    min_snr_weight,
-    prediction_target,
     reconstruction_loss,
 )
-from corel_diffusers.models import VAEWithPosterior, build_discriminator, from_config
-from corel_diffusers.perceptual import PerceptualLoss
+from corel_diffusers.models.configs import from_config
+from corel_diffusers.models.discriminator import build_discriminator
+from corel_diffusers.models.vae import VAEWithPosterior
 
 ENCODER, DECODER = ("vae.encoder.", "vae.quant_conv."), ("vae.decoder.", "vae.post_quant_conv.")
 

@@ -8,17 +8,10 @@ from conftest import UNET_CONFIG
 from diffusers.models.attention_processor import Attention
 
 from corel_diffusers.files import UserError
-from corel_diffusers.models import (
-    INITIAL_LOGVAR,
-    UNetForTraining,
-    VAEWithPosterior,
-    build_discriminator,
-    build_unet,
-    build_vae,
-    downsample_factor,
-    inner_grid,
-    load_config,
-)
+from corel_diffusers.models.configs import downsample_factor, load_config
+from corel_diffusers.models.discriminator import build_discriminator
+from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
+from corel_diffusers.models.vae import INITIAL_LOGVAR, VAEWithPosterior, build_vae
 
 
 @pytest.mark.parametrize(("preset", "latent_shape"), [("tiny", (4, 16, 24)), ("base", (4, 16, 24))])

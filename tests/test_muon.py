@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from corel_diffusers.models import build_vae
-from corel_diffusers.muon import Muon, build_optimizer, orthogonalize
+from corel_diffusers.models.vae import build_vae
+from corel_diffusers.training.optimizers import Muon, build_optimizer, orthogonalize
 
 
 def test_steps_on_matrices_are_equal_to_torch():

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from corel_diffusers.data.decoding import open_photo
 from corel_diffusers.data.scenes import draw_scenes
-from corel_diffusers.data.transforms import open_photo
 from corel_diffusers.files import UserError
-from corel_diffusers.perceptual import EfficientNetLiteFeatures, PerceptualLoss, load_efficientnet
+from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.models.efficientnet import EfficientNetLiteFeatures, load_efficientnet
 
 
 @pytest.mark.parametrize("side_px", [64, 120])

@@ -10,7 +10,9 @@ from conftest import make_photos
 from datasets import ClassLabel, DatasetDict, load_dataset
 from PIL import Image
 
-from corel_diffusers.data.photos import find_photos, load_photos, split_photos
+from corel_diffusers.data.folders import find_photos
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.splits import split_photos
 from corel_diffusers.files import UserError
 
 

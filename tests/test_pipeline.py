@@ -17,7 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from corel_diffusers.generate import build_sampler, possible_steps
+from corel_diffusers.sampling.samplers import build_sampler, possible_steps
 from pipeline import CorelPipeline
 
 NAMES = {"0": "sunset at sea", "1": "snowy mountain"}

@@ -10,8 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from corel_diffusers.files import UserError
-from corel_diffusers.models import build_unet, build_vae
-from corel_diffusers.precision import arithmetic, autocast, resolve_precision, set_precision
+from corel_diffusers.models.unet import build_unet
+from corel_diffusers.models.vae import build_vae
+from corel_diffusers.runtime.precision import arithmetic, autocast, resolve_precision, set_precision
 
 
 def test_fp16_without_a_gpu_is_refused(monkeypatch):

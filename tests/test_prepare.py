@@ -11,9 +11,11 @@ from conftest import ROOT, make_photos, tool
 from datasets import load_dataset
 from PIL import Image, ImageOps
 
+from corel_diffusers.data.borders import black_borders
 from corel_diffusers.data.duplicates import duplicate_groups
-from corel_diffusers.data.photos import Photo, load_photos
-from corel_diffusers.data.prepare import black_borders, output_names, prepare
+from corel_diffusers.data.folders import Photo
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.prepare import output_names, prepare
 from corel_diffusers.data.scenes import draw_scene
 from corel_diffusers.files import UserError
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from corel_diffusers.data.decoding import fit_photo
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene, draw_scenes
-from corel_diffusers.data.transforms import fit_photo
 
 
 def test_the_seed_determines_the_images():

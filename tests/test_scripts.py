@@ -22,11 +22,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from corel_diffusers.data.latents import cache_moments, measure_latent_scale
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import cache_pixels
+from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.files import UserError
-from corel_diffusers.generate import labels_for_images
-from corel_diffusers.latents import cache_moments, measure_latent_scale
+from corel_diffusers.sampling.samples import labels_for_images
 
 SHORT = {"train_vae": ["--epochs", 4, "--checkpoint-every", 1], "train_unet": ["--epochs", 4, "--checkpoint-every", 1]}
 

@@ -13,10 +13,12 @@ from conftest import ROOT, UNET_CONFIG, launch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from corel_diffusers.arguments import UNetArguments
+from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.files import UserError
-from corel_diffusers.models import UNetForTraining, from_config, layers
-from corel_diffusers.sharding import set_sharding
+from corel_diffusers.models import layers
+from corel_diffusers.models.configs import from_config
+from corel_diffusers.models.unet import UNetForTraining
+from corel_diffusers.runtime.sharding import set_sharding
 
 STEPS = 3
 
@@ -30,10 +32,11 @@ def train_and_resume(folder: Path, sharded: list[str]) -> None:
     from accelerate import Accelerator
     from torch.distributed.fsdp import fully_shard
 
-    from corel_diffusers.checkpoints import RunState, Trained, find_checkpoints, load_checkpoint, save_checkpoint
-    from corel_diffusers.learning_rate import LearningRate
-    from corel_diffusers.sharding import unsharded_copy
-    from corel_diffusers.training import build_ema, ema_weights
+    from corel_diffusers.runtime.sharding import unsharded_copy
+    from corel_diffusers.training.checkpoints import Trained, find_checkpoints, load_checkpoint, save_checkpoint
+    from corel_diffusers.training.ema import build_ema, ema_weights
+    from corel_diffusers.training.learning_rate import LearningRate
+    from corel_diffusers.training.state import RunState
 
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     args = UNetArguments(output_dir=str(folder))

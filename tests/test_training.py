@@ -12,10 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from corel_diffusers import training
-from corel_diffusers.arguments import UNetArguments, VAEArguments
-from corel_diffusers.batches import BatchPlan
-from corel_diffusers.checkpoints import RunState
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.files import (
     UserError,
     atomic_file,
@@ -24,17 +23,13 @@ from corel_diffusers.files import (
     finish_model_save,
     read_metrics,
 )
-from corel_diffusers.training import (
-    RunLength,
-    RunningMean,
-    append_metrics,
-    checkpoint_due,
-    early_stop_reason,
-    epochs_between_validations,
-    samples_due,
-    start_run,
-    update_early_stopping,
-)
+from corel_diffusers.runtime import compilation
+from corel_diffusers.training import ema, optimizers, run
+from corel_diffusers.training.length import RunLength, checkpoint_due, epochs_between_validations, samples_due
+from corel_diffusers.training.metrics import RunningMean, append_metrics
+from corel_diffusers.training.run import start_run
+from corel_diffusers.training.state import RunState
+from corel_diffusers.training.stopping import early_stop_reason, update_early_stopping
 
 
 def test_a_run_that_ends_by_time_has_ten_checkpoints_and_ten_sample_grids():
@@ -79,13 +74,13 @@ def test_a_loss_that_starts_in_mid_epoch_is_averaged_over_its_own_forward_passes
 
 def test_ema_weights_match_the_formula():
     model = torch.nn.Linear(1, 1, bias=False)
-    ema, expected = training.build_ema(UNetArguments(ema_decay=0.9), model), float(model.weight.detach())
+    average, expected = ema.build_ema(UNetArguments(ema_decay=0.9), model), float(model.weight.detach())
     for step in range(1, 60):
         model.weight.data.fill_(step**0.5)
-        ema.step(list(model.parameters()))
+        average.step(list(model.parameters()))
         decay = min(0.9, 1 - step ** (-2 / 3))
         expected = decay * expected + (1 - decay) * step**0.5
-        assert float(ema.shadow_params[0]) == pytest.approx(expected, rel=1e-5), step
+        assert float(average.shadow_params[0]) == pytest.approx(expected, rel=1e-5), step
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
@@ -95,7 +90,7 @@ def test_gradients_are_clipped_as_by_torch(limit):
         for index, parameter in enumerate(model.parameters()):
             parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter) + index
     before = [parameter.grad.clone() for parameter in models[0].parameters()]
-    training.clip_gradients(Accelerator(cpu=True), None, list(models[0].parameters()), limit)
+    optimizers.clip_gradients(Accelerator(cpu=True), None, list(models[0].parameters()), limit)
     torch.nn.utils.clip_grad_norm_(models[1].parameters(), limit)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert all(torch.equal(a.grad, b) for a, b in zip(models[0].parameters(), before, strict=True)) == (limit > 1)
@@ -144,7 +139,7 @@ def test_validation_takes_the_same_fraction_of_the_time_with_any_number_of_proce
 def test_a_folder_with_only_checkpoints_counts_as_a_run(tmp_path):
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(UserError, match="already holds a run: give --resume latest"):
-        training.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no"))
+        run.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no"))
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
@@ -153,7 +148,7 @@ def test_a_downloaded_model_is_not_overwritten(tmp_path, resume):
     with pytest.raises(
         UserError, match=r"holds a model_index\.json that was not written by a run: give another folder"
     ):
-        training.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no", resume=resume))
+        run.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no", resume=resume))
     assert [file.name for file in tmp_path.iterdir()] == ["model_index.json"]
 
 
@@ -162,7 +157,7 @@ def test_the_launcher_can_select_the_cpu_on_a_machine_with_a_gpu(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = VAEArguments(output_dir=str(tmp_path))
     AcceleratorState._reset_state(True)
-    assert training.start_run(args).device.type == "cpu"
+    assert run.start_run(args).device.type == "cpu"
     AcceleratorState._reset_state(True)
     assert args.mixed_precision != "fp16"
 
@@ -184,7 +179,7 @@ def test_the_launcher_can_select_the_cpu_on_a_machine_with_a_gpu(tmp_path, monke
     ],
 )
 def test_the_compilation_report_says_whether_compiling_saves_time(compiled, to_come, expected):
-    assert expected in training.compilation_report(0.1, compiled, 60.0, to_come)
+    assert expected in compilation.compilation_report(0.1, compiled, 60.0, to_come)
 
 
 class TwoLayers(torch.nn.Module):
@@ -210,11 +205,11 @@ def test_a_compiled_model_with_wrong_gradients_is_not_used(broken, dropout, caps
     model, state = TwoLayers(broken), RunState()
     model.dropout = torch.nn.Dropout(dropout)
     stays_compiled = not broken or dropout
-    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, state.step)
+    compiled = compilation.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, state.step)
     for step in range(1, 44):
         assert (model._compiled_call_impl is not None) == (step > 13 and bool(stays_compiled))
         model(torch.randn(2, 4))[0].sum().backward()
-        compilation.tick(step, steps_to_come=100)
+        compiled.tick(step, steps_to_come=100)
     AcceleratorState._reset_state(True)
     out = capsys.readouterr().out
     assert ("the run continues uncompiled" in out) == (not stays_compiled)
@@ -224,9 +219,9 @@ def test_a_compiled_model_with_wrong_gradients_is_not_used(broken, dropout, caps
 def test_a_resumed_run_is_compiled_after_its_first_step(capsys):
     AcceleratorState._reset_state(True)
     model = TwoLayers(broken=False)
-    compilation = training.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, 20)
+    compiled = compilation.Compilation(SimpleNamespace(compile=True), Accelerator(cpu=True), model, 20)
     model(torch.randn(2, 4))
-    compilation.tick(21, steps_to_come=100)
+    compiled.tick(21, steps_to_come=100)
     assert model._compiled_call_impl
     assert capsys.readouterr().out == ""
     AcceleratorState._reset_state(True)
@@ -321,9 +316,9 @@ def test_the_out_of_memory_message_has_the_settings_and_the_flags_that_help():
         match="--batch-size 16 at 128x128 px.* try --batch-size 8 --grad-accum 2 .* "
         "--gradient-checkpointing, or a smaller --image-size",
     ):
-        with training.explain_out_of_memory(args):
+        with run.explain_out_of_memory(args):
             raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="something else"), training.explain_out_of_memory(args):
+    with pytest.raises(RuntimeError, match="something else"), run.explain_out_of_memory(args):
         raise RuntimeError("something else")
 
 

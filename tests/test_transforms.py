@@ -14,10 +14,11 @@ from datasets import Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps
 
-from corel_diffusers.data import transforms
+from corel_diffusers.data import augmented_crops, decoding, pixels
 from corel_diffusers.data.cache import ShardedArray
+from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.transforms import PhotoError, cache_pixels, content_key, fit_photo, open_photo
+from corel_diffusers.data.pixels import cache_pixels, content_key
 from corel_diffusers.files import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -70,7 +71,7 @@ def test_a_rotation_that_cannot_be_applied_raises_photo_error(monkeypatch):
     def refuse(photo):  # Pillow raises this if it cannot write the other EXIF fields
         raise struct.error("argument out of range")
 
-    monkeypatch.setattr(transforms.ImageOps, "exif_transpose", refuse)
+    monkeypatch.setattr(decoding.ImageOps, "exif_transpose", refuse)
     with pytest.raises(PhotoError, match="damaged"):
         open_photo(rotated)
 
@@ -125,7 +126,7 @@ def test_a_photo_that_the_disk_refuses_is_not_damaged(raw_photos, monkeypatch):
     def closed(path: object, size: int) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(transforms, "file_sample", closed)
+    monkeypatch.setattr(pixels, "file_sample", closed)
     with pytest.raises(
         UserError, match=r"cannot be read \(Permission denied\): check the disk and the file permissions"
     ):
@@ -159,7 +160,7 @@ def test_cache_is_reused_until_a_photo_or_the_size_changes(raw_photos, tmp_path,
     _, first = cache_pixels(load_photos(folder), (32, 32))
 
     decoded = []
-    monkeypatch.setattr(transforms, "open_photo", lambda file: decoded.append(file) or open_photo(file))
+    monkeypatch.setattr(decoding, "open_photo", lambda file: decoded.append(file) or open_photo(file))
     _, again = cache_pixels(load_photos(folder), (32, 32))
     assert not decoded
     assert np.array_equal(first["train"].values, again["train"].values)
@@ -193,7 +194,7 @@ def test_unreadable_photos_are_left_out_and_named(raw_photos, tmp_path, capsys):
 
 @pytest.mark.parametrize(("size_px", "kept_px"), [(32, 48), (16, 40), (64, 64)])
 def test_large_pixels_are_limited_by_the_size_of_the_photos(size_px, kept_px, raw_photos):
-    large = transforms.cache_large_pixels(load_photos(raw_photos), (size_px, size_px))  # the photos have 48 px
+    large = pixels.cache_large_pixels(load_photos(raw_photos), (size_px, size_px))  # the photos have 48 px
     assert large.values.shape[1:3] == (kept_px, kept_px)
 
 
@@ -201,19 +202,21 @@ def test_random_crops_follow_their_parameters_and_leave_other_photos_unchanged()
     large = torch.randint(0, 256, (3, 40, 60, 3), dtype=torch.uint8)
     fitted = torch.randint(0, 256, (3, 16, 24, 3), dtype=torch.uint8)
     crop_params = torch.tensor([[0.0, 0.999, 0.0], [1.0, 0.5, 0.5], [0.5, 0.5, 0.5]])
-    crops = transforms.random_crops(large, fitted, torch.tensor([True, True, False]), crop_params, torch.zeros(3, 2))
-    assert torch.allclose(crops[0], transforms.to_float(large[:1, 24:40, 0:24])[0], atol=1e-5), (
+    crops = augmented_crops.random_crops(
+        large, fitted, torch.tensor([True, True, False]), crop_params, torch.zeros(3, 2)
+    )
+    assert torch.allclose(crops[0], pixels.to_float(large[:1, 24:40, 0:24])[0], atol=1e-5), (
         "the smallest crop is not resized"
     )
-    full_photo = transforms.to_float(large[1:2])
+    full_photo = pixels.to_float(large[1:2])
     assert torch.allclose(
         crops[1], torch.nn.functional.interpolate(full_photo, (16, 24), mode="bicubic", antialias=True)[0].clamp(-1, 1)
     )
-    assert torch.equal(crops[2], transforms.to_float(fitted)[2])
-    jittered = transforms.random_crops(
+    assert torch.equal(crops[2], pixels.to_float(fitted)[2])
+    jittered = augmented_crops.random_crops(
         large, fitted, torch.zeros(3, dtype=torch.bool), crop_params, torch.tensor([[0.1, 0.0], [0.0, 0.05], [0, 0]])
     )
-    original = transforms.to_float(fitted)
+    original = pixels.to_float(fitted)
     assert torch.allclose(jittered[0], (original[0] * 1.1).clamp(-1, 1))
     assert torch.allclose(jittered[1], (original[1] + 0.05).clamp(-1, 1))
 
@@ -253,7 +256,7 @@ def test_a_changed_file_with_the_same_size_and_restored_time_gets_a_new_key(size
             content[change] ^= 1
         photo.write_bytes(content)
         os.utime(photo, ns=(10**18, 10**18))
-        keys.append(transforms.file_key({"bytes": None, "path": str(photo)}))
+        keys.append(pixels.file_key({"bytes": None, "path": str(photo)}))
     assert len(set(keys)) == 4
 
 
@@ -262,4 +265,4 @@ def test_the_typical_size_is_measured_on_photos_of_all_classes(tmp_path):
         for index in range(20):
             (tmp_path / str(label)).mkdir(exist_ok=True)
             Image.new("RGB", (side, side), (label, index, 0)).save(tmp_path / str(label) / f"{index}.png")
-    assert transforms.native_side_px(load_photos(tmp_path)) == 100
+    assert pixels.native_side_px(load_photos(tmp_path)) == 100

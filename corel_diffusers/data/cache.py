@@ -8,12 +8,14 @@ time and the memory of one photo, whatever the size of the array.
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from accelerate import Accelerator
 from datasets import config
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -154,3 +156,14 @@ def cached_array(
 def digest(*parts: object) -> str:
     """Return a short hash of content: the first 24 hex digits of SHA-256 over the `repr` of the parts."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def process_share(accelerator: Accelerator) -> Share:
+    """Return the place of this process among the processes that fill the caches together.
+
+    Each machine has its own caches. The processes of one machine divide the photos among them.
+    """
+    if accelerator.num_processes == 1:
+        return SINGLE_PROCESS
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return Share(accelerator.local_process_index, processes, accelerator.wait_for_everyone)

@@ -10,41 +10,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from corel_diffusers.data.borders import black_borders
+from corel_diffusers.data.decoding import MIN_SIDE_PX, PhotoError, open_photo, orientation
 from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
-from corel_diffusers.data.photos import SHEET, SPLITS, FolderContents, Photo, default_caption, find_photos, split_photos
-from corel_diffusers.data.transforms import MIN_SIDE_PX, PhotoError, open_photo, orientation
+from corel_diffusers.data.folders import SHEET, FolderContents, Photo, find_photos
+from corel_diffusers.data.prepared_folders import Prepared, draw_sheet, read_prepared, write_duplicates, write_folders
+from corel_diffusers.data.splits import split_photos
 from corel_diffusers.files import UserError, atomic_file, read_json, write_json, write_text
-from corel_diffusers.plots import SHEET_PX, contact_sheet, save_picture
 
-DARK = 32  # a row or column is black film if its 90th percentile of brightness (0 to 255) is below this
-JUMP = 24  # black film ends with at least this jump in brightness; the brightness of a dark photo increases gradually
-MAX_BORDER = 0.1  # maximum border, as a fraction of the side; a wider black area is part of the photo
 MAX_NAME_BYTES = 240  # file systems allow 255, and endings are added to names
 BATCH_PHOTOS = 64  # photos given to the threads at a time: an interruption loses the work on at most this many
-
-
-@dataclass
-class Prepared:
-    """How one photo was prepared: a line of prepared.jsonl."""
-
-    source: str
-    size: int
-    changed: int  # modification time of the source, nanoseconds
-    trim: bool
-    file_name: str
-    borders: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, top, right, bottom, px
-    phashes: tuple[str, str] = ("", "")  # of the photo and its mirror image
-    reason: str = ""  # why the photo was left out; empty if it was not
 
 
 def prepare(
@@ -200,17 +184,6 @@ def prepare_photo(photo: Photo, line: Prepared, folder: Path) -> Prepared:
     return line
 
 
-def read_prepared(record: Path) -> Iterable[Prepared]:
-    """Yield the lines of prepared.jsonl, without a line that is incomplete because the run was killed."""
-    for line in record.read_text(encoding="utf-8").splitlines() if record.is_file() else ():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "phashes" in values:  # otherwise an older version wrote the line, and the photo is prepared again
-            yield Prepared(**values | {name: tuple(values[name]) for name in ("borders", "phashes")})
-
-
 def output_names(photos: list[Photo], known: dict[str, str]) -> dict[str, str]:
     """Return file name -> name in corel_all/. The names are unique, even without their endings.
 
@@ -229,103 +202,3 @@ def output_names(photos: list[Photo], known: dict[str, str]) -> dict[str, str]:
         taken.add(flat.stem)
         names[photo.file_name] = flat.name
     return names
-
-
-def black_borders(image: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the widths in px of the black film borders of an RGB image (H, W, 3): left, top, right, bottom.
-
-    A border consists of dark rows or columns at the edge (DARK). It ends with a jump in brightness (JUMP) within
-    MAX_BORDER of the side. A dark sky or table is wider, or its brightness increases gradually, so it is not a border.
-    The widths include the soft edge of the film.
-    """
-    brightness = image.max(axis=2).astype(np.float32)
-
-    def border(lines: np.ndarray) -> int:
-        levels = np.percentile(lines[: int(MAX_BORDER * len(lines)) + 6], 90, axis=1)
-        dark = int(np.argmax(levels >= DARK)) if (levels >= DARK).any() else len(levels)
-        if dark < 2 or dark > MAX_BORDER * len(lines):
-            return 0
-        jump = levels[min(dark + 3, len(levels) - 1)] - levels[dark - 1]
-        return dark + 2 if jump >= JUMP else 0
-
-    rows, columns = brightness, brightness.T
-    return border(columns), border(rows), border(columns[::-1]), border(rows[::-1])
-
-
-def write_duplicates(corel: Path, photos: list[Photo], groups: list[int]) -> int:
-    """Write duplicates.json, a list of duplicate groups, and return the number of photos in them.
-
-    The kind of a group is "exact" if all its files have the same bytes, and "near" otherwise.
-    """
-    members = defaultdict(list)
-    for photo, group in zip(photos, groups, strict=True):
-        members[group].append(photo)
-    duplicates = []
-    for same in members.values():
-        if len(same) > 1:
-            exact = len({hashlib.sha256(photo.path.read_bytes()).digest() for photo in same}) == 1
-            duplicates.append({"kind": "exact" if exact else "near", "photos": [photo.file_name for photo in same]})
-    write_json(corel / "duplicates.json", duplicates)
-    return sum(len(group["photos"]) for group in duplicates)
-
-
-def write_folders(
-    corel: Path, found: FolderContents, photos: list[Photo], file_names: list[str], split_names: list[str]
-) -> None:
-    """Write the list files of corel_all/, and class_0001/ and so on with the photos and list files of one class.
-
-    The photos of a class folder are hard links if the disk supports hard links, and copies otherwise.
-    """
-    rows = []
-    for photo, name, split in zip(photos, file_names, split_names, strict=True):
-        label = found.classes.get(photo.class_number, "photo")
-        caption = photo.caption or default_caption(found.classes.get(photo.class_number))
-        rows.append(({"file_name": name, "label": label, "caption": caption}, split, photo.class_number))
-    write_lists(corel / "corel_all", rows, found.classes)
-    for number, class_name in found.classes.items():
-        folder = corel / f"class_{number:04d}"
-        folder.mkdir(exist_ok=True)
-        of_class = [row for row in rows if row[2] == number]
-        for values, _, _ in of_class:
-            link_or_copy(corel / "corel_all" / values["file_name"], folder / values["file_name"])
-        if of_class:
-            write_lists(folder, of_class, {number: class_name})
-
-
-def write_lists(folder: Path, rows: list[tuple[dict, str, int | None]], classes: dict[int, str]) -> None:
-    """Write metadata.jsonl (the format of `datasets`), captions.json, split.json and classes.txt.
-
-    Args:
-        rows: the metadata, the split and the class number of each photo.
-    """
-    text = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values, _, _ in rows)
-    write_text(folder / "metadata.jsonl", text)
-    write_json(folder / "captions.json", {values["file_name"]: values["caption"] for values, _, _ in rows})
-    splits = {name: [values["file_name"] for values, split, _ in rows if split == name] for name in SPLITS}
-    write_json(folder / "split.json", {name: files for name, files in splits.items() if files or name != "test"})
-    if classes:
-        write_text(folder / "classes.txt", "".join(f"{number} {name}\n" for number, name in classes.items()))
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy if links are not possible. Do nothing if it is one already."""
-    if target.is_file() and (target.samefile(source) or target.read_bytes() == source.read_bytes()):
-        return
-    with atomic_file(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-
-def draw_sheet(path: Path, folder: Path, found: FolderContents, photos: list[Photo], done: dict[str, Prepared]) -> None:
-    """Draw the contact sheet: up to eight photos of each class, with the name of the class and its number of photos."""
-    rows = {}
-    for number in list(found.classes) or [None]:
-        of_class = [photo for photo in photos if photo.class_number == number]
-        shown = of_class[:: max(1, len(of_class) // 8)][:8]
-        images = [open_photo(folder / done[photo.file_name].file_name) for photo in shown]
-        for image in images:  # the photos of all classes in full size might not fit in memory
-            image.thumbnail((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS)
-        rows[f"{found.classes.get(number, 'photos')} ({len(of_class)})"] = images
-    save_picture(contact_sheet(rows), path)

@@ -1,65 +1,41 @@
 """`corel-diffusers evaluate`: compare samples with photos and write a table, evaluation.json and evaluation.html."""
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import DatasetDict
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from corel_diffusers.cli import Evaluate
-from corel_diffusers.data.cache import cached_array, digest
-from corel_diffusers.data.photos import PHOTO_ENDINGS, load_photos
-from corel_diffusers.data.transforms import (
-    PhotoError,
-    Pixels,
-    cache_pixels,
-    evenly_spaced,
-    fit_photo,
-    open_photo,
-    to_float,
-)
+from corel_diffusers.config.commands import Evaluate
+from corel_diffusers.data.cache import digest
+from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
+from corel_diffusers.data.folders import PHOTO_ENDINGS
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.pixels import Pixels, cache_pixels, evenly_spaced
+from corel_diffusers.data.training_photos import count_trained_on
 from corel_diffusers.evaluation import report
-from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.judge import stratified_labels
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, planted_copies
 from corel_diffusers.evaluation.metrics import (
+    MIN_PHOTOS,
     class_match,
     colour_statistics,
     compare,
     halves,
-    kernel_distance,
     within_class_distance,
 )
+from corel_diffusers.evaluation.reconstruction import MAX_COMPARED, reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import UserError, read_json, write_json
-from corel_diffusers.generate import (
-    build_sampler,
-    guidance_interval,
-    labels_for_images,
-    load_pipeline,
-    pick_device,
-    pick_sampler,
-    picture_size_px,
-    possible_steps,
-    sample_images,
-)
-from corel_diffusers.hub import pipeline_digest
-from corel_diffusers.latents import config_key, weights_key
-from corel_diffusers.perceptual import PerceptualLoss
-from corel_diffusers.plots import to_pictures
-from corel_diffusers.precision import arithmetic, autocast, resolve_precision
-from corel_diffusers.training import count_trained_on
+from corel_diffusers.runtime.precision import resolve_precision
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px, pipeline_digest
+from corel_diffusers.sampling.samplers import build_sampler, pick_sampler, possible_steps
+from corel_diffusers.sampling.samples import guidance_interval, labels_for_images, sample_images
 
-MIN_PHOTOS = 4  # minimum number of samples and of photos: with fewer images, distances mean nothing
-# At 64 px, faces and small objects are lost if the PSNR is below the first value, or if the interval of KID x1000 is
-# above the second value.
-POOR_PSNR_DB, POOR_KID_E3 = 22.0, 40.0
-# Maximum number of photos of a split: more would hardly change a number, and the kernels grow with its square.
-MAX_COMPARED = 1000
 # Maximum number of held-out photos in the search for copies. This measures the false alarms.
 MAX_CONTROL_PHOTOS = 500
 # Maximum number of training photos that are mirrored, cropped and searched for. This measures the detection rate.
@@ -246,85 +222,6 @@ def labels_to_draw(
     return [model_label[class_names[label]] for label in labels.tolist()], labels
 
 
-def stratified_labels(labels: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `count` sorted labels with the same class fractions as `labels`."""
-    return labels.sort().values[torch.arange(count) * len(labels) // count]
-
-
-@dataclass
-class SampleJudge:
-    """Measures a few samples while a model trains: KID against the held-out photos, and copies of training photos."""
-
-    network: Network
-    held_out: torch.Tensor  # features of the held-out photos
-    labels: torch.Tensor  # labels of the held-out photos
-    finder: CopyFinder
-
-    @classmethod
-    def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels], labels: np.ndarray, precision: str) -> "SampleJudge":
-        """Prepare the features of the held-out photos and the search for copies.
-
-        Args:
-            vae: the VAE that decodes the samples.
-            pixels: the photos of the splits train and validation.
-            labels: the labels of the validation photos.
-            precision: the precision of the forward passes that generate the samples.
-        """
-        network = load_network("efficientnet-lite0", vae.device)
-        finder = CopyFinder.of(pixels["train"], vae_rendering(vae, pixels["train"], precision), vae.device)
-        return cls(network, photo_features(network, pixels["validation"]), torch.from_numpy(labels), finder)
-
-    def labels_to_draw(self, count: int) -> torch.Tensor:
-        """Return a label for each sample, with the class fractions of the held-out photos: (count,)."""
-        return stratified_labels(self.labels, count)
-
-    def scores(self, images: list[Image.Image], labels: torch.Tensor | None) -> dict[str, float]:
-        """Return KID x1000 against the held-out photos and the fractions of copies.
-
-        KID is left out if there are fewer than MIN_PHOTOS held-out photos, or if `kernel_distance` cannot compute it.
-        With few samples the values are noisy, so look at their trend.
-
-        labels: of the samples, None if the model has no classes.
-        """
-        samples = as_array(images)
-        features = extract(self.network, samples)
-        copies = {
-            f"copies_{measure}": fraction
-            for measure, fraction in self.finder.shares(*self.finder.search(samples)).items()
-        }
-        enough = len(self.held_out) >= MIN_PHOTOS
-        kid = kernel_distance(features, self.held_out, labels_a=labels, labels_b=self.labels) if enough else None
-        return copies if kid is None else {"kid_e3": 1e3 * kid} | copies
-
-
-def reconstruction_limit(
-    vae: AutoencoderKL, held_out: Pixels, labels: torch.Tensor | None = None, precision: str = "no"
-) -> str:
-    """Return one line with the reconstruction error of the VAE, which is a lower bound for samples.
-
-    The line warns if the error is high.
-
-    Args:
-        vae: the VAE.
-        held_out: the held-out photos.
-        labels: the labels of the held-out photos.
-        precision: the precision that samples will be decoded in.
-    """
-    if len(held_out) < MIN_PHOTOS:
-        return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
-    network, held_out = load_network("efficientnet-lite0", vae.device), held_out.evenly_spaced(MAX_COMPARED)
-    labels = None if labels is None else labels[evenly_spaced(len(labels), MAX_COMPARED)]
-    reconstructions = reconstruct(vae, held_out.values, precision)
-    scores = reconstruction_scores(reconstructions, held_out.values, network, photo_features(network, held_out), labels)
-    kid = f"KID x1000 {report.with_interval(scores)} ({network.name})"
-    line = (
-        f"the VAE reconstructs held-out photos with PSNR {scores['psnr_db']:.1f} dB, {kid}: "
-        "samples cannot be expected to be closer to the photos"
-    )
-    is_poor = scores["psnr_db"] < POOR_PSNR_DB or (scores["kid_e3_low"] or 0.0) > POOR_KID_E3
-    return line + ("; that is poor: train the VAE longer first" if is_poor else "")
-
-
 def read_images(folder: Path) -> list[Image.Image]:
     """Read all images in a folder and its subfolders, sorted by path, and resize them to the size of the first one.
 
@@ -391,81 +288,6 @@ def pick_held_out(against: str, pixels: dict[str, Pixels]) -> str:
 def concatenate_pixels(parts: list[Pixels]) -> Pixels:
     """Return the photos of several splits as one Pixels."""
     return Pixels(np.concatenate([part.values for part in parts]), digest([part.key for part in parts]))
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, photos: np.ndarray, precision: str = "no") -> np.ndarray:
-    """Encode photos to the posterior mean and decode it: uint8 (N, H, W, 3) -> uint8 (N, H, W, 3).
-
-    Photos are encoded like the UNet's training photos, and decoded in the precision of the samples. Otherwise rounding
-    would make a difference between reconstructions and samples.
-    """
-    reconstructions = []
-    decoder_precision = "no" if vae.config.force_upcast else precision  # like the pipeline
-    for start in range(0, len(photos), 32):
-        batch = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
-        with autocast("no", vae.device.type):
-            latents = vae.encode(batch).latent_dist.mean
-        with autocast(decoder_precision, vae.device.type):
-            reconstructions += to_pictures(vae.decode(latents).sample)
-    return as_array(reconstructions)
-
-
-def vae_rendering(vae: AutoencoderKL, pixels: Pixels, precision: str = "no") -> Pixels:
-    """Return the photos of a split as reconstructed by the VAE in this precision.
-
-    They are computed once and cached. The key depends on the content of the photos, the VAE's weights and config, the
-    arithmetic of the device, and the precision.
-    """
-    vae_key = f"{weights_key(vae)}-{config_key(vae)}-{arithmetic(vae.device)}-{precision}"
-    key = f"{pixels.key}-{len(pixels)}-{vae_key}"
-
-    def make(photos: slice) -> np.ndarray:
-        return reconstruct(vae, pixels.values[photos], precision)
-
-    return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "reconstructing photos"), key)
-
-
-def reconstruction_scores(
-    reconstructions: np.ndarray,
-    photos: np.ndarray,
-    network: Network,
-    real_features: torch.Tensor,
-    labels: torch.Tensor | None = None,
-) -> dict[str, float | None]:
-    """Return the reconstruction error of the VAE: PSNR (dB), SSIM, perceptual distance, and the results of `compare`.
-
-    The distances are a lower bound for samples. Samples can be below it only by chance.
-
-    KID does not count the pairs of a photo and its own reconstruction. `kid_e3_all_pairs` counts them, so it is too
-    low.
-
-    Args:
-        reconstructions: uint8 (N, H, W, 3).
-        photos: uint8 (N, H, W, 3).
-        network: the feature network.
-        real_features: the features of the photos (N, D).
-        labels: the labels of the photos (N,).
-    """
-    perceptual_loss, sums = PerceptualLoss("efficientnet-lite0").to(network.device), np.zeros(3)
-    for start in range(0, len(reconstructions), 32):
-        a, b = (
-            to_float(torch.from_numpy(np.array(values[start : start + 32]))).to(network.device)
-            for values in (reconstructions, photos)
-        )
-        with torch.no_grad():
-            perceptual = perceptual_loss(a, b)
-        a, b = (a + 1) / 2, (b + 1) / 2
-        psnr_and_ssim = (
-            peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3)),
-            structural_similarity_index_measure(a, b, data_range=1.0),
-        )
-        sums += [len(a) * float(value) for value in (*psnr_and_ssim, perceptual)]
-    features = extract(network, reconstructions)
-    means = dict(zip(("psnr_db", "ssim", "perceptual"), (sums / len(reconstructions)).tolist(), strict=True))
-    all_pairs = kernel_distance(features, real_features, labels_a=labels, labels_b=labels)
-    distances = compare(features, real_features, True, labels, labels)
-    return means | distances | {"kid_e3_all_pairs": None if all_pairs is None else 1e3 * all_pairs}
 
 
 Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)

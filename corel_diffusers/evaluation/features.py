@@ -12,10 +12,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from corel_diffusers.data.cache import cached_array
-from corel_diffusers.data.transforms import Pixels
+from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.files import UserError, first_line, is_out_of_memory
-from corel_diffusers.perceptual import load_efficientnet
-from corel_diffusers.precision import arithmetic
+from corel_diffusers.models.efficientnet import load_efficientnet
+from corel_diffusers.runtime.precision import arithmetic
 
 NUM_CROPS = 5  # per photo, in the search for copies: the full photo and its four corners
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from corel_diffusers.advice import on_copies
-from corel_diffusers.data.transforms import evenly_spaced
+from corel_diffusers.data.pixels import evenly_spaced
 from corel_diffusers.evaluation.memorization import Nearest
 from corel_diffusers.files import write_text
 from corel_diffusers.plots import picture_grid
@@ -254,3 +253,31 @@ def write_html(path: Path, results: dict, sheets: dict[str, Image.Image]) -> Non
         images=images,
     )
     write_text(path, page)
+
+
+def on_copies(results: dict) -> list[str]:
+    """Return advice if an evaluation found significantly more copies among the samples than among the held-out photos.
+
+    Held-out photos cannot be copies, so their count shows the false alarms. The two counts are compared by a one-sided
+    Fisher's exact test. If there are no copies, at most 5 % of evaluations give advice (both measures together).
+    """
+    from scipy.stats import fisher_exact  # imported here because it takes a second, and training does not need it
+
+    copies, lines = results["copies"], []
+    for measure in ("pixels", "features") if "held_out" in copies else ():
+        kinds = ("pictures", "held_out")
+        counts = [round(copies[kind][measure] * copies["n"][kind]) for kind in kinds]
+        table = [counts, [copies["n"][kind] - count for kind, count in zip(kinds, counts, strict=True)]]
+        if fisher_exact(table, alternative="greater").pvalue < 0.05 / 2:
+            strongly_guided = results.get("guide") and results["guidance_scale"] > 1.5
+            hint = (
+                "--guidance-scale 1.5 gives fewer copies"
+                if strongly_guided
+                else "train for less time, on more photos or with more --views"
+            )
+            fractions = (f"{copies[kind][measure]:.1%}" for kind in kinds)
+            lines.append(
+                f"{next(fractions)} of the samples count as copies in {measure}, "
+                f"but only {next(fractions)} of the held-out photos: {hint}"
+            )
+    return lines

@@ -1,0 +1,1 @@
+"""The flags as dataclasses, and their checks. Nothing here imports torch."""

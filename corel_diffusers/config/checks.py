@@ -1,0 +1,52 @@
+"""Check the values of flags."""
+
+import re
+from pathlib import Path
+
+from corel_diffusers.files import UserError
+
+SCENES = "scenes"
+
+
+def require(condition: bool, name: str, value: object, hint: str) -> None:
+    """Raise UserError for the value of a flag if the condition is false. `hint` tells the user what to give instead."""
+    if not condition:
+        raise UserError(f"--{name.replace('_', '-')} {value}: {hint}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Convert "128" or "96x144" to (height, width) in pixels. Raise UserError for any other text."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())
+    if not match or not int(match[1]) or (match[2] and not int(match[2])):
+        raise UserError(f"--image-size {text}: give pixels as 128, or as 96x144 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def check_repo_id(repo_id: str, flag: str) -> None:
+    """Raise UserError if the repository id is not `user/name`, before anything is built or sent."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise UserError(f"{flag} {repo_id}: give user/name")
+
+
+def model_location(location: str, base_dir: Path, flag: str) -> Path | str:
+    """Return the folder of a model as a Path, or its Hub id as a string.
+
+    The path of a file in the folder of a model means that folder: users of older scripts give
+    `vae_models/best_model.pt`. A name that begins with one of the default output folders is never a Hub id.
+
+    Raises:
+        UserError: there is no such folder, and the name cannot be a Hub id.
+    """
+    folder = base_dir / location
+    if folder.is_dir():
+        return folder
+    is_file_name = Path(location).suffix in {".pt", ".pth", ".safetensors", ".json"}
+    if is_file_name and folder.parent.is_dir():
+        return folder.parent
+    is_local = Path(location).parts[0] in {"vae_models", "diffusion_models"} or folder.parent.is_dir()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", location) and not is_file_name and not is_local:
+        return location
+    trainer = "train_vae.py" if flag == "--vae-checkpoint" else "train_unet.py"
+    raise UserError(
+        f"{flag} {folder} is not a folder: train with {trainer} first, or give its --output-dir or a Hub id"
+    )

@@ -1,0 +1,225 @@
+"""The flags of the command `corel-diffusers`, one dataclass per subcommand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from corel_diffusers.config.checks import SCENES, check_repo_id, model_location, require
+from corel_diffusers.files import UserError, require_writable
+
+
+@dataclass(kw_only=True)
+class Prepare:
+    """Convert raw photos (Corel, Corel-1K, one folder per class, or flat) to folders that are ready for training."""
+
+    data_dir: str
+    """Folder of raw photos. It is only read."""
+    base_dir: str = "."
+    """Folder at which relative paths start."""
+    output_dir: str = "training_data"
+    """The prepared folders are written to corel/ in this folder."""
+    figs_dir: str = "figs"
+    """Folder for the contact sheet."""
+    visualize: bool = True
+    """Draw the contact sheet."""
+    trim_borders: bool = True
+    """Cut off black film borders."""
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Stop at the first photo that cannot be used, instead of leaving it out."""
+    test_fraction: float = 0.0
+    """Fraction of each class for the split `test`. Training never reads it, and `evaluate` reports on it."""
+    layout: Literal["auto", "corel", "corel-1k", "folders", "flat"] = "auto"
+    """How the folder names the classes of its photos."""
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
+        base = Path(self.base_dir)
+        if not (base / self.data_dir).is_dir():
+            raise UserError(
+                f"--data-dir {base / self.data_dir} is not a folder: "
+                "check the path (relative paths start at --base-dir)"
+            )
+        require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a fraction from 0 to 0.5")
+        require_writable(base / self.output_dir, "--output-dir")
+        if self.visualize:
+            require_writable(base / self.figs_dir, "--figs-dir")
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """The flags for generating samples with a pipeline. `generate` and `evaluate` share them."""
+
+    pipeline: Annotated[str, tyro.conf.arg(aliases=["--diffusion-checkpoint"])] = "diffusion_models"
+    """Pipeline folder that train_unet.py wrote, or the Hub id of a pipeline."""
+    trust_remote_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Allow the pipeline.py of a Hub repository to run."""
+    base_dir: str = "."
+    """Folder at which relative paths start."""
+    num_images: int = 16
+    """Number of samples."""
+    guidance_scale: float = 2.5
+    """Guidance scale. 1 turns guidance off.
+    Guidance leads away from the prediction of the guide model (the UNet early in its training).
+    If there is no guide model, it leads away from the UNet's prediction without the class."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest noise level at which guidance acts, from 0 (clean) to 1 (pure noise).
+    Default: 0 0.6 with a guide model, otherwise all levels."""
+    sampler: Literal["auto", "ddpm", "ddim", "dpm-solver++", "unipc"] = "auto"
+    """Sampler. auto means dpm-solver++.
+    In measurements, its samples were as near to photos as those of DDIM, with half the steps."""
+    steps: int | None = None
+    """Number of denoising steps (default: 1000 for ddpm, 50 for ddim, 15 for the others)."""
+    batch_size: int = 16
+    """Number of samples per batch. It does not change the samples, except for the rounding of half precision."""
+    seed: int | None = None
+    """Random seed of the samples (default: a random one, which is printed)."""
+    device: str = "auto"
+    """Device: auto, cuda or cpu."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Mixed precision. auto means fp16 on CUDA, bf16 on a CPU with bf16 in hardware, and no otherwise."""
+
+    def check(self) -> None:
+        """Check the values, and replace `pipeline` by the folder as a Path or the Hub id as a string.
+
+        Raises:
+            UserError: a value that cannot be used.
+        """
+        for name in ("num_images", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        require(self.steps is None or 1 <= self.steps <= 1000, "steps", self.steps, "give 1 to 1000")
+        low, high = self.guidance_interval or (0, 1)
+        require(
+            0 <= low <= high <= 1,
+            "guidance_interval",
+            f"{low:g} {high:g}",
+            "give two numbers from 0 to 1, the lower first",
+        )
+        self.pipeline = model_location(self.pipeline, Path(self.base_dir), "--pipeline")
+        if isinstance(self.pipeline, str) and not self.trust_remote_code:
+            raise UserError(
+                f"--pipeline {self.pipeline} runs the code of that repository: "
+                "read its pipeline.py, then give --trust-remote-code"
+            )
+
+
+@dataclass(kw_only=True)
+class Generate(Sampling):
+    """Generate samples with a trained pipeline, and save a grid and single images."""
+
+    vae_checkpoint: str | None = None
+    """Decode with this VAE instead of the pipeline's own VAE."""
+    output: str = "generated_images.png"
+    """File of the grid. Single images are saved in <output>_individual/."""
+    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Classes of the samples, by name or by their number in the folder of photos, as in --classes of train_unet.py.
+    The samples cycle through them (default: all classes)."""
+    ddim_steps: int | None = None
+    """Short form of --sampler ddim --steps N."""
+    eta: float = 0.0
+    """Amount of fresh noise in each step of DDIM, from 0 (none) to 1 (as much as DDPM)."""
+    nrow: int = 4
+    """Number of samples per row of the grid."""
+    individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Save single images for any number of samples. Without this flag, they are saved for up to 16 samples."""
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
+        require(self.nrow >= 1, "nrow", self.nrow, "give 1 or more")
+        require(
+            self.ddim_steps is None or 1 <= self.ddim_steps <= 1000, "ddim_steps", self.ddim_steps, "give 1 to 1000"
+        )
+        if self.ddim_steps:
+            if self.steps or self.sampler not in ("auto", "ddim"):
+                raise UserError("--ddim-steps is short for --sampler ddim --steps: give only one of the two")
+            self.sampler, self.steps = "ddim", self.ddim_steps
+        super().check()
+        base = Path(self.base_dir)
+        if self.vae_checkpoint:
+            self.vae_checkpoint = model_location(self.vae_checkpoint, base, "--vae-checkpoint")
+        if (base / self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
+        require_writable((base / self.output).parent, "--output")
+
+
+@dataclass(kw_only=True)
+class Evaluate(Sampling):
+    """Measure how close samples are to held-out photos, and how many samples are copies of training photos."""
+
+    data_dir: str | None = None
+    """Folder of the photos that the model was trained on, with the held-out photos: prepared, raw, or "scenes"."""
+    dataset_name: str | None = None
+    """Id of a Hub dataset with these photos, instead of --data-dir."""
+    classes: tuple[str, ...] = ()
+    """Compare only with photos of these classes, given by name or number (default: the classes of the model)."""
+    against: Literal["auto", "test", "validation", "all"] = "auto"
+    """Photos to compare with. auto selects the test split if there is one, otherwise the validation split."""
+    pictures: str | None = None
+    """Evaluate the images in this folder, from any program, instead of samples from --pipeline."""
+    features: Literal["efficientnet-lite0", "inception", "dinov2"] = "efficientnet-lite0"
+    """Network whose features are compared.
+    efficientnet-lite0 is installed with the package. The other networks are downloaded once."""
+    output_dir: str | None = None
+    """Folder for evaluation.json and evaluation.html.
+    Default: the folder of the pipeline, or evaluation/ for --pictures and Hub ids."""
+    num_images: int = 300
+    batch_size: int = 50
+    seed: int = 0
+    """Random seed of the samples."""
+
+    @property
+    def photo_source(self) -> str | Path:
+        """The folder of photos as a Path, "scenes", or the id of a Hub dataset."""
+        return self.dataset_name or (SCENES if self.data_dir == SCENES else Path(self.base_dir) / self.data_dir)
+
+    @property
+    def results_dir(self) -> Path:
+        """The folder of evaluation.json and evaluation.html."""
+        default_dir = self.pipeline if isinstance(self.pipeline, Path) else Path(self.base_dir) / "evaluation"
+        return Path(self.base_dir) / self.output_dir if self.output_dir else default_dir
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
+        if self.pictures:
+            folder = Path(self.base_dir) / self.pictures
+            require(folder.is_dir(), "pictures", folder, "this is not a folder: check the path")
+        else:
+            super().check()
+            way_out = "give 4 or more, and some hundreds for reliable numbers"
+            require(self.num_images >= 4, "num_images", self.num_images, way_out)
+        if bool(self.data_dir) == bool(self.dataset_name):
+            raise UserError(
+                "evaluate compares with the photos that the model was trained on: give --data-dir or --dataset-name"
+            )
+        source = self.photo_source
+        if isinstance(source, Path) and not source.is_dir():
+            raise UserError(f"--data-dir {source} is not a folder: check the path (relative paths start at --base-dir)")
+        require_writable(self.results_dir, "--output-dir")
+
+
+@dataclass(kw_only=True)
+class Push:
+    """Push a pipeline folder with its model card to the Hugging Face Hub."""
+
+    pipeline: str = "diffusion_models"
+    """Pipeline folder that train_unet.py wrote."""
+    repo_id: str
+    """Id of the repository on the Hub: user/name."""
+    base_dir: str = "."
+    """Folder at which relative paths start."""
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make the repository private."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only list the files that would be pushed."""
+
+    @property
+    def folder(self) -> Path:
+        """The pipeline's folder."""
+        return Path(self.base_dir) / self.pipeline
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
+        check_repo_id(self.repo_id, "--repo-id")
+        if not self.folder.is_dir():
+            raise UserError(f"--pipeline {self.folder} is not a folder: give the --output-dir of train_unet.py")

@@ -1,0 +1,16 @@
+"""Parse the command line of a training script."""
+
+import tyro
+
+from corel_diffusers.config.training import TrainingArguments
+
+
+def parse(kind: type[TrainingArguments]) -> TrainingArguments:
+    """Parse the command line and return checked arguments of the class `kind`.
+
+    Raises:
+        UserError: a value that no run can use.
+    """
+    arguments = tyro.cli(kind, description=kind.__doc__)
+    arguments.check()
+    return arguments

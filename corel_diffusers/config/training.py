@@ -1,0 +1,302 @@
+"""The flags that both training scripts share.
+
+Parsing needs no torch, so `--help` and a refused flag answer at once.
+"""
+
+import importlib.util
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from corel_diffusers.config.checks import SCENES, parse_size, require
+from corel_diffusers.files import UserError
+
+LR_SCHEDULERS = Literal[
+    "cosine", "cosine_warm_restarts", "plateau", "none",
+    "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+]  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """The flags that train_vae.py and train_unet.py share."""
+
+    PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
+    LEARNING_RATES: ClassVar[dict[str, float]] = {}  # for the presets for which 1e-4 is not the best value
+    CHECKPOINT_EVERY: ClassVar[int] = 10  # default of --checkpoint-every, epochs
+    MUON_SCALE: ClassVar[float] = 30.0  # Muon's learning rate / AdamW's; the best measured value for tiny
+
+    # photos
+    data_dir: Annotated[str, tyro.conf.arg(aliases=["--image-dir"])] = SCENES
+    """Folder of photos: prepared, raw Corel, one folder per class, or flat. "scenes": this package draws the photos."""
+    dataset_name: str | None = None
+    """Id of a Hub dataset, instead of --data-dir."""
+    classes: tuple[str, ...] = ()
+    """Train only on these classes, given by name or number (default: all)."""
+    max_train_samples: int | None = None
+    """Use at most this many training photos."""
+    image_size: str | None = None
+    """Image size in pixels: 128, or 96x144 (height x width)."""
+    num_workers: int = 0
+    """Number of processes that load batches in advance.
+    Pixels and latents are computed once and cached, so 0 is fastest on most machines."""
+
+    # folders
+    output_dir: str = "."
+    """Folder of the run: the model, metrics.jsonl, plots, samples, checkpoints."""
+    base_dir: str = "."
+    """Folder at which relative paths start."""
+
+    # model
+    config: str | None = None
+    """Model size: tiny, base, large, or the path of a diffusers config JSON."""
+    gradient_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Recompute activations in the backward pass instead of storing them.
+    The gradients are the same. Training needs less memory and is slower."""
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compile the model with torch.compile after the first steps.
+    Compiling takes minutes. The script prints whether the run saves more time than that."""
+    cuda_graphs: bool = True
+    """On one GPU, record the forward and backward pass as CUDA graphs, and replay them if that is faster."""
+
+    # length and batch size
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the plan of the run and exit. The plan depends on the photos, the speed of this machine and the minutes."""
+    epochs: int | None = None
+    """Number of epochs. One epoch is one pass over the training photos."""
+    max_train_steps: int | None = None
+    """Number of optimizer steps, instead of --epochs."""
+    max_train_minutes: float | None = None
+    """Length of the run in minutes, instead of --epochs. The learning rate schedule spans these minutes.
+    The last step ends with them, or earlier if a UNet memorises the photos.
+    The start of Python, the last validation and the last samples take additional time."""
+    batch_size: int | None = None
+    """Photos per forward pass on each device (default: planned)."""
+    grad_accum: int = 1
+    """Forward passes per optimizer step. The effective batch size is batch size x this x devices."""
+
+    # optimisation
+    learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
+    """Peak learning rate (default: 1e-4; for a UNet with --config tiny 2e-3, with base or large 5e-4)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer. muon makes the steps of convolutions and matrices orthogonal, and uses AdamW for all other weights."""
+    lr_scheduler: LR_SCHEDULERS = "cosine"
+    """Schedule of the learning rate. cosine and cosine_warm_restarts end at --lr-min.
+    plateau halves the rate, down to --lr-min. linear and the names after it are schedules of diffusers."""
+    lr_min: float = 1e-5
+    """Lowest learning rate of cosine, cosine_warm_restarts and plateau."""
+    lr_warmup_steps: int = 30
+    """Number of steps in which the learning rate rises to its peak."""
+    weight_decay: float = 1e-2
+    """Weight decay, decoupled from the gradient as in AdamW."""
+    max_grad_norm: float = 1.0
+    """Maximum norm of the gradients. Larger gradients are scaled down to it."""
+    ema: bool = True
+    """Validate, sample and save with an exponential moving average (EMA) of the weights."""
+    ema_decay: float = 0.9999
+    """Maximum decay of the EMA. Until it is reached, the decay rises with the number of steps.
+    The EMA then averages over a fraction of the steps: the last 8 % of 2,000 steps, the last 3 % of 30,000."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Mixed precision. auto means fp16 on CUDA.
+    On a CPU with bf16 in hardware, auto times a few steps and selects bf16 or no. Otherwise auto means no."""
+    attention: Literal["auto", "fused", "math"] = "auto"
+    """Attention kernel on a CPU. In bf16, auto times a few steps and selects the faster one. Otherwise it is fused."""
+    no_mixed_precision: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Same as --mixed-precision no."""
+    seed: int = 42
+    """Random seed. All randomness in a step derives from this seed and the number of the step."""
+
+    # intervals in epochs, and outputs
+    validate_every: int | None = None
+    """Epochs between validations (default: the smallest number for which validation takes 3 % of the time or less).
+    With --epochs or --max-train-steps, the default gives at least ten validations."""
+    sample_every: int | None = None
+    """Epochs between samples (default: 10; with --max-train-minutes, a tenth of the run)."""
+    checkpoint_every: int | None = None
+    """Epochs between checkpoints (default: 20 for a VAE, 10 for a UNet; with --max-train-minutes, a tenth of the run).
+    By default, the script also saves a checkpoint every ten minutes."""
+    keep_checkpoints: int = 3
+    """Number of newest checkpoints to keep (0 keeps all)."""
+    resume: str | None = None
+    """Checkpoint to continue from: "latest", or the path of a checkpoint in this --output-dir.
+    "latest" starts a new run if there is no checkpoint."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also send the metrics to this tracker."""
+
+    def path(self, value: str) -> Path:
+        """Return a path that the user gave. A relative path starts at --base-dir."""
+        return Path(self.base_dir) / value
+
+    @property
+    def size_px(self) -> tuple[int, int] | None:
+        """The (height, width) of --image-size in pixels, or None if it is unset."""
+        return parse_size(self.image_size) if self.image_size else None
+
+    @property
+    def photo_source(self) -> str | Path:
+        """The source of the photos for `load_photos`: a folder as a Path, or "scenes" or a Hub id as a string."""
+        return self.dataset_name or (SCENES if self.data_dir == SCENES else self.path(self.data_dir))
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return self.path(self.output_dir)
+
+    def settings(self) -> dict:
+        """Return the flags that must not change when an interrupted run is resumed, as JSON values.
+
+        The length of a run, its intervals and its folders may change. The photos, the VAE and the image size are left
+        out because the run compares their contents instead of their names.
+        """
+        location = {
+            "data_dir",
+            "dataset_name",
+            "image_size",
+            "vae_checkpoint",
+            "output_dir",
+            "base_dir",
+            "push_to_hub",
+            "hub_model_id",
+        }
+        length_and_intervals = {
+            "epochs",
+            "max_train_steps",
+            "max_train_minutes",
+            "validate_every",
+            "sample_every",
+            "checkpoint_every",
+            "evaluate_every",
+        }
+        bookkeeping = {"keep_checkpoints", "resume", "report_to", "plan"}
+        compute = {
+            "batch_size",
+            "grad_accum",
+            "num_workers",
+            "no_mixed_precision",
+            "gradient_checkpointing",
+            "compile",
+            "cuda_graphs",
+            "attention",
+            "config",
+        }  # the run compares the global batch and the content of the config instead
+        stopping = {"early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in location | length_and_intervals | bookkeeping | compute | stopping
+        }
+
+    def command(self, script: str) -> str:
+        """Return the command line that gives these settings.
+
+        Absolute paths are shortened to their last part, because the command line is written to public model cards.
+        """
+        words = ["python", script]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default or field.name in {"base_dir", "resume", "report_to", "num_workers", "plan"}:
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+                continue
+            values = value if isinstance(value, tuple) else (value,)
+            shown = [Path(str(v)).name if Path(str(v)).is_absolute() else str(v) for v in values]
+            words += [flag, *(f'"{v}"' if " " in v else v for v in shown)]
+        return " ".join(words)
+
+    def check(self) -> None:
+        """Check the values of the flags.
+
+        Raises:
+            UserError: a value that no run can use.
+        """
+        counts = ("grad_accum", "epochs", "batch_size", "max_train_steps", "max_train_samples")
+        for name in (*counts, "validate_every", "sample_every", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "give 1 or more")
+        minutes = self.max_train_minutes
+        require(minutes is None or 0 < minutes < math.inf, "max_train_minutes", minutes, "give a number above 0")
+        given = [f"--{name.replace('_', '-')}" for name, value in self.length.items() if value]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other: give only one of them")
+        for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, name, value, "give a number above 0")
+        if self.learning_rate:
+            self.check_learning_rate()
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "give a number from 0 to below 1")
+        if self.image_size:
+            parse_size(self.image_size)
+        if self.dataset_name and self.data_dir != SCENES:
+            raise UserError("--dataset-name and --data-dir exclude each other: give only one of them")
+        if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
+            raise UserError(f"--report-to {self.report_to} is not installed: pip install {self.report_to}")
+        if self.no_mixed_precision:
+            require(
+                self.mixed_precision in ("auto", "no"),
+                "mixed_precision",
+                self.mixed_precision,
+                "omit --no-mixed-precision",
+            )
+            self.mixed_precision = "no"
+        if not self.dataset_name and self.data_dir != SCENES and not self.path(self.data_dir).is_dir():
+            raise UserError(
+                f"--data-dir {self.path(self.data_dir)} is not a folder: "
+                "check the path (relative paths start at --base-dir)"
+            )
+        if self.config and self.config.endswith(".json"):
+            self.config = str(self.path(self.config))
+            self.check_config_file()
+        elif self.config not in (None, "tiny", "base", "large"):
+            raise UserError(f"--config {self.config} is unknown: give tiny, base, large or a JSON file")
+
+    @property
+    def length(self) -> dict:
+        """The flags for the length of a run. At most one of them is set."""
+        return {name: getattr(self, name) for name in ("epochs", "max_train_steps", "max_train_minutes")}
+
+    @property
+    def planned(self) -> dict:
+        """The flags that are planned if they are unset.
+
+        They contain one flag for the length: the one that is set, or else --max-train-minutes.
+        """
+        length = {name: value for name, value in self.length.items() if value} or {"max_train_minutes": None}
+        return {name: getattr(self, name) for name in self.PLANNED} | length
+
+    @property
+    def timed(self) -> dict:
+        """The flags that are set by timing a few steps if they are "auto"."""
+        return {"mixed_precision": self.mixed_precision, "attention": self.attention}
+
+    def check_config_file(self) -> None:
+        """Raise UserError if --config is the path of a JSON file that does not exist."""
+        exists = not self.config.endswith(".json") or Path(self.config).is_file()
+        require(exists, "config", self.config, "no such file: give tiny, base, large or a JSON file")
+
+    def check_learning_rate(self) -> None:
+        """Raise UserError if --lr-min is higher than --learning-rate."""
+        require(
+            self.lr_min <= self.learning_rate,
+            "lr_min",
+            self.lr_min,
+            f"give at most --learning-rate {self.learning_rate:g}",
+        )
+
+    def fill(self, plan: dict) -> None:
+        """Set the unset flags to the values of the plan, and then the flags whose defaults depend on them."""
+        for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
+            if getattr(self, name) is None:
+                setattr(self, name, plan.get(name))
+        for name, value in self.timed.items():
+            if value == "auto":
+                setattr(self, name, plan.get(name, value))
+        self.check_config_file()
+        self.learning_rate = self.learning_rate or self.LEARNING_RATES.get(self.config, 1e-4)
+        self.check_learning_rate()

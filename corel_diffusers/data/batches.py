@@ -1,0 +1,214 @@
+"""The training batches of each step and its random numbers.
+
+The order of the photos depends on (seed, epoch). The random numbers of a photo depend on (seed, step, index in the
+global batch). A resumed run therefore does not need the state of a random generator. It also does not matter how the
+global batch is divided among devices and gradient accumulation steps, except for dropout: each forward pass draws its
+own masks.
+"""
+
+import gc
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.data.cache import ShardedArray
+
+Array = ShardedArray | np.ndarray | torch.Tensor
+CPU = torch.device("cpu")
+IN_MEMORY_BYTES = 2**27  # smaller arrays are kept in memory, which saves some file reads in each step
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the values on the device.
+
+    Values for a GPU are first copied to pinned memory. The CPU does not have to wait while a GPU copies pinned memory.
+    """
+    needs_pinning = device.type == "cuda" and not values.is_cuda and not values.is_pinned()
+    return (values.pin_memory() if needs_pinning else values).to(device, non_blocking=device.type == "cuda")
+
+
+class StepRandom:
+    """Random numbers for the photos of one forward pass.
+
+    Each method draws for the full global batch of the step and returns the rows of this forward pass.
+
+    The constructor also seeds the global generators of the CPU and of the device, because dropout draws its masks from
+    them. The masks are the same in a resumed run. They differ if the global batch is divided into other forward passes.
+
+    Args:
+        global_batch: number of photos in the global batch.
+        rows: the rows of the global batch that belong to this forward pass, see `BatchPlan.rows`.
+    """
+
+    def __init__(self, seed: int, step: int, global_batch: int, rows: slice, device: torch.device = CPU) -> None:
+        draws_seed, dropout_seed = (int(word) for word in np.random.SeedSequence([seed, step]).generate_state(2))
+        # torch.manual_seed takes 1 ms: without a GPU, it records the stack trace to seed the GPUs later
+        torch.default_generator.manual_seed(dropout_seed + rows.start)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(dropout_seed + rows.start)
+        self.generator = torch.Generator().manual_seed(draws_seed)
+        self.global_batch, self.rows, self.device = global_batch, rows, device
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Return standard normal values: (B, *shape)."""
+        return to_device(torch.randn(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
+
+    def integers(self, high: int) -> torch.Tensor:
+        """Return integers from 0 to high - 1: (B,)."""
+        return to_device(torch.randint(high, (self.global_batch,), generator=self.generator)[self.rows], self.device)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Return uniform values in [0, 1): (B, *shape)."""
+        return to_device(torch.rand(self.global_batch, *shape, generator=self.generator)[self.rows], self.device)
+
+    def chance(self, probability: float) -> torch.Tensor:
+        """Return booleans that are True with this probability: (B,)."""
+        return self.uniform() < probability
+
+
+@dataclass
+class BatchPlan:
+    """The division of the photos into steps, forward passes and ranks.
+
+    The photos form an endless stream: one permutation per epoch. Each step takes the next `global_batch` photos of the
+    stream. All photos are therefore used equally often, and no batch is smaller than the others. A batch can contain
+    photos of two epochs.
+    """
+
+    photos: int
+    batch_size: int
+    grad_accum: int
+    num_processes: int
+    rank: int
+    seed: int
+
+    @classmethod
+    def of(cls, args: TrainingArguments, accelerator: Accelerator, photos: int) -> "BatchPlan":
+        return cls(
+            photos, args.batch_size, args.grad_accum, accelerator.num_processes, accelerator.process_index, args.seed
+        )
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.grad_accum * self.num_processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.photos / self.global_batch)
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch of the `step`-th step. Epochs and steps are counted from 1."""
+        return math.ceil(step / self.steps_per_epoch)
+
+    def ends_epoch(self, step: int, every_epochs: int = 1) -> bool:
+        """Return whether an epoch ends with the `step`-th step and its number is a multiple of `every_epochs`."""
+        return step % (every_epochs * self.steps_per_epoch) == 0
+
+    def rows(self, micro_step: int) -> slice:
+        """Return the rows of the global batch for one forward pass of this rank. `micro_step` starts at 0."""
+        start = (micro_step * self.num_processes + self.rank) * self.batch_size
+        return slice(start, start + self.batch_size)
+
+    def indices(self, step: int, micro_step: int) -> np.ndarray:
+        """Return the indices of the photos of one forward pass: (batch_size,). `step` and `micro_step` start at 0."""
+        rows = self.rows(micro_step)
+        positions = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
+        return np.array(
+            [epoch_order(self.seed, pos // self.photos, self.photos)[pos % self.photos] for pos in positions]
+        )
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, photos: int) -> np.ndarray:
+    """Return the order of the photos in one epoch: (photos,)."""
+    return np.random.default_rng([seed, epoch]).permutation(photos)
+
+
+class BatchOrder(Sampler):
+    """The indices that each forward pass reads. It starts at step `first_step` and ends before step `last_step`.
+
+    It yields one tuple per forward pass: the indices of the photos and, if `versions` is given, their versions.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, first_step: int, last_step: int, versions: Callable[[int], np.ndarray] | None
+    ) -> None:
+        self.plan, self.steps, self.versions = plan, range(first_step, last_step), versions
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
+        for step in self.steps:
+            versions = (self.versions(step),) if self.versions else ()
+            for micro_step in range(self.plan.grad_accum):
+                yield self.plan.indices(step, micro_step), *(v[self.plan.rows(micro_step)] for v in versions)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.plan.grad_accum
+
+
+class ArrayBatches(Dataset):
+    """Complete batches of several arrays. The index is a tuple from `BatchOrder`; the item has one tensor per array.
+
+    Only the photos and versions of the batch are read.
+    """
+
+    def __init__(self, *arrays: Array) -> None:
+        self.arrays = arrays
+
+    def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
+        if isinstance(self.arrays[0], torch.Tensor):  # then all arrays are tensors, see `preload`
+            indices = tuple(to_device(torch.from_numpy(values), self.arrays[0].device) for values in indices)
+            return [array[indices] for array in self.arrays]
+        return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
+
+
+def preload(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
+    """Load the arrays into memory, if they are small enough. Otherwise return them unchanged.
+
+    For a GPU they are loaded as tensors on the device, if they need at most a quarter of its free memory. For a CPU
+    they are loaded as numpy arrays, if they have less than IN_MEMORY_BYTES in total.
+    """
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    if device.type != "cuda":
+        return [np.asarray(array) for array in arrays] if size < IN_MEMORY_BYTES else arrays
+    if size > torch.cuda.mem_get_info(device)[0] / 4:
+        return arrays
+    tensors = []
+    for array in arrays:
+        tensors.append(torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device=device))
+        for start in range(0, len(array), 1024):  # in parts: the array may be too large for the memory of the CPU
+            tensors[-1][start : start + 1024] = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024]))
+    return tensors
+
+
+def training_batches(
+    plan: BatchPlan,
+    first_step: int,
+    last_step: int | None,
+    num_workers: int,
+    *arrays: Array,
+    versions: Callable[[int], np.ndarray] | None = None,
+) -> Iterator[list[torch.Tensor]]:
+    """Return an iterator over the batches of all forward passes: one tensor per array.
+
+    Args:
+        first_step: index of the first step, from 0.
+        last_step: index of the step before which the iterator ends. None: the iterator does not end.
+        num_workers: number of processes that read the arrays. It is ignored for tensors, which stay on their device.
+        arrays: (photos, …), or (photos, versions, …) if `versions` is given.
+        versions: takes the index of a step and returns the version of each photo of the global batch, (global_batch,).
+    """
+    order = BatchOrder(plan, first_step, last_step or sys.maxsize // plan.grad_accum, versions)
+    dataset = ArrayBatches(*arrays)
+    if not num_workers or isinstance(arrays[0], torch.Tensor):
+        return map(dataset.__getitem__, order)
+    # A worker inherits the garbage of this process. If it collects garbage that holds GPU memory, it is aborted.
+    gc.collect()
+    return iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=num_workers))

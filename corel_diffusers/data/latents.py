@@ -1,0 +1,150 @@
+"""Latents: encode each version of a photo once, cache the posterior, and sample from it in each training step.
+
+The cache holds the mean and the log-variance of the posterior before scaling. Its key identifies the weights and the
+config of the VAE, the photos, their size and the arithmetic of the device. If one of them changes, another cache is
+used.
+
+The scale of the latents comes only from the VAE's config. This module applies it in training, pipeline.py in sampling.
+"""
+
+import hashlib
+import inspect
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from corel_diffusers.data.augmented_crops import AugmentedCrops
+from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, digest
+from corel_diffusers.data.pixels import Pixels
+from corel_diffusers.data.versions import cache_versions, channel_statistics
+from corel_diffusers.files import UserError, first_line
+
+
+def load_vae(location: Path | str) -> AutoencoderKL:
+    """Load a trained AutoencoderKL from a folder or from the Hub, and freeze it.
+
+    Raises:
+        UserError: the VAE cannot be loaded, or its training is not finished.
+    """
+    is_run_dir = isinstance(location, Path) and (location / "metrics.jsonl").is_file()
+    try:
+        vae = AutoencoderKL.from_pretrained(location, local_files_only=isinstance(location, Path), use_safetensors=True)
+    except Exception as error:  # diffusers and the Hub client raise many types of errors
+        hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
+        raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({first_line(error)}): {hint}") from None
+    if is_run_dir and vae.config.latents_mean is None:
+        raise UserError(
+            f"--vae-checkpoint {location}: its training is not finished: continue it with train_vae.py --resume latest"
+        )
+    return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def weights_key(vae: AutoencoderKL) -> str:
+    """Return a key that identifies the weights of a VAE: the SHA-256 of their names and values."""
+    sha256 = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()[:24]
+
+
+def config_key(vae: AutoencoderKL) -> str:
+    """Return a key that identifies the config entries that encoding and decoding use, such as the activation function.
+
+    Other entries are excluded. The scale of the latents, for example, has its own key: see `scale_key`. Entries with
+    diffusers' default are left out, so that a later version of diffusers with more entries gives the same key.
+    """
+    excluded = {"latents_mean", "latents_std", "scaling_factor", "shift_factor", "sample_size", "force_upcast"}
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(AutoencoderKL.__init__).parameters.items()
+    }
+    entries = {
+        name: value
+        for name, value in vae.config.items()
+        if name not in excluded and not name.startswith("_") and as_json(value) != as_json(defaults.get(name, ...))
+    }
+    return digest(json.dumps(entries, sort_keys=True))
+
+
+def as_json(value: object) -> object:
+    """Return a tuple as a list, which it becomes in a config file."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def scale_key(vae: AutoencoderKL) -> str:
+    """Return a key that identifies the scale of a VAE's latents in its config."""
+    return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
+
+
+def cache_moments(
+    vae: AutoencoderKL,
+    pixels: Pixels,
+    device: torch.device,
+    crops: AugmentedCrops | None = None,
+    batch_size: int = 32,
+    share: Share = SINGLE_PROCESS,
+) -> ShardedArray:
+    """Return the posterior of each version of each photo: encoded once, cached, float32 (N, 2 + 2V, 2C, h, w).
+
+    The second axis holds the photo, its mirror image, then each augmented crop followed by its mirror image. The third
+    axis holds C means, then C log-variances.
+    """
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        posterior = vae.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    return cache_versions(
+        f"latents-{weights_key(vae)}-{config_key(vae)}", encode, pixels, crops, device, batch_size, share
+    )
+
+
+def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Sample unscaled latents from cached posteriors: mean + exp(logvar / 2) * noise, (B, C, h, w).
+
+    Args:
+        moments: (B, 2C, h, w), see `cache_moments`.
+        noise: (B, C, h, w), standard normal.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * logvar) * noise
+
+
+def scale_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """Return the latents z in the scale of the UNet: (z - latents_mean) / latents_std * scaling_factor per channel.
+
+    These values are in the VAE's config. For a VAE without `latents_mean`, from another project, the result is
+    (z - shift_factor) * scaling_factor, as in the pipelines of diffusers.
+    """
+    config = vae.config
+    if config.latents_mean is None:
+        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+    mean, std = (
+        per_channel(tuple(values), latents.dtype, latents.device)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return (latents - mean) / std * config.scaling_factor
+
+
+@lru_cache(maxsize=8)
+def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return one value per channel as (1, C, 1, 1). It is copied to the device only once: a GPU waits for each copy."""
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+
+
+def measure_latent_scale(moments: ShardedArray) -> tuple[list[float], list[float]]:
+    """Return the mean and the standard deviation of each channel of latents that are sampled from the posteriors.
+
+    The law of total variance gives Var(z) = Var(mean) + E(exp(logvar)).
+
+    Args:
+        moments: (N, 2, 2C, h, w) of the training split, see `cache_moments`.
+    """
+    channels = moments.shape[2] // 2
+    mean, variance = channel_statistics(moments, slice(channels))
+    posterior_variance, _ = channel_statistics(moments, slice(channels, None), np.exp)
+    return mean.tolist(), np.sqrt(variance + posterior_variance).tolist()

@@ -1,0 +1,126 @@
+"""Measure the VAE's reconstructions."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from corel_diffusers.data.cache import cached_array
+from corel_diffusers.data.latents import config_key, weights_key
+from corel_diffusers.data.pixels import Pixels, evenly_spaced, to_float
+from corel_diffusers.evaluation import report
+from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.kid import kernel_distance
+from corel_diffusers.evaluation.metrics import MIN_PHOTOS, compare
+from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.plots import to_pictures
+from corel_diffusers.runtime.precision import arithmetic, autocast
+
+# At 64 px, faces and small objects are lost if the PSNR is below the first value, or if the interval of KID x1000 is
+# above the second value.
+POOR_PSNR_DB, POOR_KID_E3 = 22.0, 40.0
+# Maximum number of photos of a split: more would hardly change a number, and the kernels grow with its square.
+MAX_COMPARED = 1000
+
+
+def reconstruction_limit(
+    vae: AutoencoderKL, held_out: Pixels, labels: torch.Tensor | None = None, precision: str = "no"
+) -> str:
+    """Return one line with the reconstruction error of the VAE, which is a lower bound for samples.
+
+    The line warns if the error is high.
+
+    Args:
+        vae: the VAE.
+        held_out: the held-out photos.
+        labels: the labels of the held-out photos.
+        precision: the precision that samples will be decoded in.
+    """
+    if len(held_out) < MIN_PHOTOS:
+        return f"the VAE was not measured: {len(held_out)} held-out photos are too few"
+    network, held_out = load_network("efficientnet-lite0", vae.device), held_out.evenly_spaced(MAX_COMPARED)
+    labels = None if labels is None else labels[evenly_spaced(len(labels), MAX_COMPARED)]
+    reconstructions = reconstruct(vae, held_out.values, precision)
+    scores = reconstruction_scores(reconstructions, held_out.values, network, photo_features(network, held_out), labels)
+    kid = f"KID x1000 {report.with_interval(scores)} ({network.name})"
+    line = (
+        f"the VAE reconstructs held-out photos with PSNR {scores['psnr_db']:.1f} dB, {kid}: "
+        "samples cannot be expected to be closer to the photos"
+    )
+    is_poor = scores["psnr_db"] < POOR_PSNR_DB or (scores["kid_e3_low"] or 0.0) > POOR_KID_E3
+    return line + ("; that is poor: train the VAE longer first" if is_poor else "")
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, photos: np.ndarray, precision: str = "no") -> np.ndarray:
+    """Encode photos to the posterior mean and decode it: uint8 (N, H, W, 3) -> uint8 (N, H, W, 3).
+
+    Photos are encoded like the UNet's training photos, and decoded in the precision of the samples. Otherwise rounding
+    would make a difference between reconstructions and samples.
+    """
+    reconstructions = []
+    decoder_precision = "no" if vae.config.force_upcast else precision  # like the pipeline
+    for start in range(0, len(photos), 32):
+        batch = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
+        with autocast("no", vae.device.type):
+            latents = vae.encode(batch).latent_dist.mean
+        with autocast(decoder_precision, vae.device.type):
+            reconstructions += to_pictures(vae.decode(latents).sample)
+    return as_array(reconstructions)
+
+
+def vae_rendering(vae: AutoencoderKL, pixels: Pixels, precision: str = "no") -> Pixels:
+    """Return the photos of a split as reconstructed by the VAE in this precision.
+
+    They are computed once and cached. The key depends on the content of the photos, the VAE's weights and config, the
+    arithmetic of the device, and the precision.
+    """
+    vae_key = f"{weights_key(vae)}-{config_key(vae)}-{arithmetic(vae.device)}-{precision}"
+    key = f"{pixels.key}-{len(pixels)}-{vae_key}"
+
+    def make(photos: slice) -> np.ndarray:
+        return reconstruct(vae, pixels.values[photos], precision)
+
+    return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "reconstructing photos"), key)
+
+
+def reconstruction_scores(
+    reconstructions: np.ndarray,
+    photos: np.ndarray,
+    network: Network,
+    real_features: torch.Tensor,
+    labels: torch.Tensor | None = None,
+) -> dict[str, float | None]:
+    """Return the reconstruction error of the VAE: PSNR (dB), SSIM, perceptual distance, and the results of `compare`.
+
+    The distances are a lower bound for samples. Samples can be below it only by chance.
+
+    KID does not count the pairs of a photo and its own reconstruction. `kid_e3_all_pairs` counts them, so it is too
+    low.
+
+    Args:
+        reconstructions: uint8 (N, H, W, 3).
+        photos: uint8 (N, H, W, 3).
+        network: the feature network.
+        real_features: the features of the photos (N, D).
+        labels: the labels of the photos (N,).
+    """
+    perceptual_loss, sums = PerceptualLoss("efficientnet-lite0").to(network.device), np.zeros(3)
+    for start in range(0, len(reconstructions), 32):
+        a, b = (
+            to_float(torch.from_numpy(np.array(values[start : start + 32]))).to(network.device)
+            for values in (reconstructions, photos)
+        )
+        with torch.no_grad():
+            perceptual = perceptual_loss(a, b)
+        a, b = (a + 1) / 2, (b + 1) / 2
+        psnr_and_ssim = (
+            peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3)),
+            structural_similarity_index_measure(a, b, data_range=1.0),
+        )
+        sums += [len(a) * float(value) for value in (*psnr_and_ssim, perceptual)]
+    features = extract(network, reconstructions)
+    means = dict(zip(("psnr_db", "ssim", "perceptual"), (sums / len(reconstructions)).tolist(), strict=True))
+    all_pairs = kernel_distance(features, real_features, labels_a=labels, labels_b=labels)
+    distances = compare(features, real_features, True, labels, labels)
+    return means | distances | {"kid_e3_all_pairs": None if all_pairs is None else 1e3 * all_pairs}

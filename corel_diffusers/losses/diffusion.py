@@ -1,0 +1,68 @@
+"""The diffusion loss as pure functions, each with its equation: target, weight and timesteps.
+
+Shapes: latents (B, C, h, w); one value per photo (B,).
+"""
+
+import torch
+from diffusers import DDPMScheduler
+
+
+def prediction_target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """Return the target of the UNet for its input x_t = sqrt(a) x_0 + sqrt(1 - a) e: (B, C, h, w).
+
+    It depends on the scheduler's prediction_type. "epsilon": e (Ho et al. 2020, eq. 14). "sample": x_0. "v_prediction":
+    the velocity sqrt(a) e - sqrt(1 - a) x_0 (Salimans & Ho 2022, arXiv:2202.00512, section 4).
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return {"epsilon": noise, "sample": latents}[prediction_type]
+
+
+def denoising_loss(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of each photo: (B,), in float32."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+
+
+def signal_to_noise(scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """Return the signal-to-noise ratio a / (1 - a) of each timestep: (B,) -> (B,).
+
+    With zero terminal SNR it is 0 at the last timestep.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def min_snr_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return the weight of each photo's denoising loss: (B,) -> (B,) (Hang et al. 2023, arXiv:2303.09556).
+
+    The weight is min(SNR, gamma) for a loss on x_0. To weight a loss on the noise in the same way, it is divided by
+    SNR, and for a loss on the velocity by SNR + 1 (section 3.4). Timesteps with very little noise, or with almost only
+    noise, then no longer conflict with the timesteps at which the image takes shape.
+
+    With zero terminal SNR, sampling begins at pure noise, whose weight would be 0. The weight on x_0 is therefore
+    min(SNR, gamma) + 1. For a loss on the velocity, all timesteps with an SNR of at most gamma then have the same
+    weight.
+    """
+    snr = signal_to_noise(scheduler, timesteps)
+    x0_weight = snr.clamp(max=gamma) + (1 if scheduler.config.rescale_betas_zero_snr else 0)
+    divisor = {"epsilon": snr.clamp_min(1e-8), "sample": torch.ones_like(snr), "v_prediction": snr + 1}[
+        scheduler.config.prediction_type
+    ]
+    return x0_weight / divisor
+
+
+def log_normal_timesteps(scheduler: DDPMScheduler, normal: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Return timesteps whose log noise level ln sqrt((1 - a) / a) is close to mean + std * normal: (B,) -> (B,) int64.
+
+    The model learns most at the noise levels around the mean, so they are drawn most often (Karras et al. 2022,
+    arXiv:2206.00364, table 1).
+
+    Args:
+        normal: standard normal values.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.to(normal.device)
+    log_noise_levels = 0.5 * ((1 - alphas_cumprod) / alphas_cumprod.clamp_min(1e-20)).log()
+    return torch.searchsorted(log_noise_levels, mean + std * normal).clamp(max=len(log_noise_levels) - 1)

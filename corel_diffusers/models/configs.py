@@ -1,0 +1,77 @@
+"""Model configs: presets as diffusers JSON beside this file, or a user's own JSON."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from corel_diffusers.files import UserError, first_line, read_json
+from corel_diffusers.models.layers import use_fast_layers
+
+CONFIG_DIR = Path(__file__).parent
+
+
+def load_config(kind: str, config: str) -> dict:
+    """Return the config of a preset (`tiny`, `base`, `large`) or of a JSON file, without entries that start with "_".
+
+    Args:
+        kind: "vae" or "unet".
+
+    Raises:
+        UserError: the file does not contain a JSON object.
+    """
+    path = Path(config) if config.endswith(".json") else CONFIG_DIR / f"{kind}-{config}.json"
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected one JSON object, as in a diffusers config.json")
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def from_config(model_class: type, values: dict, config: str) -> nn.Module:
+    """Return a new model with random weights and with the layers of layers.py.
+
+    Raises:
+        UserError: `model_class` does not accept the values. The message names `config`.
+    """
+    try:
+        model = model_class.from_config(values).to(memory_format=torch.channels_last)
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"--config {config} is not a valid config of {model_class.__name__}: {first_line(error)}"
+        ) from None
+    use_fast_layers(model)
+    # This adds the class name and the version to the config, as the first save would do. Compiled code checks the
+    # config, so it must not change later.
+    model.to_json_string()
+    return model
+
+
+def downsample_factor(vae: AutoencoderKL) -> int:
+    """Return the number of pixels per latent position in each direction."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def check_size(size_px: tuple[int, int], multiple: int, model_name: str) -> None:
+    """Check that both sides are multiples of `multiple`.
+
+    Raises:
+        UserError: they are not. The message names the model and the nearest valid sizes.
+    """
+    if any(side % multiple for side in size_px):
+
+        def format_size(sides: list[int]) -> str:
+            return str(sides[0]) if sides[0] == sides[1] else "x".join(map(str, sides))
+
+        smaller = [max(side // multiple, 1) * multiple for side in size_px]
+        larger = [-(-side // multiple) * multiple for side in size_px]
+        nearest = " or ".join(dict.fromkeys((format_size(smaller), format_size(larger))))
+        raise UserError(
+            f"--image-size {format_size(list(size_px))}: "
+            f"{model_name} can take multiples of {multiple} px: give {nearest}"
+        )
+
+
+def parameter_count(model: nn.Module) -> str:
+    """Return the number of parameters as text, such as "12.3 M parameters"."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

@@ -1,0 +1,1 @@
+"""The machine: precision, processes, sharding, CUDA graphs, compilation, timing."""

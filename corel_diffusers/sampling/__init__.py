@@ -1,0 +1,1 @@
+"""Samplers, and samples from a trained pipeline."""

@@ -1,0 +1,68 @@
+"""Generate samples with a trained pipeline: `corel-diffusers generate`."""
+
+import math
+import secrets
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL.PngImagePlugin import PngInfo
+
+from corel_diffusers.config.commands import Generate
+from corel_diffusers.files import UserError, atomic_file
+from corel_diffusers.plots import picture_grid, save_picture
+from corel_diffusers.runtime.precision import resolve_precision
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px
+from corel_diffusers.sampling.samplers import build_sampler, pick_sampler, possible_steps
+from corel_diffusers.sampling.samples import labels_for_images, sample_images
+
+INDIVIDUAL_UP_TO = 16  # up to this many samples are also saved as single images
+LONGEST_SIDE_PX = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # maximum side of the formats
+
+
+def generate(args: Generate, output: Path) -> None:
+    """Generate samples. Save each one in `<output>_individual/` as soon as it is done, and then a grid in `output`.
+
+    Without --individual, single images are saved for up to INDIVIDUAL_UP_TO samples only. Each sample has its own
+    random generator with the seed `seed + index`. The batch size and the number of samples therefore do not change a
+    sample, except for the rounding of half precision.
+    """
+    device = pick_device(args.device)
+    args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
+    pipe = load_pipeline(args.pipeline, device, args.vae_checkpoint)
+    labels = labels_for_images(pipe, args.class_, args.num_images)
+    check_grid_size(pipe, args)
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    sampler, steps = pick_sampler(args)
+    pipe.scheduler = build_sampler(sampler, pipe.scheduler)
+    steps = possible_steps(pipe.scheduler, steps)
+    print(f"{args.num_images} samples, {sampler} with {steps} steps on {device}, seed {seed}")
+    folder, images = output.with_name(f"{output.stem}_individual"), []
+    files = [folder / f"image_{index:04d}.png" for index in range(args.num_images)]
+    individual = args.individual or args.num_images <= INDIVIDUAL_UP_TO
+    for index, image in enumerate(sample_images(pipe, args, labels, seed, num_inference_steps=steps, eta=args.eta)):
+        images.append(image)
+        if individual:
+            info = PngInfo()
+            info.add_text("seed", str(seed + index))
+            if labels:
+                info.add_text("class", pipe.config.class_names[str(labels[index])])
+            with atomic_file(files[index]) as temporary:
+                image.save(temporary, pnginfo=info)
+
+    save_picture(picture_grid(images, args.nrow), output)
+    print(f"grid: {output}")
+    if individual:
+        for old_file in set(folder.glob("image_*.png")) - set(files):
+            old_file.unlink()
+        print(f"single images: {folder}/")
+
+
+def check_grid_size(pipe: DiffusionPipeline, args: Generate) -> None:
+    """Raise UserError if the grid is too large for its file format, before hours are spent on sampling."""
+    longest = LONGEST_SIDE_PX.get(Path(args.output).suffix.lower(), math.inf)
+    height, width = picture_size_px(pipe)
+    rows, columns = math.ceil(args.num_images / args.nrow), min(args.nrow, args.num_images)
+    if max(rows * (height + 2), columns * (width + 2)) + 2 > longest:
+        raise UserError(
+            f"--output {args.output}: the grid has a side of more than {longest} px, too long for its format: give .png"
+        )

@@ -1,0 +1,84 @@
+"""Load a trained pipeline."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from corel_diffusers.data.latents import config_key, load_vae, scale_key, weights_key
+from corel_diffusers.files import UserError, first_line, read_json
+from corel_diffusers.models.configs import downsample_factor
+
+
+def picture_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Return the (height, width) of the samples of a pipeline, in pixels."""
+    size, factor = pipe.unet.config.sample_size, downsample_factor(pipe.vae)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * factor, width * factor
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of the flag --device. "auto" is cuda if there is a GPU, otherwise cpu.
+
+    Raises:
+        UserError: the device is unknown, or this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: there is no GPU here: give cpu or auto")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown: give auto, cuda or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: there are only {torch.cuda.device_count()} GPUs here: their numbers start at cuda:0"
+        )
+    return device
+
+
+def load_pipeline(
+    location: Path | str, device: torch.device, vae_location: Path | str | None = None
+) -> DiffusionPipeline:
+    """Load the pipeline from a folder or a Hub id. If `vae_location` is given, load the VAE from there instead.
+
+    Raises:
+        UserError: the pipeline cannot be loaded, it is not a pipeline of train_unet.py, or the VAE does not fit.
+    """
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            location, trust_remote_code=True, use_safetensors=True, local_files_only=isinstance(location, Path)
+        )
+    except (OSError, ValueError, ImportError) as error:
+        hint = "give the --output-dir of a train_unet.py run, or a Hub id"
+        raise UserError(f"--pipeline {location} cannot be loaded ({first_line(error)}): {hint}") from None
+    if "class_names" not in pipe.config:
+        raise UserError(f"--pipeline {location} is a {type(pipe).__name__}: give one that train_unet.py wrote")
+    if vae_location:
+        vae = load_vae(vae_location)
+        if any(key(vae) != key(pipe.vae) for key in (weights_key, config_key, scale_key)):
+            if vae.config.latent_channels != pipe.vae.config.latent_channels:
+                raise UserError(
+                    f"--vae-checkpoint {vae_location} has other latents than the pipeline's VAE: omit the flag"
+                )
+            print("notice: --vae-checkpoint is not the VAE that this UNet was trained with: the samples may be garbage")
+            pipe.register_modules(vae=vae)
+    return pipe.to(device)
+
+
+def pipeline_digest(folder: Path) -> str:
+    """Return the SHA-256 of the weights of the UNet and of the guide model, if there is one.
+
+    The card uses it to check that an evaluation was made with these weights.
+    """
+    parts = ("unet", "guide") if has_guide(folder) else ("unet",)
+    return hashlib.sha256(
+        b"".join((folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in parts)
+    ).hexdigest()
+
+
+def has_guide(folder: Path) -> bool:
+    """Return whether the pipeline has a guide model. An unused folder guide/ may be left from an earlier pipeline."""
+    return read_json(folder / "model_index.json").get("guide", [None])[0] is not None

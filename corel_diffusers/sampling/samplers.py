@@ -1,0 +1,64 @@
+"""The samplers: diffusers' schedulers with the options that a model needs."""
+
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+
+from corel_diffusers.config.commands import Sampling
+from corel_diffusers.sampling.ddim import DDIM
+
+AUTO = "dpm-solver++"  # in 15 steps as near to the photos as DDIM in 50: benchmarks/results/sampling.md
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm-solver++": 15, "unipc": 15}
+
+
+def pick_sampler(args: Sampling) -> tuple[str, int]:
+    """Return the name of the sampler and its number of steps."""
+    sampler = AUTO if args.sampler == "auto" else args.sampler
+    return sampler, args.steps or DEFAULT_STEPS[sampler]
+
+
+def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Return the sampler of this name for a model that was trained with `scheduler`."""
+    if name == "dpm-solver++":
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, **dpm_solver_options(scheduler.config))
+    kind = {"ddpm": DDPMScheduler, "ddim": DDIM, "unipc": UniPCMultistepScheduler}[name]
+    return kind.from_config(scheduler.config, **first_timestep_options(scheduler))
+
+
+def possible_steps(sampler: SchedulerMixin, steps: int) -> int:
+    """Return the largest number of steps, at most `steps`, for which all timesteps lie in the schedule.
+
+    At some numbers of steps, such as 61, the rounding of diffusers adds a timestep below 0. The last step would then
+    bring the noise back.
+    """
+    for possible in range(min(steps, sampler.config.num_train_timesteps), 1, -1):
+        sampler.set_timesteps(possible)
+        if sampler.timesteps.min() >= 0:
+            return possible
+    return 1
+
+
+def first_timestep_options(scheduler: SchedulerMixin) -> dict[str, object]:
+    """Return options that let other samplers begin at the same timestep as DPM-Solver++.
+
+    A model that predicts the noise needs them. To compute the photo from the noise, a sampler divides by sqrt(a). At
+    the last timesteps of the cosine schedule sqrt(a) is almost 0, so these timesteps are left out of the schedule.
+    """
+    lambda_min = dpm_solver_options(scheduler.config).get("lambda_min_clipped")
+    if lambda_min is None or scheduler.config.prediction_type != "epsilon":
+        return {}
+    alphas_cumprod = scheduler.alphas_cumprod
+    num_timesteps = int((0.5 * (alphas_cumprod / (1 - alphas_cumprod)).log() >= lambda_min).sum())
+    return {"num_train_timesteps": num_timesteps, "trained_betas": scheduler.betas[:num_timesteps].tolist()}
+
+
+def dpm_solver_options(config: dict) -> dict[str, float]:
+    """Return the options of DPM-Solver++ for a model that was trained with a scheduler of this config.
+
+    On the cosine schedule, the timesteps with log-SNR / 2 below -5.1 are left out, as diffusers advises. At these last
+    timesteps the predicted noise would have to be divided by almost 0. A schedule with zero terminal SNR keeps all
+    timesteps, because its model was trained to begin at pure noise.
+    """
+    return (
+        {}
+        if config.get("rescale_betas_zero_snr") or config["beta_schedule"] == "linear"
+        else {"lambda_min_clipped": -5.1}
+    )

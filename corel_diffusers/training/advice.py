@@ -1,0 +1,68 @@
+"""Advice for the user from the measurements of a run: one line for each problem, and no line if there is none."""
+
+import math
+
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.config.vae import VAEArguments
+
+# with a PSNR less than this above the PSNR of the mean photo, reconstructions show nothing of the individual photo
+COLLAPSED_DB = 1.5
+HIGH_KL_PER_VALUE = 8.0  # nats per latent value: the posterior is then about e^-8 wide, so it is nearly a point
+
+
+def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str]:
+    """Return advice if a training loss has not fallen by 5 % from the first tenth of the validations to the last tenth.
+
+    history: the records of metrics.jsonl. name: the key of the loss.
+    """
+    values = [record[name] for record in history if name in record]
+    if len(values) < 5:
+        return []
+    tenth = max(1, len(values) // 10)
+    first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    if last < 0.95 * first:
+        return []
+    rate = args.learning_rate
+    if last > first:
+        hint = f"the learning rate is too high: try --lr {rate / 2:.1g} (was {rate:g})"
+    else:
+        lengths = {
+            "--max-train-minutes": args.max_train_minutes,
+            "--max-train-steps": args.max_train_steps,
+            "--epochs": history[-1]["epoch"],
+        }
+        flag, length = next((flag, length) for flag, length in lengths.items() if length)
+        hint = f"train longer ({flag} {2 * length:.9g}) or try --lr {rate * 2:.1g} (was {rate:g})"
+    return [f"the loss is not falling ({name} {first:.4g} at the start, {last:.4g} at the end): {hint}"]
+
+
+def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...], mean_photo_psnr: float) -> list[str]:
+    """Return advice if the KL is too low (the posterior has collapsed), too high, or not at --kl-target.
+
+    latent_shape: (C, h, w). mean_photo_psnr: PSNR of the mean training photo, measured on the held-out photos.
+    """
+    latent_values = math.prod(latent_shape)
+    last = next((record for record in reversed(history) if "val_kl" in record), None)
+    if last is None:
+        return []
+    kl, psnr, weight = last["val_kl"], last["val_psnr"], last["kl_weight"]
+    measured = (
+        f"KL {kl:.0f} nats per photo at weight {weight:.2g}, "
+        f"held-out PSNR {psnr:.1f} dB, PSNR of the mean photo {mean_photo_psnr:.1f} dB"
+    )
+    if psnr < mean_photo_psnr + COLLAPSED_DB and kl < 0.1 * latent_values:
+        flag = (
+            f"raise --kl-target (was {args.kl_target:g})"
+            if args.kl_target
+            else f"lower --kl-weight (was {args.kl_weight:g}; 0.4 / number of pixels is usually good)"
+        )
+        return [f"the KL is too low: the latents contain almost no information ({measured}): {flag}"]
+    if args.kl_target and not 0.8 < kl / args.kl_target < 1.25:
+        return [
+            f"the KL is not at its target of {args.kl_target:g} ({measured}): "
+            f"train longer, or set --kl-target closer to {kl:.0f}"
+        ]
+    if kl > HIGH_KL_PER_VALUE * latent_values:
+        hint = f"raise --kl-weight (was {args.kl_weight:g}) or set --kl-target {4 * latent_values}"
+        return [f"the KL is too high: {kl / latent_values:.1f} nats per latent value ({measured}): {hint}"]
+    return []

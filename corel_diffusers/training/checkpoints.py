@@ -1,0 +1,189 @@
+"""Save, find, check and load the checkpoints of a training run."""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import state_dict as torch_state
+
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.files import fsync_folder, read_json, remove_folder, write_json
+from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
+from corel_diffusers.training.learning_rate import LearningRate
+from corel_diffusers.training.state import RunState
+
+
+class Trained(NamedTuple):
+    """A model prepared by accelerate, its optimizer (prepared or plain), and the name of their checkpoint files."""
+
+    name: str
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """Return the optimizer without accelerate's wrapper, or the parts of a muon.CombinedOptimizer."""
+        plain = getattr(self.optimizer, "optimizer", self.optimizer)
+        return getattr(plain, "parts", (plain,))
+
+    def save(self, accelerator: Accelerator, folder: Path) -> None:
+        """Save the weights, and the optimizer state under the names of the weights.
+
+        Call it on every rank. Only the main process writes.
+        """
+        options = torch_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = torch_state.get_model_state_dict(self.model, options=options)
+        optimizer_state = {}
+        # skipped before the first step: get_optimizer_state_dict would make a step to create the state
+        if any(optimizer.state for optimizer in self.optimizers):
+            # only the main process receives a "state"
+            optimizer_state = torch_state.get_optimizer_state_dict(self.model, self.optimizers, options=options).get(
+                "state", {}
+            )
+        if accelerator.is_main_process:
+            named = {
+                f"{weight}.{name}": value
+                for weight, values in optimizer_state.items()
+                for name, value in values.items()
+            }
+            for name, tensors in ((self.name, weights), (f"{self.name}_optimizer", named)):
+                save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+
+    def load(self, accelerator: Accelerator, folder: Path) -> None:
+        """Load the files of `save` in place.
+
+        Call it on every rank. The main process reads the files and broadcasts the tensors.
+        """
+        weights, named = (
+            load_file(folder / f"{name}.safetensors") if accelerator.is_main_process else {}
+            for name in (self.name, f"{self.name}_optimizer")
+        )
+        options = torch_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+        torch_state.set_model_state_dict(self.model, weights, options=options)
+        if not broadcast_from_main(accelerator, bool(named)):
+            return
+        optimizer_state = torch_state.get_optimizer_state_dict(self.model, self.optimizers)
+        # copied, because these dicts belong to the optimizer
+        optimizer_state["state"] = {weight: dict(values) for weight, values in optimizer_state["state"].items()}
+        for key, value in named.items():
+            weight, _, name = key.rpartition(".")
+            optimizer_state["state"][weight][name] = value
+        torch_state.set_optimizer_state_dict(self.model, self.optimizers, optimizer_state, options=options)
+        for optimizer in self.optimizers:
+            # fused optimizers need their state in the memory layout of the weight
+            for weight, values in optimizer.state.items():
+                values |= {
+                    name: torch.empty_like(weight).copy_(value)
+                    for name, value in values.items()
+                    if value.shape == weight.shape
+                }
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first.
+
+    A checkpoint whose saving was interrupted has another name, so it is not in the list.
+    """
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint folder or of a snapshot file."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    state: RunState,
+    settings: dict,
+    trained: Sequence[Trained],
+    rate: LearningRate,
+    ema: EMAModel | None,
+) -> None:
+    """Save everything that resuming needs, then remove the oldest checkpoints beyond --keep-checkpoints.
+
+    The files are written to a temporary folder. That folder is renamed when it is complete, so an incomplete checkpoint
+    is never found. Call it on every rank. Only the main process writes.
+
+    All files are safetensors or JSON. accelerate would pickle them, and loading would unpickle any file that a user
+    names. No state of a random generator is saved, because every random value is derived from the step.
+    """
+    path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
+    temporary = path.with_name(f".{path.name}.partial")
+    if accelerator.is_main_process:
+        for leftover in path.parent.glob(".step-*"):  # from a save or a removal that was interrupted
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+    for part in trained:
+        part.save(accelerator, temporary)
+    averages = {}
+    for index, parameter in enumerate(ema.shadow_params if ema else ()):
+        value = full_tensor(parameter)  # a collective operation, so every rank calls it
+        if accelerator.is_main_process:
+            averages[str(index)] = value.cpu().contiguous()
+    if accelerator.is_main_process:
+        if ema:
+            save_file(averages, temporary / "ema.safetensors")
+        values = {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()}
+        values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        write_json(temporary / "state.json", values)
+        fsync_folder(temporary)  # otherwise a power cut could leave a checkpoint of empty files
+        remove_folder(path)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+        for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
+            remove_folder(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    trained: Sequence[Trained],
+    rate: LearningRate,
+    ema: EMAModel | None,
+) -> RunState:
+    """Load models, optimizers, EMA and learning rate in place, and return the state of the run.
+
+    Without a checkpoint, return a new state and load nothing. Checkpoints newer than this one are removed: the run will
+    write them again, and until then "latest" must not select them.
+    """
+    if checkpoint is None:
+        return RunState()
+    is_main, is_distributed = accelerator.is_main_process, accelerator.num_processes > 1
+    saved = broadcast_from_main(accelerator, read_json(checkpoint / "state.json") if is_main else None)
+    if "scaler" in saved:
+        for part in trained:
+            part.load(accelerator, checkpoint)
+        if accelerator.scaler and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+    else:
+        # older versions saved accelerate's own files, and prepared each optimizer separately
+        prepared = accelerator._optimizers
+        accelerator._optimizers = [part.optimizer for part in trained]
+        accelerator.load_state(str(checkpoint))
+        accelerator._optimizers = prepared
+    state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
+    rate.load_state_dict(saved["learning_rate"])
+    if ema:
+        values = load_file(checkpoint / "ema.safetensors") if is_main else {}
+        for index, parameter in enumerate(ema.shadow_params):
+            value = values[str(index)] if is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.copy_(shard_from_main(value.to(parameter.device), parameter, is_distributed))
+        ema.optimization_step = state.step
+    if is_main:
+        for newer in find_checkpoints(checkpoint.parent.parent):
+            if step_of(newer) > step_of(checkpoint):
+                remove_folder(newer)
+    return state

@@ -1,0 +1,243 @@
+"""Choose the flags that the user left unset, from the photos, the measured speed of the machine and the available time.
+
+A series lists the presets of a model, smallest first. A run uses the largest preset that can see enough images in the
+available time to benefit from its size.
+"""
+
+import gc
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+
+import torch
+from accelerate import Accelerator
+from datasets import DatasetDict
+
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.data.pixels import native_side_px
+from corel_diffusers.files import UserError, is_out_of_memory, read_json
+from corel_diffusers.runtime.devices import device_name
+from corel_diffusers.runtime.precision import resolve_precision, set_precision
+from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.timing import MIN_SPEEDUP, photos_per_second
+from corel_diffusers.training.presets import SPEED_WITH_DISCRIMINATOR, Preset, PresetSeries
+
+# augmented crops of each photo; a run uses them if it sees each photo more often than CROPS_FROM_REPEATS times;
+# benchmarks/overfitting.py
+NUM_CROPS, CROPS_FROM_REPEATS = 16, 300
+# Minimum batch size on a GPU. There, launching the kernels dominates the step of a small model, so a run makes as many
+# steps with this batch as with a smaller one (benchmarks/results/choices.md, "The presets for GPUs").
+GPU_BATCH = 16
+# On a CPU, each preset is at least this many times slower than the one below it. A preset that is too slow by this rule
+# is not timed.
+CPU_SLOWDOWN = 3
+# (config, size (height, width), batch size) -> a function that makes one training step of such a model, on noise
+TrialStep = Callable[[str, tuple[int, int], int], Callable[[], None]]
+
+
+def plan_run(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    photos: DatasetDict,
+    series: PresetSeries,
+    trial_step: TrialStep,
+    size_px: tuple[int, int] | None,
+) -> None:
+    """Set the flags that the user left unset.
+
+    A resumed run uses the plan that it began with. Otherwise `choose_settings` and `fastest_precision` choose.
+    With --plan, print the plan and exit before anything is written.
+
+    size_px: the image size (height, width) if a flag or the VAE of the UNet already determines it.
+    """
+    run = args.run_dir / "run.json"
+    plan = broadcast_from_main(accelerator, read_json(run).get("plan") if args.resume and run.is_file() else None)
+    if plan:
+        accelerator.print("plan: the settings that the run began with")
+        plan = {"mixed_precision": "bf16", "attention": "fused"} | plan  # older versions did not save these two
+    elif args.plan or None in args.planned.values():
+        plan = broadcast_from_main(accelerator, choose_settings(args, accelerator, photos, series, trial_step, size_px))
+    args.fill(plan or {})
+    if "auto" in args.timed.values():
+        step = partial(trial_step, args.config, size_px or args.size_px, args.batch_size)
+        _, args.mixed_precision, args.attention = broadcast_from_main(
+            accelerator, fastest_precision(args, accelerator, step, args.batch_size)
+        )
+    # raises UserError if a run from a GPU, in fp16, is resumed without one
+    resolve_precision(args.mixed_precision, accelerator.device.type)
+    set_precision(accelerator, args.mixed_precision, args.attention)
+    if accelerator.device.type == "cuda":  # free the memory of the trials, and leave it out of the peak of the run
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if args.plan:
+        accelerator.end_training()
+        sys.exit(0)
+
+
+def choose_settings(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    photos: DatasetDict,
+    series: PresetSeries,
+    trial_step: TrialStep,
+    size_px: tuple[int, int] | None,
+) -> dict:
+    """Return the values of the unset flags by name, and print the plan.
+
+    Training steps are timed only if the choice depends on the speed, or if --plan is given.
+    """
+    num_photos = len(photos["train"])
+    minutes = args.max_train_minutes or series.minutes
+    side_px = math.inf if size_px else native_side_px(photos)
+    # the speed of a JSON config is not known, so it is planned like the smallest preset
+    presets = [preset for preset in series.presets if args.config in (None, preset.config)] or [series.presets[0]]
+    presets = [
+        preset for preset in presets if preset.min_photos <= num_photos and preset.side_px <= side_px
+    ] or presets[:1]
+    # not with --epochs: the smallest VAE would then make an eighth of the steps
+    if accelerator.device.type == "cuda" and not args.epochs:
+        presets = [
+            preset if preset.batch_size >= GPU_BATCH else preset._replace(batch_size=GPU_BATCH, reached=())
+            for preset in presets
+        ]
+
+    chosen, rate, compute_flags = presets[0], None, {}
+    ends_by_time = not (args.epochs or args.max_train_steps)
+    recipe_unset = None in (
+        value for name, value in args.planned.items() if name not in (*TrainingArguments.PLANNED, *args.length)
+    )
+    speed_matters = len(presets) > 1 or (ends_by_time and recipe_unset)
+    for preset in presets if args.plan or speed_matters else ():
+        is_larger = preset is not presets[0]
+        # Only on a CPU: on a GPU, a small model waits for the CPU, so a larger model with larger batches can be faster.
+        too_slow = (
+            is_larger
+            and accelerator.device.type == "cpu"
+            and 60 * minutes * rate < CPU_SLOWDOWN * preset.min_images_seen
+        )
+        if is_larger and (too_slow or requested_images(args, preset, accelerator, num_photos) < preset.min_images_seen):
+            break
+        batch_size = args.batch_size or preset.batch_size
+        try:
+            step = partial(trial_step, args.config or preset.config, size_px or (preset.side_px,) * 2, batch_size)
+            measured_rate, precision, attention = fastest_precision(args, accelerator, step, batch_size)
+            measured_rate *= accelerator.num_processes
+        except (RuntimeError, MemoryError, UserError) as error:
+            # The preset needs too much memory, or it has no model for this image size. If it is the first preset, the
+            # run itself will raise this error.
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                break
+            raise
+        if not is_larger or 60 * minutes * measured_rate >= preset.min_images_seen:
+            chosen, rate, compute_flags = preset, measured_rate, {"mixed_precision": precision, "attention": attention}
+
+    size = size_px or (chosen.side_px,) * 2
+    images_seen = (
+        60 * minutes * rate if ends_by_time and rate else requested_images(args, chosen, accelerator, num_photos)
+    )
+    plan = {
+        "config": chosen.config,
+        "image_size": str(chosen.side_px),
+        "batch_size": chosen.batch_size,
+        "max_train_minutes": minutes,
+    }
+    plan["views"] = NUM_CROPS if images_seen > CROPS_FROM_REPEATS * num_photos else 0
+    if series.recipe and chosen.config == series.presets[0].config and args.config in (None, chosen.config):
+        plan |= series.recipe(images_seen / planned_global_batch(args, chosen, accelerator), size)
+    adversarial = args.planned.get("adversarial_weight", 0)
+    if rate and (plan.get("adversarial_weight") if adversarial is None else adversarial):
+        rate *= SPEED_WITH_DISCRIMINATOR
+        images_seen = 60 * minutes * rate if ends_by_time else images_seen
+    unset_flags = [
+        name for name, given in args.planned.items() if given is None and not (name == "image_size" and size_px)
+    ]
+    plan = {name: plan[name] for name in unset_flags if name in plan}
+    plan |= {name: value for name, value in compute_flags.items() if args.timed[name] == "auto"}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
+    accelerator.print(f"plan: {flags or 'all settings are given by flags'}")
+    if rate:
+        for line in (
+            speed_line(accelerator, args, chosen, size, num_photos, images_seen, rate),
+            expectation(args, series, chosen, size_px, images_seen),
+        ):
+            accelerator.print(f"      {line}")
+    return plan
+
+
+def fastest_precision(
+    args: TrainingArguments, accelerator: Accelerator, trial_step: Callable[[], Callable[[], None]], batch_size: int
+) -> tuple[float, str, str]:
+    """Time training steps, and return (photos per second, --mixed-precision, --attention) of the fastest combination.
+
+    On a CPU with bf16 in hardware, bf16 halves the time of a large model's step, but a small model becomes slower. In
+    bf16, fused attention can be slower than plain matrix products.
+
+    If both flags are set, there is one combination. Otherwise the first one is kept unless another is MIN_SPEEDUP times
+    faster, so that timing noise does not give the same command different settings.
+    """
+    precisions = ("bf16", "no") if args.mixed_precision == "auto" else (args.mixed_precision,)
+    kernels = ("fused", "math") if args.attention == "auto" else (args.attention,)
+    rates = {}
+    for precision, attention in product(precisions, kernels):
+        if precision == "bf16" or attention == kernels[0]:
+            if accelerator.device.type == "cuda":
+                gc.collect()  # frees the previous trial: its CUDA graphs are in a reference cycle
+            set_precision(accelerator, precision, attention)
+            rates[precision, attention] = photos_per_second(trial_step(), batch_size)
+    if len(rates) > 1:
+        timings = ", ".join(
+            f"{name} with {kernel} attention {1e3 * batch_size / rate:.3g}" for (name, kernel), rate in rates.items()
+        )
+        accelerator.print(f"ms per step: {timings}")
+    best = next(iter(rates))
+    for combination, rate in rates.items():
+        if rate > MIN_SPEEDUP * rates[best]:
+            best = combination
+    return rates[best], *best
+
+
+def requested_images(args: TrainingArguments, preset: Preset, accelerator: Accelerator, num_photos: int) -> float:
+    """Return the images seen in --max-train-steps or --epochs, or infinity if the run ends by time."""
+    if args.max_train_steps:
+        return args.max_train_steps * planned_global_batch(args, preset, accelerator)
+    return args.epochs * num_photos if args.epochs else math.inf
+
+
+def planned_global_batch(args: TrainingArguments, preset: Preset, accelerator: Accelerator) -> int:
+    """Return the global batch of a run with this preset: batch size x accumulation x processes."""
+    return (args.batch_size or preset.batch_size) * args.grad_accum * accelerator.num_processes
+
+
+def speed_line(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    preset: Preset,
+    size_px: tuple[int, int],
+    num_photos: int,
+    images_seen: float,
+    rate: float,
+) -> str:
+    """Return the line that tells the user the speed (`rate` in photos per second) and the length of the run."""
+    height, width = size_px
+    steps = images_seen / planned_global_batch(args, preset, accelerator)
+    speed = f"{rate:,.0f} photos/s of {height}x{width} px"
+    images = (
+        f"{images_seen:,.0f} images seen in {steps:,.0f} steps, "
+        f"each of the {num_photos:,} photos {images_seen / num_photos:,.0f} times"
+    )
+    return f"{device_name(accelerator)} trains on about {speed}: {images_seen / rate / 60:,.0f} minutes, {images}"
+
+
+def expectation(
+    args: TrainingArguments, series: PresetSeries, preset: Preset, size_px: tuple[int, int] | None, images_seen: float
+) -> str:
+    """Return the line that tells the user which quality a similar run reached, if one was measured."""
+    reached = [(seen, value) for seen, value in preset.reached if seen <= 1.2 * images_seen]
+    other_model = args.config not in (None, preset.config) or getattr(args, "downsample", None)
+    if other_model or size_px not in (None, (preset.side_px, preset.side_px)) or not reached:
+        return "expect: no similar run has been measured: use --evaluate-every or `corel-diffusers evaluate`"
+    seen, value = reached[-1]
+    return f"expect: {series.measure.format(value)}, as measured on 221 Corel photos after {seen:,} images seen"

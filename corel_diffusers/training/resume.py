@@ -1,0 +1,111 @@
+"""Find the checkpoint to resume from, and compare its settings with those of this run."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from datasets import DatasetDict
+
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.data.cache import digest
+from corel_diffusers.files import UserError, read_json, write_json
+from corel_diffusers.models.configs import load_config
+from corel_diffusers.runtime.processes import run_on_main
+from corel_diffusers.training.checkpoints import find_checkpoints
+
+DIFFERENCES = {  # messages for settings that are not flags, and for files that are compared by content
+    "global_batch": "the global batch (batch size x accumulation x devices; "
+    "raise --grad-accum if there are fewer devices) was {was}, is {now}",
+    "photos": "the photos have changed (some were added or removed, the split is new, or some cannot be read)",
+    "config": "the content of --config has changed",
+    "vae": "the weights of --vae-checkpoint have changed",
+    "vae_config": "the config of --vae-checkpoint has changed",
+    "scale": "the latent scale of --vae-checkpoint has changed",
+}
+
+
+def run_settings(args: TrainingArguments, photos: DatasetDict, model: str, **more: object) -> dict:
+    """Return the settings that must not change on resume: the flags that affect the weights, and the photos.
+
+    The photos are compared by name, label and split, but not by folder, so the data may move to another folder. A
+    config is compared by its content.
+    """
+    rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
+    return args.settings() | {"photos": digest(rows), "config": digest(load_config(model, args.config))} | more
+
+
+def mark_finished(args: TrainingArguments) -> None:
+    """Record in run.json that the run has finished.
+
+    Without this, `--resume latest` would restart a finished run that has no checkpoints, and overwrite its model.
+    """
+    write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
+
+
+def find_resume(accelerator: Accelerator, args: TrainingArguments, settings: dict) -> Path | None:
+    """Return the checkpoint of --resume on every rank.
+
+    The main process searches for it, because the files may be on its machine only.
+    """
+    return run_on_main(accelerator, partial(resumed_checkpoint, args, settings))
+
+
+def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
+    """Return the checkpoint of --resume, which is "latest" or a path. Return None to start from the beginning.
+
+    "latest" is the newest complete checkpoint, or None if the run has none yet.
+
+    Raises:
+        UserError: the path is not a checkpoint of this run; or the run has finished and its checkpoints were removed;
+            or the settings differ from those of the run. The message lists the differences.
+    """
+    if args.resume is None:
+        return None
+    checkpoints = find_checkpoints(args.run_dir)
+    if args.resume == "latest":
+        if not checkpoints:
+            run = args.run_dir / "run.json"
+            if run.is_file() and read_json(run)["finished"]:
+                raise UserError(
+                    f"--resume latest: {args.run_dir} holds a finished run without checkpoints: "
+                    "give another --output-dir"
+                )
+            print(f"no checkpoint in {args.run_dir} yet: starting from the beginning")
+            return None
+        checkpoint = checkpoints[-1]
+    else:
+        wanted = args.path(args.resume).resolve()
+        checkpoint = next((path for path in checkpoints if path.resolve() == wanted), None)
+        if checkpoint is None:
+            names = f"it has {', '.join(path.name for path in checkpoints)}" if checkpoints else "it has none yet"
+            raise UserError(
+                f"--resume {args.resume} is not a checkpoint of --output-dir {args.run_dir} ({names}): "
+                "give one of its checkpoints, or latest"
+            )
+    default_args = type(args)(config=args.config, image_size=args.image_size)
+    default_args.fill({})
+    defaults, now = (json.loads(json.dumps(values)) for values in (default_args.settings(), settings))
+    # older versions did not save these two: they count as unchanged
+    unrecorded = {name: now[name] for name in ("vae_config", "arithmetic") if name in now}
+    # a flag that did not exist when the run began counts as its default
+    saved = defaults | unrecorded | read_json(checkpoint / "state.json")["settings"]
+    if saved.get("arithmetic") != now.get("arithmetic"):
+        was = f"{saved['arithmetic']} when the run began, {now['arithmetic']} now"
+        print(
+            f"notice: the arithmetic that computes the latents has changed ({was}): "
+            "the run continues, but its results will differ in the last bits"
+        )
+    differing = [
+        DIFFERENCES.get(name, name.replace("_", "-") + " was {was}, is {now}").format(
+            was=saved.get(name), now=now.get(name)
+        )
+        for name in sorted({*saved, *now} - {"arithmetic"})
+        if saved.get(name) != now.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"--resume {args.resume}: {'; '.join(differing)}: give the original settings, or another --output-dir"
+        )
+    print(f"resuming from {checkpoint}")
+    return checkpoint

@@ -1,0 +1,133 @@
+"""Start a training run: device, precision, processes and trackers."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+)
+from datasets import DatasetDict
+
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.files import ENTRY_FILES, UserError, is_out_of_memory, read_metrics, require_writable
+from corel_diffusers.runtime.compilation import require_compiler
+from corel_diffusers.runtime.devices import device_name
+from corel_diffusers.runtime.precision import resolve_precision
+from corel_diffusers.training.checkpoints import find_checkpoints
+
+
+def start_run(args: TrainingArguments) -> Accelerator:
+    """Check the arguments and return the Accelerator: device, precision, processes and trackers.
+
+    Raises:
+        UserError: the run cannot start. Nothing has been built or written then.
+    """
+    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    precision = resolve_precision(args.mixed_precision, "cuda" if gpu else "cpu")
+    # A CPU with bf16: planning.fastest_precision times the choices, because the fastest one depends on the machine and
+    # the model.
+    is_timed = precision == "bf16" and not gpu
+    if not is_timed or os.environ.get("ACCELERATE_MIXED_PRECISION") == precision:
+        args.mixed_precision = precision
+    if not is_timed and args.attention == "auto":
+        args.attention = "fused"
+    if not args.plan and os.environ.get("RANK", "0") == "0":  # only the main process writes
+        require_writable(args.run_dir, "--output-dir")
+    begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
+    if begun and not args.resume and not args.plan:
+        hint = "give --resume latest to continue it, or another --output-dir"
+        raise UserError(f"--output-dir {args.run_dir} already holds a run: {hint}")
+    entry_file = next((name for name in ENTRY_FILES if (args.run_dir / name).exists()), None)
+    # for example a downloaded model, which the run would overwrite
+    if entry_file and not (args.run_dir / "run.json").is_file() and not args.plan:
+        raise UserError(
+            f"--output-dir {args.run_dir} holds a {entry_file} that was not written by a run: give another folder"
+        )
+    if args.compile:
+        require_compiler("cuda" if gpu else "cpu")
+    refuse_other_launchers()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # a plugin, because the environment of `accelerate launch` overrides a plain number
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.grad_accum),
+        # the other ranks wait while photos are encoded or samples are generated
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
+    )
+    if len(precisions := set(gather_object([precision]))) > 1:
+        raise UserError(
+            f"--mixed-precision {args.mixed_precision}: the machines of this run support different precisions "
+            f"({' and '.join(sorted(precisions))}): give --mixed-precision no"
+        )
+    launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launcher_steps not in ("1", "auto", str(args.grad_accum)):
+        accelerator.print(
+            f"notice: accelerate launch asks for {launcher_steps} gradient accumulation steps, "
+            f"but the run uses --grad-accum {args.grad_accum}"
+        )
+    accelerator.print(f"running on {device_name(accelerator)}" + ("" if is_timed else f", mixed precision {precision}"))
+    return accelerator
+
+
+def refuse_other_launchers() -> None:
+    """Raise an error if `accelerate launch` asks for a kind of distributed training that the scripts do not support.
+
+    Raises:
+        UserError: DeepSpeed or Megatron-LM is requested.
+    """
+    for name, kind in {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"accelerate launch: {kind} is not supported: "
+                "launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2"
+            )
+
+
+def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px: tuple[int, int], model: str) -> None:
+    """Print the data and the model before the first step."""
+    classes = photos["train"].features["label"].names
+    counts = (
+        f"{len(photos['train'])} training photos, {len(photos['validation'])} held-out photos, {len(classes)} classes"
+    )
+    accelerator.print(f"{counts}, {size_px[0]}x{size_px[1]} px; {model}")
+
+
+@contextmanager
+def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
+    """Turn an out-of-memory error into a UserError: one line with the settings of the run and the flags that help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        peak_memory = (
+            f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak"
+            if torch.cuda.is_available()
+            else ""
+        )
+        size = f"{'x'.join(map(str, args.size_px))} px" if args.size_px else "the VAE's size"
+        hint = "a smaller --image-size or --config"
+        if not args.batch_size:  # the batch size has not been planned yet
+            raise UserError(
+                f"out of memory before training began{peak_memory}: end other programs that use memory, or give {hint}"
+            ) from None
+        if not args.gradient_checkpointing:
+            hint = f"--gradient-checkpointing, or {hint}"
+        divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
+        if divisors:
+            accumulated = args.grad_accum * args.batch_size // divisors[-1]
+            hint = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {hint}"
+        raise UserError(
+            f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}"
+        ) from None

@@ -1,0 +1,87 @@
+"""Stop a run early, or on a signal."""
+
+import signal
+import sys
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from corel_diffusers.training.length import SYNC_EVERY
+from corel_diffusers.training.state import RunState
+
+
+def early_stop_reason(state: RunState, patience: int | None, window: int, threshold: float) -> str:
+    """Return the reason to stop the run now, or "".
+
+    The first reason is that `patience` validations have passed without a lower loss. The second reason is that the loss
+    oscillates without falling: within the last `window` validations it changed direction at least window / 2 times, and
+    the minimum of their second half is at most `threshold` below the minimum of their first half.
+
+    `update_early_stopping` records the losses in the state.
+    """
+    if patience and state.validations_waited >= patience:
+        return f"no lower loss in {patience} validations; give --early-stopping-patience 0 to continue"
+    if window and len(state.recent) == window:
+        changes = np.sign(np.diff(state.recent))
+        turns = int((changes[1:] * changes[:-1] < 0).sum())
+        fall = min(state.recent[: window // 2]) - min(state.recent[window // 2 :])
+        if turns >= window / 2 and fall <= threshold:
+            return (
+                "the validation loss oscillates without falling "
+                f"({turns} turns in {window} validations, fell by {fall:.2g})"
+            )
+    return ""
+
+
+class StopSignal:
+    """Lets the run save a checkpoint and end cleanly after the first SIGINT or SIGTERM.
+
+    A second signal ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._received)
+
+    def _received(self, number: int, frame: object) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def received(self, accelerator: Accelerator, state: RunState) -> bool:
+        """Return whether any rank has received a signal. The answer is the same on all ranks.
+
+        Several ranks exchange the signal every SYNC_EVERY steps. At the other steps the answer is False. After the
+        exchange, every rank has the number of the signal.
+        """
+        if accelerator.num_processes > 1:
+            if state.step % SYNC_EVERY:
+                return False
+            self.number = int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+        return bool(self.number)
+
+    def exit(self, state: RunState) -> None:
+        """If a signal was received, print how to continue and exit with the exit code of the signal."""
+        if self.number:
+            print(
+                f"stopped at step {state.step}, a checkpoint is saved: give --resume latest to continue",
+                file=sys.stderr,
+            )
+            sys.exit(128 + self.number)
+
+
+def update_early_stopping(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> None:
+    """Record the loss of a validation for `early_stop_reason`. It counts as lower only if it is lower by `delta`."""
+    state.recent = [*state.recent, loss][-window:] if window else []
+    state.validations_waited += 1
+    if loss < state.to_beat - delta:
+        state.to_beat, state.validations_waited = loss, 0
+
+
+def update_best_loss(state: RunState, loss: float) -> bool:
+    """Record a held-out loss in the state, and return whether it is the lowest so far."""
+    is_lowest = loss < state.best
+    state.best = min(loss, state.best)
+    return is_lowest

@@ -1,4 +1,4 @@
-"""The command `corel-diffusers`: one dataclass per subcommand, with its flags.
+"""The command `corel-diffusers`: parse the flags, check them, and run the subcommand.
 
 The flags are checked before heavy modules such as torch are imported, so an error in a flag appears at once.
 """

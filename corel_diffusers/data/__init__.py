@@ -1,1 +1,1 @@
-"""Load photos from any source as a DatasetDict, and cache their pixels."""
+"""From photos to batches: sources, layouts, splits, decoding, caches, latents, features."""

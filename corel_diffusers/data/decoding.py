@@ -1,4 +1,9 @@
-"""Open a photo file as an RGB image."""
+"""Open a photo file as an RGB image.
+
+Photos can be rotated by EXIF, have an alpha channel, be CMYK or 16-bit, or be truncated. `open_photo` converts every
+file that can be shown. For other files it raises PhotoError with a reason. `prepare` and the training scripts both use
+it.
+"""
 
 import io
 import struct

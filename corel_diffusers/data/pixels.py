@@ -1,9 +1,4 @@
-"""Decode photos to RGB pixels, resize and crop them once into a uint8 cache, and read them as float batches.
-
-Photos can be rotated by EXIF, have an alpha channel, be CMYK or 16-bit, or be truncated. `open_photo` converts every
-file that can be shown. For other files it raises PhotoError with a reason. `prepare` and the training scripts both use
-it.
-"""
+"""Decode photos to RGB pixels, resize and crop them once into a uint8 cache, and read them as float batches."""
 
 import hashlib
 import statistics

@@ -1,9 +1,15 @@
-"""`corel-diffusers evaluate`: compare samples with photos and write a table, evaluation.json and evaluation.html."""
+"""Distances between two sets of images, as pure functions of their features: float64 (N, D) for each set.
+
+All of them are for small sets. The kernel distance (kid.py) is unbiased at any size and comes with an interval. The
+Fréchet distance is biased upwards for few images, so it is always shown with the number of images.
+"""
 
 import numpy as np
 import torch
 
 from corel_diffusers.evaluation.kid import kernel_distance, kernel_interval
+
+MIN_PHOTOS = 4  # minimum number of samples and of photos: with fewer images, distances mean nothing
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -146,6 +152,3 @@ def halves(
     mean_and_interval = [np.mean(kids), *np.quantile(kids, (0.025, 0.975))] if kids else [None] * 3
     kid_values = dict(zip(("kid_e3", "kid_e3_low", "kid_e3_high"), mean_and_interval, strict=True))
     return means | {name: None if value is None else float(value) for name, value in kid_values.items()}
-
-
-MIN_PHOTOS = 4  # minimum number of samples and of photos: with fewer images, distances mean nothing

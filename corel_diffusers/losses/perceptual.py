@@ -1,4 +1,4 @@
-"""Frozen ImageNet networks, and the perceptual distance of two images in their features.
+"""The perceptual distance of two images in the features of a frozen ImageNet network.
 
 The distance is LPIPS (Zhang et al. 2018, arXiv:1801.03924) without the learned channel weights. Features are taken at
 several depths and scaled to unit length over the channels at each position. The squared differences are summed over the

@@ -1,4 +1,4 @@
-"""Save, find, check and load the checkpoints of a training run."""
+"""Save, find and load the checkpoints of a training run."""
 
 import os
 import re

@@ -12,7 +12,6 @@ from PIL import Image
 from corel_diffusers.config.commands import Generate
 from corel_diffusers.files import UserError
 from corel_diffusers.sampling import generate as generating
-from corel_diffusers.sampling import pipelines
 
 
 @pytest.fixture
@@ -148,7 +147,7 @@ def test_out_of_memory_is_one_line_and_keeps_the_finished_samples(trained_unet, 
         return original_call(pipe, *args, **options)
 
     monkeypatch.setattr(type(pipe), "__call__", fail_in_second_batch)
-    monkeypatch.setattr(pipelines, "load_pipeline", lambda *location: pipe)
+    monkeypatch.setattr(generating, "load_pipeline", lambda *location: pipe)
     with pytest.raises(UserError, match="out of memory with --batch-size 2: give a smaller one"):
         generating.generate(args, tmp_path / "grid.png")
     assert len(read_images(tmp_path / "grid_individual")) == 2
@@ -161,7 +160,7 @@ def test_another_kind_of_pipeline_is_refused(trained_unet, tmp_path):
     )
     DDPMPipeline(*components).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a DDPMPipeline: give one that train_unet.py wrote"):
-        pipelines.load_pipeline(tmp_path, torch.device("cpu"))
+        generating.load_pipeline(tmp_path, torch.device("cpu"))
 
 
 def test_help_imports_no_heavy_modules():

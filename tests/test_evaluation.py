@@ -419,9 +419,9 @@ def test_the_two_stage_search_finds_the_same_copies_as_an_exhaustive_search(pixe
     nearest = finder.search(copies)[0]
     offsets, scales = np.linspace(0, 1, 9), (0.66, 0.68, 0.7, 0.79, 0.81, 0.83, 0.91, 0.93, 0.95)
     crops = [(scale, (1 - scale) * left, (1 - scale) * top) for scale in scales for left in offsets for top in offsets]
-    photo_crops = [torch.from_numpy(photo_crops.resize(photos, 32, crop).reshape(len(photos), -1)) for crop in crops]
+    all_crops = [torch.from_numpy(photo_crops.resize(photos, 32, crop).reshape(len(photos), -1)) for crop in crops]
     distance = photo_crops.distances(
-        torch.from_numpy(photo_crops.resize(copies[:, :, ::-1], 32).reshape(6, -1)), photo_crops
+        torch.from_numpy(photo_crops.resize(copies[:, :, ::-1], 32).reshape(6, -1)), all_crops
     )
     exhaustive = memorization.two_nearest(distance, finder.groups)
     assert nearest.photo.tolist() == exhaustive.photo.tolist() == list(range(6))

@@ -10,9 +10,9 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from corel_diffusers import hub as hub_module
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import WRITTEN_BY, write_card
-from corel_diffusers.sampling import pipelines
 from corel_diffusers.sampling.samplers import build_sampler
 
 LOAD = """
@@ -182,5 +182,5 @@ def test_a_card_without_an_evaluation_does_not_hash_the_weights(trained_unet, tm
     """The card is written at each checkpoint, and hashing the weights takes time."""
     folder = tmp_path / "pipeline"
     shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
-    monkeypatch.setattr(pipelines, "pipeline_digest", lambda folder: pytest.fail("the weights were hashed"))
+    monkeypatch.setattr(hub_module, "pipeline_digest", lambda folder: pytest.fail("the weights were hashed"))
     write_card(folder)

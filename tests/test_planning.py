@@ -13,7 +13,6 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import native_side_px
 from corel_diffusers.files import write_json
 from corel_diffusers.models.vae import build_vae
-from corel_diffusers.runtime import timing
 from corel_diffusers.runtime.timing import photos_per_second
 from corel_diffusers.training import planning
 from corel_diffusers.training.planning import NUM_CROPS, choose_settings
@@ -63,7 +62,7 @@ def with_device(machine: dict) -> SimpleNamespace:
 )
 def test_the_largest_model_that_sees_enough_images_is_chosen(machine, count, side_px, flags, expected, monkeypatch):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: side_px)
-    monkeypatch.setattr(timing, "photos_per_second", lambda config, batch_size: machine[config])
+    monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: machine[config])
     monkeypatch.setattr(planning, "device_name", lambda accelerator: "a GPU")
     args = VAEArguments(**DECIDED, **flags)
     args.check()
@@ -83,7 +82,7 @@ def test_the_largest_model_that_sees_enough_images_is_chosen(machine, count, sid
 
 def test_a_preset_that_does_not_fit_is_not_chosen(monkeypatch, capsys):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
-    monkeypatch.setattr(timing, "photos_per_second", lambda config, batch_size: GPU[config])
+    monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: GPU[config])
     monkeypatch.setattr(planning, "device_name", lambda accelerator: "a GPU")
 
     def trial_step(config: str, size_px: tuple[int, int], batch_size: int) -> str:
@@ -111,7 +110,7 @@ def test_a_preset_that_does_not_fit_is_not_chosen(monkeypatch, capsys):
 
 def test_a_plan_for_given_epochs_says_how_long_they_take(monkeypatch, capsys):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
-    monkeypatch.setattr(timing, "photos_per_second", lambda config, batch_size: LAPTOP[config])
+    monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: LAPTOP[config])
     choose_settings(
         VAEArguments(**DECIDED, plan=True, epochs=600),
         Accelerator(cpu=True),
@@ -126,7 +125,7 @@ def test_a_plan_for_given_epochs_says_how_long_they_take(monkeypatch, capsys):
 
 
 def test_the_unet_uses_the_image_size_of_its_vae(monkeypatch, trained_vae):
-    monkeypatch.setattr(timing, "photos_per_second", lambda step, batch_size: 10.0)
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)
     asked = []
     args = UNetArguments(**DECIDED, vae_checkpoint=str(trained_vae), plan=True)
     plan = choose_settings(
@@ -148,7 +147,7 @@ def test_the_unet_uses_the_image_size_of_its_vae(monkeypatch, trained_vae):
     ],
 )
 def test_photos_that_are_seen_very_often_are_augmented(count, flags, expected, monkeypatch, trained_vae):
-    monkeypatch.setattr(timing, "photos_per_second", lambda step, batch_size: 10.0)  # 24,000 images in 40 minutes
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 10.0)  # 24,000 images in 40 minutes
     args = UNetArguments(**DECIDED, vae_checkpoint=str(trained_vae), config="tiny", batch_size=16, **flags)
     plan = choose_settings(
         args, Accelerator(cpu=True), {"train": range(count)}, UNET_PRESETS, lambda *what: None, (32, 48)
@@ -189,7 +188,7 @@ def test_a_plan_uses_the_speed_of_the_fastest_precision(monkeypatch):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
     monkeypatch.setattr(planning, "set_precision", lambda accelerator, *chosen: used.append(chosen))
     speeds = {("bf16", "fused"): 100.0, ("bf16", "math"): 150.0, ("no", "fused"): 90.0}
-    monkeypatch.setattr(timing, "photos_per_second", lambda step, batch_size: speeds[used[-1]])
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: speeds[used[-1]])
     used, args = [], UNetArguments()
     plan = choose_settings(
         args, Accelerator(cpu=True), {"train": range(350)}, UNET_PRESETS, lambda *what: None, (64, 64)

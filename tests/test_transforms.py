@@ -160,7 +160,7 @@ def test_cache_is_reused_until_a_photo_or_the_size_changes(raw_photos, tmp_path,
     _, first = cache_pixels(load_photos(folder), (32, 32))
 
     decoded = []
-    monkeypatch.setattr(decoding, "open_photo", lambda file: decoded.append(file) or open_photo(file))
+    monkeypatch.setattr(pixels, "open_photo", lambda file: decoded.append(file) or open_photo(file))
     _, again = cache_pixels(load_photos(folder), (32, 32))
     assert not decoded
     assert np.array_equal(first["train"].values, again["train"].values)

@@ -1,11 +1,23 @@
 """Check the values of flags."""
 
 import re
+from dataclasses import field
 from pathlib import Path
 
 from corel_diffusers.files import UserError
 
 SCENES = "scenes"
+
+
+def flag(default: object, may_change: bool = False, in_card: bool = True) -> object:
+    """Return the dataclass field of a flag.
+
+    Args:
+        may_change: a resumed run may have another value. The run compares all other flags, and the contents of photos,
+            VAE and config.
+        in_card: the command in the model card shows this flag.
+    """
+    return field(default=default, metadata={"may_change": may_change, "in_card": in_card})
 
 
 def require(condition: bool, name: str, value: object, hint: str) -> None:

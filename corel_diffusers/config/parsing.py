@@ -1,5 +1,7 @@
 """Parse the command line of a training script."""
 
+import inspect
+
 import tyro
 
 from corel_diffusers.config.training import TrainingArguments
@@ -11,6 +13,6 @@ def parse(kind: type[TrainingArguments]) -> TrainingArguments:
     Raises:
         UserError: a value that no run can use.
     """
-    arguments = tyro.cli(kind, description=kind.__doc__)
+    arguments = tyro.cli(kind, description=inspect.getdoc(kind))
     arguments.check()
     return arguments

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from corel_diffusers.config.checks import SCENES, parse_size, require
+from corel_diffusers.config.checks import SCENES, flag, parse_size, require
 from corel_diffusers.files import UserError
 
 LR_SCHEDULERS = Literal[
@@ -30,52 +30,52 @@ class TrainingArguments:
     MUON_SCALE: ClassVar[float] = 30.0  # Muon's learning rate / AdamW's; the best measured value for tiny
 
     # photos
-    data_dir: Annotated[str, tyro.conf.arg(aliases=["--image-dir"])] = SCENES
+    data_dir: Annotated[str, tyro.conf.arg(aliases=["--image-dir"])] = flag(SCENES, may_change=True)
     """Folder of photos: prepared, raw Corel, one folder per class, or flat. "scenes": this package draws the photos."""
-    dataset_name: str | None = None
+    dataset_name: str | None = flag(None, may_change=True)
     """Id of a Hub dataset, instead of --data-dir."""
     classes: tuple[str, ...] = ()
     """Train only on these classes, given by name or number (default: all)."""
     max_train_samples: int | None = None
     """Use at most this many training photos."""
-    image_size: str | None = None
+    image_size: str | None = flag(None, may_change=True)
     """Image size in pixels: 128, or 96x144 (height x width)."""
-    num_workers: int = 0
+    num_workers: int = flag(0, may_change=True, in_card=False)
     """Number of processes that load batches in advance.
     Pixels and latents are computed once and cached, so 0 is fastest on most machines."""
 
     # folders
-    output_dir: str = "."
+    output_dir: str = flag(".", may_change=True)
     """Folder of the run: the model, metrics.jsonl, plots, samples, checkpoints."""
-    base_dir: str = "."
+    base_dir: str = flag(".", may_change=True, in_card=False)
     """Folder at which relative paths start."""
 
     # model
-    config: str | None = None
+    config: str | None = flag(None, may_change=True)
     """Model size: tiny, base, large, or the path of a diffusers config JSON."""
-    gradient_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    gradient_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Recompute activations in the backward pass instead of storing them.
     The gradients are the same. Training needs less memory and is slower."""
-    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Compile the model with torch.compile after the first steps.
     Compiling takes minutes. The script prints whether the run saves more time than that."""
-    cuda_graphs: bool = True
+    cuda_graphs: bool = flag(True, may_change=True)
     """On one GPU, record the forward and backward pass as CUDA graphs, and replay them if that is faster."""
 
     # length and batch size
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True, in_card=False)
     """Print the plan of the run and exit. The plan depends on the photos, the speed of this machine and the minutes."""
-    epochs: int | None = None
+    epochs: int | None = flag(None, may_change=True)
     """Number of epochs. One epoch is one pass over the training photos."""
-    max_train_steps: int | None = None
+    max_train_steps: int | None = flag(None, may_change=True)
     """Number of optimizer steps, instead of --epochs."""
-    max_train_minutes: float | None = None
+    max_train_minutes: float | None = flag(None, may_change=True)
     """Length of the run in minutes, instead of --epochs. The learning rate schedule spans these minutes.
     The last step ends with them, or earlier if a UNet memorises the photos.
     The start of Python, the last validation and the last samples take additional time."""
-    batch_size: int | None = None
+    batch_size: int | None = flag(None, may_change=True)
     """Photos per forward pass on each device (default: planned)."""
-    grad_accum: int = 1
+    grad_accum: int = flag(1, may_change=True)
     """Forward passes per optimizer step. The effective batch size is batch size x this x devices."""
 
     # optimisation
@@ -102,28 +102,28 @@ class TrainingArguments:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Mixed precision. auto means fp16 on CUDA.
     On a CPU with bf16 in hardware, auto times a few steps and selects bf16 or no. Otherwise auto means no."""
-    attention: Literal["auto", "fused", "math"] = "auto"
+    attention: Literal["auto", "fused", "math"] = flag("auto", may_change=True)
     """Attention kernel on a CPU. In bf16, auto times a few steps and selects the faster one. Otherwise it is fused."""
-    no_mixed_precision: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    no_mixed_precision: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Same as --mixed-precision no."""
     seed: int = 42
     """Random seed. All randomness in a step derives from this seed and the number of the step."""
 
     # intervals in epochs, and outputs
-    validate_every: int | None = None
+    validate_every: int | None = flag(None, may_change=True)
     """Epochs between validations (default: the smallest number for which validation takes 3 % of the time or less).
     With --epochs or --max-train-steps, the default gives at least ten validations."""
-    sample_every: int | None = None
+    sample_every: int | None = flag(None, may_change=True)
     """Epochs between samples (default: 10; with --max-train-minutes, a tenth of the run)."""
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = flag(None, may_change=True)
     """Epochs between checkpoints (default: 20 for a VAE, 10 for a UNet; with --max-train-minutes, a tenth of the run).
     By default, the script also saves a checkpoint every ten minutes."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = flag(3, may_change=True)
     """Number of newest checkpoints to keep (0 keeps all)."""
-    resume: str | None = None
+    resume: str | None = flag(None, may_change=True, in_card=False)
     """Checkpoint to continue from: "latest", or the path of a checkpoint in this --output-dir.
     "latest" starts a new run if there is no checkpoint."""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", may_change=True, in_card=False)
     """Also send the metrics to this tracker."""
 
     def path(self, value: str) -> Path:
@@ -151,42 +151,10 @@ class TrainingArguments:
         The length of a run, its intervals and its folders may change. The photos, the VAE and the image size are left
         out because the run compares their contents instead of their names.
         """
-        location = {
-            "data_dir",
-            "dataset_name",
-            "image_size",
-            "vae_checkpoint",
-            "output_dir",
-            "base_dir",
-            "push_to_hub",
-            "hub_model_id",
-        }
-        length_and_intervals = {
-            "epochs",
-            "max_train_steps",
-            "max_train_minutes",
-            "validate_every",
-            "sample_every",
-            "checkpoint_every",
-            "evaluate_every",
-        }
-        bookkeeping = {"keep_checkpoints", "resume", "report_to", "plan"}
-        compute = {
-            "batch_size",
-            "grad_accum",
-            "num_workers",
-            "no_mixed_precision",
-            "gradient_checkpointing",
-            "compile",
-            "cuda_graphs",
-            "attention",
-            "config",
-        }  # the run compares the global batch and the content of the config instead
-        stopping = {"early_stopping_patience", "early_stopping_delta", "oscillation_window", "oscillation_threshold"}
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in location | length_and_intervals | bookkeeping | compute | stopping
+            if not self.__dataclass_fields__[name].metadata.get("may_change")
         }
 
     def command(self, script: str) -> str:
@@ -197,7 +165,7 @@ class TrainingArguments:
         words = ["python", script]
         for field in fields(self):
             value = getattr(self, field.name)
-            if value == field.default or field.name in {"base_dir", "resume", "report_to", "num_workers", "plan"}:
+            if value == field.default or not field.metadata.get("in_card", True):
                 continue
             flag = "--" + field.name.replace("_", "-")
             if isinstance(value, bool):

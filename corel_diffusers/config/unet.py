@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from corel_diffusers.config.checks import check_repo_id, model_location, require
+from corel_diffusers.config.checks import check_repo_id, flag, model_location, require
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import UserError
 
@@ -20,10 +20,10 @@ class UNetArguments(TrainingArguments):
     LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3, "base": 5e-4, "large": 5e-4}
     MUON_SCALE: ClassVar[float] = 2.0
 
-    output_dir: str = "diffusion_models"
+    output_dir: str = flag("diffusion_models", may_change=True)
 
     # model
-    vae_checkpoint: str = "vae_models"
+    vae_checkpoint: str = flag("vae_models", may_change=True)
     """Folder of a VAE that train_vae.py trained, or the Hub id of an AutoencoderKL."""
     unconditional: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train without class labels."""
@@ -62,28 +62,28 @@ class UNetArguments(TrainingArguments):
     """Mean and standard deviation of the log noise level for --timesteps log-normal. Latents have unit variance."""
 
     # evaluation during training
-    evaluate_every: int = 0
+    evaluate_every: int = flag(0, may_change=True)
     """Epochs between evaluations of a few samples (0: none).
     An evaluation adds KID and copies to metrics.jsonl and the plot."""
 
     # early stopping, on the losses at fixed noise and timesteps
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = flag(None, may_change=True)
     """Stop after this many validations without a lower loss (0: never stop early; default: 30).
     The loss is that of training photos while the overfitting gauge is healthy, and that of held-out photos otherwise.
     The default with --max-train-minutes is to stop after a tenth of the minutes without a model to save as best."""
-    early_stopping_delta: float = 1e-5
+    early_stopping_delta: float = flag(1e-5, may_change=True)
     """A loss counts as lower only if it is lower by at least this much."""
-    oscillation_window: int | None = None
+    oscillation_window: int | None = flag(None, may_change=True)
     """Stop if the loss oscillates without falling in this many validations.
     0 turns the check off. Default: 10, or 0 with --max-train-minutes."""
-    oscillation_threshold: float = 0.0005
+    oscillation_threshold: float = flag(0.0005, may_change=True)
     """The oscillation check compares the minimum loss in the second half of the window with that in the first half.
     The loss counts as falling if the second minimum is lower by more than this."""
 
     # the Hub
-    push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Push the pipeline to the Hub when training ends."""
-    hub_model_id: str | None = None
+    hub_model_id: str | None = flag(None, may_change=True)
     """Id of the repository on the Hub: user/name."""
 
     def check(self) -> None:

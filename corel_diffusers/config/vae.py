@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from corel_diffusers.config.checks import require
+from corel_diffusers.config.checks import flag, require
 from corel_diffusers.config.training import TrainingArguments
 
 
@@ -22,7 +22,7 @@ class VAEArguments(TrainingArguments):
     )
     CHECKPOINT_EVERY: ClassVar[int] = 20
 
-    output_dir: str = "vae_models"
+    output_dir: str = flag("vae_models", may_change=True)
     optimizer: Literal["adamw", "muon"] = "muon"
     """Optimizer. muon makes the steps of convolutions and matrices orthogonal, and uses AdamW for all other weights."""
 

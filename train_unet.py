@@ -225,7 +225,10 @@ def main(args: UNetArguments) -> None:
     numbers = {str(label): class_numbers[name] for label, name in enumerate(class_names)} if class_names else None
     pipe = CorelPipeline(vae, unet, noise_scheduler, names, class_numbers=numbers)
     model, optimizer = accelerator.prepare(
-        model, build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
+        model,
+        build_optimizer(
+            args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS
+        ),
     )
     trained = [Trained("model", model, optimizer)]
     # listed once: walking the modules is slower than the EMA update
@@ -406,7 +409,7 @@ def trial_step(
     model = UNetForTraining(build_unet(config, size_px, vae, 1), 0, 0).to(accelerator.device)
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
+    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS)
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     inputs = [values.to(accelerator.device) for values in zero_batch(batch_size, latent_shape, num_crop_params=0)]
     model = capture_if_faster(args, accelerator, "", model, *inputs)

@@ -124,7 +124,9 @@ def main(args: VAEArguments) -> None:
         perceptual,
         *zero_batch(args.batch_size, size_px, vae),
     )
-    optimizer = build_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE)
+    optimizer = build_optimizer(
+        args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS
+    )
     model, discriminator = accelerator.prepare(model), build_discriminator() if args.adversarial_weight else None
     trained = [Trained("model", model, optimizer)]
     if discriminator:
@@ -291,7 +293,7 @@ def trial_step(
         if args.perceptual
         else None
     )
-    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE)
+    optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS)
     photos, noise = (values.to(accelerator.device) for values in zero_batch(batch_size, size_px, model.vae))
     model, perceptual = capture_training_passes(args, accelerator, model, perceptual, photos, noise, trial=True)
 

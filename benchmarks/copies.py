@@ -32,7 +32,7 @@ from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, cal
 from corel_diffusers.evaluation.photo_crops import crop_picture, distances, resize
 from corel_diffusers.evaluation.reconstruction import reconstruct, vae_rendering
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px
-from corel_diffusers.sampling.samplers import AUTO, DEFAULT_STEPS, build_sampler
+from corel_diffusers.sampling.samplers import AUTO, SAMPLERS, build_sampler
 from corel_diffusers.sampling.samples import labels_for_images, sample_images
 
 
@@ -92,7 +92,7 @@ def main() -> None:
                 sampling_args,
                 labels_for_images(pipe, (), args.num_images),
                 0,
-                num_inference_steps=DEFAULT_STEPS[AUTO],
+                num_inference_steps=SAMPLERS[AUTO].default_steps,
             )
         )
         changed = {

@@ -59,9 +59,16 @@ def tune(args: argparse.Namespace, folder: Path) -> int:
     model, vae_model = UNetForTraining(unet, changes=0, features=features.shape[2]), VAEWithPosterior(vae)
     unet_defaults, vae_defaults = UNetArguments(), VAEArguments()
     optimizer = build_optimizer(
-        "muon", model, unet_defaults.LEARNING_RATES["tiny"], unet_defaults.weight_decay, unet_defaults.MUON_SCALE
+        "muon",
+        model,
+        unet_defaults.LEARNING_RATES["tiny"],
+        unet_defaults.weight_decay,
+        unet_defaults.MUON_SCALE,
+        model.ADAMW_LAYERS,
     )
-    vae_optimizer = build_optimizer("muon", vae, 1e-4, vae_defaults.weight_decay, vae_defaults.MUON_SCALE)
+    vae_optimizer = build_optimizer(
+        "muon", vae, 1e-4, vae_defaults.weight_decay, vae_defaults.MUON_SCALE, vae_model.ADAMW_LAYERS
+    )
     # The plan of a long run sets its own loss weights.
     plan = json.loads((args.vae_checkpoint / "run.json").read_text())["plan"]
     perceptual_weight, kl_weight = plan.get("perceptual_weight", 0.3), plan.get("kl_weight", 0.4 / np.prod(size_px))

@@ -29,10 +29,9 @@ from corel_diffusers.files import write_json, write_text
 from corel_diffusers.models.configs import downsample_factor
 from corel_diffusers.runtime.precision import resolve_precision
 from corel_diffusers.sampling.pipelines import load_pipeline, picture_size_px
-from corel_diffusers.sampling.samplers import build_sampler
+from corel_diffusers.sampling.samplers import SAMPLERS, build_sampler
 from corel_diffusers.sampling.samples import sample_images
 
-SAMPLERS = ("dpm-solver++", "unipc", "ddim", "ddpm")
 PLAIN = "plain loop, ddim"
 
 
@@ -94,7 +93,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=2.5)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20, 25, 50, 100])
-    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
+    parser.add_argument("--samplers", nargs="+", default=tuple(SAMPLERS), choices=tuple(SAMPLERS))
     args = parser.parse_args()
     device, precision = torch.device("cpu"), resolve_precision("auto", "cpu")
     pipe, network = load_pipeline(args.pipeline, device), load_network("efficientnet-lite0", device)

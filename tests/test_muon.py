@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from corel_diffusers.models.vae import build_vae
+from corel_diffusers.models.vae import VAEWithPosterior, build_vae
 from corel_diffusers.training.optimizers import Muon, build_optimizer, orthogonalize
 
 
@@ -78,7 +78,7 @@ def test_first_and_last_layers_norms_and_biases_use_adamw():
             "conv_out": nn.Conv2d(8, 3, 3),
         }
     )
-    muon, adamw = build_optimizer("muon", model, 1e-3, 0.0, 20).parts
+    muon, adamw = build_optimizer("muon", model, 1e-3, 0.0, 20, ("conv_in", "conv_out")).parts
     assert [p is model["middle"].weight for p in muon.param_groups[0]["params"]] == [True]
     assert sum(p.numel() for g in muon.param_groups + adamw.param_groups for p in g["params"]) == sum(
         p.numel() for p in model.parameters()
@@ -95,7 +95,7 @@ def test_scaled_gradients_give_the_same_step():
     def trained(scale: float | None) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = build_vae("tiny", (32, 32))
-        optimizer = build_optimizer("muon", model, 1e-3, 0.01, 20)
+        optimizer = build_optimizer("muon", model, 1e-3, 0.01, 20, VAEWithPosterior.ADAMW_LAYERS)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         for step in range(3):
             photos = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(step))
@@ -115,7 +115,7 @@ def test_scaled_gradients_give_the_same_step():
 def test_a_combined_optimizer_is_saved_and_loaded():
     torch.manual_seed(0)
     model = build_vae("tiny", (32, 32))
-    optimizer = build_optimizer("muon", model, 1e-3, 0.01, 20)
+    optimizer = build_optimizer("muon", model, 1e-3, 0.01, 20, VAEWithPosterior.ADAMW_LAYERS)
 
     def step(optimizer: torch.optim.Optimizer) -> None:
         model(torch.ones(1, 3, 32, 32)).sample.square().mean().backward()
@@ -128,7 +128,7 @@ def test_a_combined_optimizer_is_saved_and_loaded():
     expected = [p.detach().clone() for p in model.parameters()]
     for parameter, weight in zip(model.parameters(), weights, strict=True):
         parameter.data.copy_(weight)
-    fresh = build_optimizer("muon", model, 5.0, 0.0, 20)
+    fresh = build_optimizer("muon", model, 5.0, 0.0, 20, VAEWithPosterior.ADAMW_LAYERS)
     fresh.load_state_dict(state)
     assert {group["lr"] for group in fresh.param_groups} == {1e-3, 20 * 1e-3}
     step(fresh)

@@ -60,6 +60,7 @@ class UNetForTraining(nn.Module):
         features: number of features to predict. 0: no features are predicted.
     """
 
+    ADAMW_LAYERS: ClassVar = ("conv_in", "conv_out", "class_embedding", "told", "guess")  # not for Muon
     _no_split_modules: ClassVar = ["ResnetBlock2D"]  # FSDP gathers the weights of one such module at a time
 
     def __init__(self, unet: UNet2DModel, changes: int, features: int) -> None:

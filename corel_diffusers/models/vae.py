@@ -1,5 +1,7 @@
 """Build the AutoencoderKL."""
 
+from typing import ClassVar
+
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
@@ -75,6 +77,8 @@ class VAEWithPosterior(nn.Module):
     Args:
         adversarial: return the input of the decoder's last layer, which only the adversarial loss needs.
     """
+
+    ADAMW_LAYERS: ClassVar = ("conv_in", "conv_out")  # not for Muon
 
     def __init__(self, vae: AutoencoderKL, adversarial: bool = False) -> None:
         super().__init__()

@@ -1,26 +1,32 @@
-"""The samplers: diffusers' schedulers with the options that a model needs."""
+"""The samplers: diffusers' schedulers with the options that a model needs. Add a sampler to the table SAMPLERS."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from corel_diffusers.config.commands import Sampling
 from corel_diffusers.sampling.ddim import DDIM
 
-AUTO = "dpm-solver++"  # in 15 steps as near to the photos as DDIM in 50: benchmarks/results/sampling.md
-DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm-solver++": 15, "unipc": 15}
+
+class Sampler(NamedTuple):
+    """A diffusers scheduler class, its default number of steps, and the options that it needs for a trained model."""
+
+    scheduler: type[SchedulerMixin]
+    default_steps: int
+    options: Callable[[SchedulerMixin], dict[str, object]]
 
 
 def pick_sampler(args: Sampling) -> tuple[str, int]:
     """Return the name of the sampler and its number of steps."""
     sampler = AUTO if args.sampler == "auto" else args.sampler
-    return sampler, args.steps or DEFAULT_STEPS[sampler]
+    return sampler, args.steps or SAMPLERS[sampler].default_steps
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """Return the sampler of this name for a model that was trained with `scheduler`."""
-    if name == "dpm-solver++":
-        return DPMSolverMultistepScheduler.from_config(scheduler.config, **dpm_solver_options(scheduler.config))
-    kind = {"ddpm": DDPMScheduler, "ddim": DDIM, "unipc": UniPCMultistepScheduler}[name]
-    return kind.from_config(scheduler.config, **first_timestep_options(scheduler))
+    sampler = SAMPLERS[name]
+    return sampler.scheduler.from_config(scheduler.config, **sampler.options(scheduler))
 
 
 def possible_steps(sampler: SchedulerMixin, steps: int) -> int:
@@ -50,15 +56,21 @@ def first_timestep_options(scheduler: SchedulerMixin) -> dict[str, object]:
     return {"num_train_timesteps": num_timesteps, "trained_betas": scheduler.betas[:num_timesteps].tolist()}
 
 
-def dpm_solver_options(config: dict) -> dict[str, float]:
+def dpm_solver_options(config: dict) -> dict[str, object]:
     """Return the options of DPM-Solver++ for a model that was trained with a scheduler of this config.
 
     On the cosine schedule, the timesteps with log-SNR / 2 below -5.1 are left out, as diffusers advises. At these last
     timesteps the predicted noise would have to be divided by almost 0. A schedule with zero terminal SNR keeps all
     timesteps, because its model was trained to begin at pure noise.
     """
-    return (
-        {}
-        if config.get("rescale_betas_zero_snr") or config["beta_schedule"] == "linear"
-        else {"lambda_min_clipped": -5.1}
-    )
+    keeps_all = config.get("rescale_betas_zero_snr") or config["beta_schedule"] == "linear"
+    return {} if keeps_all else {"lambda_min_clipped": -5.1}
+
+
+SAMPLERS = {
+    "ddpm": Sampler(DDPMScheduler, 1000, first_timestep_options),
+    "ddim": Sampler(DDIM, 50, first_timestep_options),
+    "dpm-solver++": Sampler(DPMSolverMultistepScheduler, 15, lambda scheduler: dpm_solver_options(scheduler.config)),
+    "unipc": Sampler(UniPCMultistepScheduler, 15, first_timestep_options),
+}
+AUTO = "dpm-solver++"  # in 15 steps as near to the photos as DDIM in 50: benchmarks/results/sampling.md

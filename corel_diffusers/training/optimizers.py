@@ -152,20 +152,28 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    name: str, model: nn.Module, learning_rate: float, weight_decay: float, muon_scale: float
+    name: str,
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    muon_scale: float,
+    adamw_layers: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
     """Return the optimizer `name`, "adamw" or "muon".
 
-    "muon" uses Muon for the weights of the hidden layers, and AdamW for the first and last layers, norms, biases and
-    embeddings. muon_scale: learning rate of Muon / learning rate of AdamW.
+    "muon" uses Muon for the weights of the hidden layers, and AdamW for norms, biases and `adamw_layers`.
+
+    Args:
+        muon_scale: learning rate of Muon / learning rate of AdamW.
+        adamw_layers: names of the layers that use AdamW. The model knows them: its first and last layers and its
+            embeddings.
     """
     hidden = []
     if name == "muon":
-        outer_layers = ("conv_in", "conv_out", "class_embedding", "told", "guess")
         hidden = [
             p
             for n, p in model.named_parameters()
-            if p.ndim >= 2 and not any(layer in n.split(".") for layer in outer_layers)
+            if p.ndim >= 2 and not any(layer in n.split(".") for layer in adamw_layers)
         ]
     hidden_ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in hidden_ids]

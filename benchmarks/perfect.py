@@ -21,8 +21,8 @@ from PIL import Image, ImageFilter
 
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
-from corel_diffusers.evaluation.evaluate import concatenate_pixels
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.inputs import concatenate_pixels
 from corel_diffusers.evaluation.judge import stratified_labels
 from corel_diffusers.evaluation.kid import kernel, kernel_distance, kernel_interval
 

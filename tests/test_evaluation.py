@@ -20,9 +20,9 @@ from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import Pixels, cache_pixels, to_float
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
+from corel_diffusers.evaluation import classes, kid, memorization, metrics, photo_crops, reconstruction, report
 from corel_diffusers.evaluation import evaluate as evaluation
 from corel_diffusers.evaluation import features as feature_networks
-from corel_diffusers.evaluation import kid, memorization, metrics, photo_crops, reconstruction, report
 from corel_diffusers.evaluation.reconstruction import reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import write_card
@@ -253,7 +253,7 @@ def test_reconstructions_have_no_frechet_distance_to_their_own_photos():
 def test_a_class_is_compared_with_its_held_out_photos_if_there_are_enough():
     samples, train, held_out = random_features([6, 6], 0), random_features([20, 20], 1), random_features([8, 3], 2)
     all_photos = torch.cat([train[0], held_out[0]]), torch.cat([train[1], held_out[1]])
-    scores = evaluation.class_scores(["many", "few"], samples, train, all_photos, held_out)
+    scores = classes.class_scores(["many", "few"], samples, train, all_photos, held_out)
     assert [scores[name]["against"] for name in ("many", "few")] == ["held-out", "all"]
     assert scores["many"]["kid_e3"] == pytest.approx(1e3 * kid.kernel_distance(samples[0][:6], held_out[0][:8]))
     assert scores["few"]["n"] == [6, 23]
@@ -350,6 +350,7 @@ def test_a_copy_of_a_corner_is_found_in_features(pixels):
     assert nearest.share_below(finder.feature_ratio) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_different_images_with_little_detail_are_not_near_duplicates(mirrored):
     """By their hashes alone, 145 different drawn scenes would be one group, and a new scene would count as a copy."""

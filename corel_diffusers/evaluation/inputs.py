@@ -1,0 +1,85 @@
+"""Read what an evaluation compares: photos, a held-out split, and images of other programs."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import DatasetDict
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from corel_diffusers.config.commands import Evaluate
+from corel_diffusers.data.cache import digest
+from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
+from corel_diffusers.data.folders import PHOTO_ENDINGS
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.pixels import Pixels
+from corel_diffusers.evaluation.metrics import MIN_PHOTOS
+from corel_diffusers.files import UserError, read_json
+
+
+def read_images(folder: Path) -> list[Image.Image]:
+    """Read all images in a folder and its subfolders, sorted by path, and resize them to the size of the first one.
+
+    Raises:
+        UserError: an image cannot be read, or there are fewer than MIN_PHOTOS.
+    """
+    images = []
+    for file in sorted(
+        file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith(".")
+    ):
+        try:
+            images.append(open_photo(file))
+        except PhotoError as error:
+            raise UserError(f"--pictures {folder}: {file.name} cannot be used ({error}): remove it") from None
+    if len(images) < MIN_PHOTOS:
+        raise UserError(
+            f"--pictures {folder} contains {len(images)} images: "
+            f"give {MIN_PHOTOS} or more (the numbers are reliable from a few hundred)"
+        )
+    return [image if image.size == images[0].size else fit_photo(image, images[0].size[::-1]) for image in images]
+
+
+def photos_to_compare(args: Evaluate, source: Path | str, pipe: DiffusionPipeline | None) -> DatasetDict:
+    """Load the photos of --classes. Without that flag, load the photos of the classes that the model has.
+
+    All photos are loaded if there is no pipeline, or if the classes of the model are not a proper subset of the
+    classes of the photos.
+    """
+    photos = load_photos(source, classes=args.classes)
+    if args.classes or not pipe:
+        return photos
+    trained_classes = set((pipe.config.class_names or {}).values())
+    run_file = Path(args.pipeline) / "run.json"
+    if not trained_classes and run_file.is_file():  # a model that was trained on one class has no labels
+        trained_classes = set(read_json(run_file)["data"]["classes"])
+    return (
+        load_photos(source, classes=sorted(trained_classes))
+        if trained_classes and trained_classes < set(photos["train"].features["label"].names)
+        else photos
+    )
+
+
+def pick_held_out(against: str, pixels: dict[str, Pixels]) -> str:
+    """Return the split to compare with.
+
+    Raises:
+        UserError: the split is missing or too small.
+    """
+    split = ("test" if "test" in pixels else "validation") if against == "auto" else against
+    if split not in {*pixels, "all"}:
+        raise UserError(
+            f"--against {split}: no photos were set aside as test: "
+            "run prepare with --test-fraction 0.15, or leave the flag out"
+        )
+    count = sum(map(len, pixels.values())) if split == "all" else len(pixels[split])
+    if count < MIN_PHOTOS:
+        raise UserError(
+            f"--data-dir has only {count} photos to compare with in {split}, at least {MIN_PHOTOS} are needed: "
+            "give --against all"
+        )
+    return split
+
+
+def concatenate_pixels(parts: list[Pixels]) -> Pixels:
+    """Return the photos of several splits as one Pixels."""
+    return Pixels(np.concatenate([part.values for part in parts]), digest([part.key for part in parts]))

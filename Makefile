@@ -2,6 +2,7 @@
 #   make demo               train both models on pictures that the package draws, and generate a grid
 #   make demo DATA=photos   the same on your own photos
 #   make test               lint and tests
+#   make test-fast          lint and the tests that run no script, within 90 seconds on two cores
 #   make bench              what a step, a batch and a picture cost here, as ratios: benchmarks/results/<machine>.md
 PYTHON ?= python3
 BIN = .venv/bin
@@ -11,7 +12,7 @@ OUT ?= $(if $(DATA),demo/$(notdir $(abspath $(DATA))),demo/scenes)
 PREPARED = $(if $(filter-out scenes,$(DATA)),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
 SIZE = --image-size 64 --config tiny --resume latest
 
-.PHONY: demo test lint install bench
+.PHONY: demo test test-fast lint install bench
 
 install: .venv/installed
 
@@ -34,6 +35,9 @@ demo: .venv/installed
 	@echo "the pipeline, its losses               $(OUT)/diffusion_models/, $(OUT)/diffusion_models/loss_history.png"
 	@echo "a row of pictures for each class       $(OUT)/diffusion_models/grid.png"
 	@echo "36 pictures, the classes in turn       $(OUT)/generated.png"
+
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test: lint
 	$(BIN)/python -m pytest

@@ -1,6 +1,8 @@
 """Fixtures and helpers of all tests: a separate cache, photos made for the tests, and runs of the real scripts."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -179,6 +181,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without -m gpu, the tests run on the CPU: they compare values bit for bit, and each process would need a GPU.
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run a script or need a trained model as slow. `make test-fast` leaves out slow tests."""
+    for item in items:
+        runs_a_script = re.search(r"\b(launch|script|tool|run_here)\(", inspect.getsource(item.function))
+        if runs_a_script or {"trained_vae", "trained_unet"} & set(item.fixturenames):
+            item.add_marker("slow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

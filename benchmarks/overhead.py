@@ -34,13 +34,12 @@ def record(times_file: Path, script: str, flags: list[str]) -> None:
     from accelerate.optimizer import AcceleratedOptimizer
 
     from corel_diffusers.data.batches import ArrayBatches, StepRandom
-    from corel_diffusers.losses import alignment
-    from corel_diffusers.losses import diffusion as losses
+    from corel_diffusers.losses import alignment, diffusion
+    from corel_diffusers.losses import vae as vae_losses
     from corel_diffusers.losses.perceptual import PerceptualLoss
     from corel_diffusers.models.unet import UNetForTraining
     from corel_diffusers.models.vae import VAEWithPosterior
-    from corel_diffusers.training import ema
-    from corel_diffusers.training import stopping as training
+    from corel_diffusers.training import ema, optimizers
 
     seconds = dict.fromkeys(("inside", *OUTSIDE), 0.0)
 
@@ -59,8 +58,10 @@ def record(times_file: Path, script: str, flags: list[str]) -> None:
 
     for owner in (UNetForTraining, VAEWithPosterior, PerceptualLoss):
         add_timer("inside", owner, "forward")
-    for name in ("prediction_target", "denoising_loss", "min_snr_weight", "reconstruction_loss", "kl_divergence"):
-        add_timer("inside", losses, name)
+    for name in ("prediction_target", "denoising_loss", "min_snr_weight"):
+        add_timer("inside", diffusion, name)
+    for name in ("reconstruction_loss", "kl_divergence"):
+        add_timer("inside", vae_losses, name)
     add_timer("inside", alignment, "alignment_loss")
     add_timer("inside", Accelerator, "backward")
     for name in ("step", "zero_grad"):
@@ -68,7 +69,7 @@ def record(times_file: Path, script: str, flags: list[str]) -> None:
     add_timer("batches", ArrayBatches, "__getitem__")
     for name in ("__init__", "normal", "integers", "uniform"):
         add_timer("randomness", StepRandom, name)
-    add_timer("clipping", training, "clip_gradients")
+    add_timer("clipping", optimizers, "clip_gradients")
     add_timer("averaging", ema.EMA, "step")
     record_steps(times_file, script, flags, lambda: (time.perf_counter(), *seconds.values()))
 

@@ -50,7 +50,7 @@ from corel_diffusers.losses.alignment import alignment_loss
 from corel_diffusers.losses.diffusion import denoising_loss, log_normal_timesteps, min_snr_weight, prediction_target
 from corel_diffusers.models.configs import downsample_factor, parameter_count
 from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
-from corel_diffusers.plots import picture_grid, plot_history, save_picture
+from corel_diffusers.plots import image_grid, plot_history, save_image
 from corel_diffusers.runtime.compilation import Compilation
 from corel_diffusers.runtime.cuda_graphs import capture_if_faster
 from corel_diffusers.runtime.precision import arithmetic
@@ -335,7 +335,7 @@ def main(args: UNetArguments) -> None:
                                 pipe.save_pretrained(folder)
                     if is_sample_step and accelerator.is_main_process:
                         with accelerator.autocast():
-                            save_picture(
+                            save_image(
                                 sample_grid(pipe, args.seed, num_samples=12),
                                 args.run_dir / "samples" / f"epoch_{epoch:04d}.png",
                             )
@@ -382,7 +382,7 @@ def main(args: UNetArguments) -> None:
             print(f"notice: {line}")
         # the model that is saved as best, loaded as any user loads it
         pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(device)
-        save_picture(sample_grid(pipe, args.seed, num_samples=36), args.run_dir / "grid.png")
+        save_image(sample_grid(pipe, args.seed, num_samples=36), args.run_dir / "grid.png")
         hub.write_card(args.run_dir)
         if not stop.number:
             mark_finished(args)
@@ -579,7 +579,7 @@ def sample_grid(pipe: CorelPipeline, seed: int, num_samples: int) -> Image.Image
     names = list((pipe.config.class_names or {}).values())[:12]
     per_class = max(2, num_samples // len(names)) if names else 4
     labels = [name for name in names for _ in range(per_class)] or [None] * num_samples
-    return picture_grid(samples(pipe, seed, labels), per_class, names)
+    return image_grid(samples(pipe, seed, labels), per_class, names)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from corel_diffusers.losses.vae import (
 from corel_diffusers.models.configs import check_size, downsample_factor, parameter_count
 from corel_diffusers.models.discriminator import build_discriminator
 from corel_diffusers.models.vae import VAEWithPosterior, build_vae
-from corel_diffusers.plots import picture_grid, plot_history, save_picture, to_pictures
+from corel_diffusers.plots import image_grid, plot_history, save_image, to_images
 from corel_diffusers.runtime.compilation import Compilation
 from corel_diffusers.runtime.cuda_graphs import capture_if_faster
 from corel_diffusers.runtime.processes import broadcast_from_main
@@ -409,9 +409,9 @@ def write_sample_grids(
         random_latents = latents.mean((0, 2, 3), keepdim=True) + latents.std((0, 2, 3), keepdim=True) * random_latents
         reconstructions, samples = vae.decode(latents).sample, vae.decode(random_latents).sample
     name = f"epoch_{epoch:04d}.png"
-    grid = picture_grid(to_pictures(photos) + to_pictures(reconstructions), len(photos), ["photo", "reconstruction"])
-    save_picture(grid, args.run_dir / "reconstructions" / name)
-    save_picture(picture_grid(to_pictures(samples), 4), args.run_dir / "samples" / name)
+    grid = image_grid(to_images(photos) + to_images(reconstructions), len(photos), ["photo", "reconstruction"])
+    save_image(grid, args.run_dir / "reconstructions" / name)
+    save_image(image_grid(to_images(samples), 4), args.run_dir / "samples" / name)
 
 
 def mean_photo_psnr(pixels: dict[str, Pixels]) -> float:

@@ -34,7 +34,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import read_json, write_json, write_text
-from corel_diffusers.plots import picture_grid, save_picture
+from corel_diffusers.plots import image_grid, save_image
 
 OURS = "corel_diffusers"
 RECIPE = ("vae_share", "vae_flags", "unet_flags")
@@ -189,8 +189,8 @@ def main() -> None:
                 run_script(ROOT / "benchmarks" / "peers.py", name, photos, samples_dir, *flags)
                 seconds = read_json(samples_dir.with_suffix(".json"))["seconds"]
                 scores = evaluate(prepared, run, args, "--pictures", samples_dir)
-                grid = picture_grid([Image.open(f) for f in sorted(samples_dir.glob("*.png"))[:36]], 12)
-            save_picture(grid, run / "samples.png")
+                grid = image_grid([Image.open(f) for f in sorted(samples_dir.glob("*.png"))[:36]], 12)
+            save_image(grid, run / "samples.png")
             results.append({"run": f"{name}, seed {seed}", "train_seconds": seconds} | scores)
             write_json(json_file, settings | {"results": results})
             draw_plot(results, args.output_dir / "contest-kid.png")
@@ -204,7 +204,7 @@ def main() -> None:
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height + 8
-    save_picture(sheet, args.output_dir / "contest.png")
+    save_image(sheet, args.output_dir / "contest.png")
     print((args.output_dir / "contest.md").read_text())
 
 

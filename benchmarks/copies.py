@@ -29,9 +29,9 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.features import as_array, efficientnet_map
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, calibrated_ratio, two_nearest
-from corel_diffusers.evaluation.photo_crops import crop_picture, distances, resize
+from corel_diffusers.evaluation.photo_crops import crop_image, distances, resize
 from corel_diffusers.evaluation.reconstruction import reconstruct, vae_rendering
-from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, sample_size_px
 from corel_diffusers.sampling.samplers import AUTO, SAMPLERS, build_sampler
 from corel_diffusers.sampling.samples import labels_for_images, sample_images
 
@@ -53,9 +53,9 @@ VECTORS = {
     for unit_length in (False, True)
 }
 CHANGES = {
-    "cropped to 0.93": lambda photo: crop_picture(photo, (0.93, 0.04, 0.02)),
-    "0.81": lambda photo: crop_picture(photo, (0.81, 0.11, 0.06)),
-    "0.68": lambda photo: crop_picture(photo, (0.68, 0.19, 0.1)),
+    "cropped to 0.93": lambda photo: crop_image(photo, (0.93, 0.04, 0.02)),
+    "0.81": lambda photo: crop_image(photo, (0.81, 0.11, 0.06)),
+    "0.68": lambda photo: crop_image(photo, (0.68, 0.19, 0.1)),
     "blurred": lambda photo: resize(resize(photo[None], photo.shape[0] * 3 // 8), photo.shape[0])[0],
     "paler": lambda photo: (photo * 0.85 + 12).astype(np.uint8),
 }
@@ -81,7 +81,7 @@ def main() -> None:
         pipe = load_pipeline(folder, device)
         pipe.scheduler = build_sampler(AUTO, pipe.scheduler)
         pixels = cache_pixels(
-            load_photos(args.data_dir, max_train_samples=args.max_train_samples), picture_size_px(pipe)
+            load_photos(args.data_dir, max_train_samples=args.max_train_samples), sample_size_px(pipe)
         )[1]
         photos, rendered = pixels["train"].values[:], vae_rendering(pipe.vae, pixels["train"])
         copy_finder = CopyFinder.of(pixels["train"], rendered, device)

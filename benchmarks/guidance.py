@@ -29,7 +29,7 @@ from corel_diffusers.evaluation.kid import kernel_distance
 from corel_diffusers.evaluation.memorization import CopyFinder
 from corel_diffusers.evaluation.reconstruction import vae_rendering
 from corel_diffusers.files import best_record, read_metrics
-from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, sample_size_px
 from corel_diffusers.sampling.samplers import AUTO, build_sampler
 from corel_diffusers.sampling.samples import sample_images
 from corel_diffusers.training.checkpoints import find_checkpoints, step_of
@@ -63,7 +63,7 @@ def main() -> None:
     device = pick_device("auto")
     pipe, network = load_pipeline(args.run, device), load_network("efficientnet-lite0", device)
     pipe.scheduler = build_sampler(AUTO, pipe.scheduler)
-    photos, pixels = cache_pixels(load_photos(args.data_dir), picture_size_px(pipe))
+    photos, pixels = cache_pixels(load_photos(args.data_dir), sample_size_px(pipe))
     real_features, photo_labels = (
         photo_features(network, pixels["validation"]),
         torch.tensor(photos["validation"]["label"][:]),

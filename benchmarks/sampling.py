@@ -28,7 +28,7 @@ from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
 from corel_diffusers.models.configs import downsample_factor
 from corel_diffusers.runtime.precision import resolve_precision
-from corel_diffusers.sampling.pipelines import load_pipeline, picture_size_px
+from corel_diffusers.sampling.pipelines import load_pipeline, sample_size_px
 from corel_diffusers.sampling.samplers import SAMPLERS, build_sampler
 from corel_diffusers.sampling.samples import sample_images
 
@@ -44,7 +44,7 @@ def plain_loop(pipe: DiffusionPipeline, labels: list[int] | None, args: argparse
     """
     scheduler, images = DDIMScheduler.from_config(pipe.scheduler.config), []
     scheduler.set_timesteps(steps)
-    shape = pipe.unet.config.in_channels, *(side // downsample_factor(pipe.vae) for side in picture_size_px(pipe))
+    shape = pipe.unet.config.in_channels, *(side // downsample_factor(pipe.vae) for side in sample_size_px(pipe))
     for indices in torch.arange(args.num_images).split(args.batch_size):
         noise = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(int(index))) for index in indices]
         latents, batch_labels = torch.cat(noise), torch.tensor([labels[index] for index in indices]) if labels else None
@@ -98,7 +98,7 @@ def main() -> None:
     device, precision = torch.device("cpu"), resolve_precision("auto", "cpu")
     pipe, network = load_pipeline(args.pipeline, device), load_network("efficientnet-lite0", device)
     photos, pixels = cache_pixels(
-        load_photos(SCENES if args.data_dir == SCENES else Path(args.data_dir)), picture_size_px(pipe)
+        load_photos(SCENES if args.data_dir == SCENES else Path(args.data_dir)), sample_size_px(pipe)
     )
     real_features, photo_labels = (
         photo_features(network, pixels["validation"]),

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from corel_diffusers.config.commands import Generate
 from corel_diffusers.files import write_text
-from corel_diffusers.plots import picture_grid, save_picture
+from corel_diffusers.plots import image_grid, save_image
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
 from corel_diffusers.sampling.samplers import AUTO, build_sampler
 from corel_diffusers.sampling.samples import labels_for_images, sample_images
@@ -46,10 +46,10 @@ def main() -> None:
     samples = sample_images(pipe, sampling_args, labels, args.seed, num_inference_steps=15)
     labelled_samples = list(zip(samples, (pipe.config.class_names[str(label)] for label in labels), strict=True))
     random.Random(args.seed).shuffle(labelled_samples)
-    sheet = picture_grid(
+    sheet = image_grid(
         [numbered(number, sample) for number, (sample, _) in enumerate(labelled_samples, 1)], nrow=6, gap_px=12
     )
-    save_picture(sheet, args.output_dir / "sheet.png")
+    save_image(sheet, args.output_dir / "sheet.png")
     write_text(
         args.output_dir / "key.txt",
         "".join(f"{number}: {name}\n" for number, (_, name) in enumerate(labelled_samples, 1)),

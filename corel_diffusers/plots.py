@@ -14,20 +14,20 @@ from corel_diffusers.files import atomic_file, best_record, write_bytes
 SHEET_PX = 112  # the longer side of an image on the contact sheet
 
 
-def save_picture(image: Image.Image, path: Path, **options: object) -> None:
+def save_image(image: Image.Image, path: Path, **options: object) -> None:
     """Save an image atomically, in the format that the suffix of the path names. options: for `Image.save`."""
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions()[path.suffix.lower()], **options)
     write_bytes(path, buffer.getvalue())
 
 
-def to_pictures(images: torch.Tensor) -> list[Image.Image]:
+def to_images(images: torch.Tensor) -> list[Image.Image]:
     """Convert images (N, 3, H, W) in [-1, 1] to PIL images."""
     values = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(value) for value in values]
 
 
-def picture_grid(
+def image_grid(
     images: Sequence[Image.Image], nrow: int, row_labels: Sequence[str] = (), gap_px: int = 2
 ) -> Image.Image:
     """Return a grid of images of the same size, `nrow` per row, on white. Each row label stands left of its row."""

@@ -328,7 +328,7 @@ def test_planted_copies_are_found(pixels, plant):
     if "mirrored" in plant:
         copies = copies[:, :, ::-1]
     if "cropped" in plant:
-        copies = np.stack([photo_crops.crop_picture(copy, (0.9, 0.03, 0.06)) for copy in copies])
+        copies = np.stack([photo_crops.crop_image(copy, (0.9, 0.03, 0.06)) for copy in copies])
     if "noisy" in plant:
         copies = np.clip(copies + np.random.default_rng(0).normal(0, 4, copies.shape), 0, 255).astype(np.uint8)
     in_pixels, in_features = finder.search(np.ascontiguousarray(copies))
@@ -342,9 +342,7 @@ def test_planted_copies_are_found(pixels, plant):
 def test_a_copy_of_a_corner_is_found_in_features(pixels):
     finder = memorization.CopyFinder.of(pixels["train"], pixels["train"], CPU)
     corners = product((0, 1 / 8), repeat=2)
-    copies = np.stack(
-        [photo_crops.crop_picture(pixels["train"].values[0], (7 / 8, left, top)) for left, top in corners]
-    )
+    copies = np.stack([photo_crops.crop_image(pixels["train"].values[0], (7 / 8, left, top)) for left, top in corners])
     nearest = finder.in_features(np.concatenate([copies, copies[:, :, ::-1]]))
     assert nearest.photo.tolist() == [0] * 8
     assert nearest.share_below(finder.feature_ratio) == 1

@@ -15,7 +15,7 @@ from corel_diffusers.data.decoding import open_photo
 from corel_diffusers.data.folders import FolderContents, Photo, default_caption
 from corel_diffusers.data.splits import SPLITS
 from corel_diffusers.files import atomic_file, write_json, write_text
-from corel_diffusers.plots import SHEET_PX, contact_sheet, save_picture
+from corel_diffusers.plots import SHEET_PX, contact_sheet, save_image
 
 
 @dataclass
@@ -119,4 +119,4 @@ def draw_sheet(path: Path, folder: Path, found: FolderContents, photos: list[Pho
         for image in images:  # the photos of all classes in full size might not fit in memory
             image.thumbnail((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS)
         rows[f"{found.classes.get(number, 'photos')} ({len(of_class)})"] = images
-    save_picture(contact_sheet(rows), path)
+    save_image(contact_sheet(rows), path)

@@ -22,7 +22,7 @@ from corel_diffusers.evaluation.metrics import colour_statistics, compare, halve
 from corel_diffusers.evaluation.reconstruction import MAX_COMPARED, reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import write_json
 from corel_diffusers.runtime.precision import resolve_precision
-from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px, pipeline_digest
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, pipeline_digest, sample_size_px
 from corel_diffusers.sampling.samplers import build_sampler, pick_sampler, possible_steps
 from corel_diffusers.sampling.samples import guidance_interval, labels_for_images, sample_images
 
@@ -47,7 +47,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
     args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
     pipe = None if args.pictures else load_pipeline(args.pipeline, device)
     images = read_images(Path(args.base_dir) / args.pictures) if args.pictures else []
-    size_px = picture_size_px(pipe) if pipe else (images[0].height, images[0].width)
+    size_px = sample_size_px(pipe) if pipe else (images[0].height, images[0].width)
     photos, pixels = cache_pixels(photos_to_compare(args, source, pipe), size_px)
     class_names = photos["train"].features["label"].names
     photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}

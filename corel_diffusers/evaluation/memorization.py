@@ -43,7 +43,7 @@ from corel_diffusers.evaluation.photo_crops import (
     CROPS,
     FINE_PX,
     Crop,
-    crop_picture,
+    crop_image,
     distances,
     is_near_duplicate,
     nearest_crop,
@@ -212,7 +212,7 @@ class CopyFinder:
         features = extract(self.network, images)
         distance = distances(features, self.features)
         if crops:
-            crop_images = (crop_picture(self.photos[crop.photo], crop.crop) for crop in crops)
+            crop_images = (crop_image(self.photos[crop.photo], crop.crop) for crop in crops)
             crop_features = extract(
                 self.network,
                 np.stack(
@@ -235,5 +235,5 @@ def planted_copies(photos: np.ndarray) -> np.ndarray:
     The crops have 0.93, 0.81 and 0.68 of the side, for a third of the photos each.
     """
     crops = islice(cycle([(0.93, 0.05, 0.01), (0.81, 0.03, 0.13), (0.68, 0.2, 0.07)]), len(photos))
-    copies = [crop_picture(photo, crop) for photo, crop in zip(photos, crops, strict=True)]
+    copies = [crop_image(photo, crop) for photo, crop in zip(photos, crops, strict=True)]
     return np.ascontiguousarray(np.stack(copies)[:, :, ::-1])

@@ -28,7 +28,7 @@ def pixel_crops(photos: ShardedArray | np.ndarray) -> list[torch.Tensor]:
     """
 
     def flat_crops(photo: np.ndarray) -> np.ndarray:
-        crops = np.stack([crop_picture(photo, crop, (COARSE_PX, COARSE_PX)) for crop in CROPS])
+        crops = np.stack([crop_image(photo, crop, (COARSE_PX, COARSE_PX)) for crop in CROPS])
         return np.stack([crops, crops[:, :, ::-1]], 1).reshape(2 * len(CROPS), -1)
 
     # One photo at a time, because all photos would fill the memory.
@@ -66,10 +66,10 @@ def is_near_duplicate(photo_crops: list[torch.Tensor], photo: int, others: np.nd
 
 def resize(images: np.ndarray, side_px: int, crop: Crop = CROPS[0]) -> np.ndarray:
     """Resize a crop of each image to a square, without keeping the aspect ratio: uint8 (N, side_px, side_px, 3)."""
-    return np.stack([crop_picture(image, crop, (side_px, side_px)) for image in images])
+    return np.stack([crop_image(image, crop, (side_px, side_px)) for image in images])
 
 
-def crop_picture(image: np.ndarray, crop: Crop, size_px: tuple[int, int] | None = None) -> np.ndarray:
+def crop_image(image: np.ndarray, crop: Crop, size_px: tuple[int, int] | None = None) -> np.ndarray:
     """Return a crop of an image, uint8 (H, W, 3), resized to (height, width). The default is the image's own size."""
     (height, width), (scale, left, top) = image.shape[:2], crop
     size_px = size_px or (height, width)

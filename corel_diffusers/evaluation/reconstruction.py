@@ -13,7 +13,7 @@ from corel_diffusers.evaluation.features import Network, as_array, extract, load
 from corel_diffusers.evaluation.kid import kernel_distance
 from corel_diffusers.evaluation.metrics import MIN_PHOTOS, compare
 from corel_diffusers.losses.perceptual import PerceptualLoss
-from corel_diffusers.plots import to_pictures
+from corel_diffusers.plots import to_images
 from corel_diffusers.runtime.precision import arithmetic, autocast
 
 # At 64 px, faces and small objects are lost if the PSNR is below the first value, or if the interval of KID x1000 is
@@ -65,7 +65,7 @@ def reconstruct(vae: AutoencoderKL, photos: np.ndarray, precision: str = "no") -
         with autocast("no", vae.device.type):
             latents = vae.encode(batch).latent_dist.mean
         with autocast(decoder_precision, vae.device.type):
-            reconstructions += to_pictures(vae.decode(latents).sample)
+            reconstructions += to_images(vae.decode(latents).sample)
     return as_array(reconstructions)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from corel_diffusers.data.pixels import evenly_spaced
 from corel_diffusers.evaluation.memorization import Nearest
 from corel_diffusers.files import write_text
-from corel_diffusers.plots import picture_grid
+from corel_diffusers.plots import image_grid
 
 SHOWN_PAIRS = 8
 # key in evaluation.json -> title of the row
@@ -199,13 +199,13 @@ def sample_sheet(
 ) -> Image.Image:
     """Return a grid of the first samples, with one labelled row per class."""
     if labels is None:
-        return picture_grid([Image.fromarray(sample) for sample in samples[: 6 * per_row]], per_row)
+        return image_grid([Image.fromarray(sample) for sample in samples[: 6 * per_row]], per_row)
     shown, names = [], []
     for label in labels.unique().tolist():
         row = [Image.fromarray(samples[i]) for i in (labels == label).nonzero().flatten().tolist()[:per_row]]
         shown += row + [Image.new("RGB", row[0].size, "white")] * (min(per_row, len(samples)) - len(row))
         names.append(class_names[label])
-    return picture_grid(shown, min(per_row, len(samples)), names)
+    return image_grid(shown, min(per_row, len(samples)), names)
 
 
 def pair_sheet(samples: np.ndarray, photos: np.ndarray, nearest: Nearest) -> Image.Image:
@@ -215,7 +215,7 @@ def pair_sheet(samples: np.ndarray, photos: np.ndarray, nearest: Nearest) -> Ima
     """
     order = nearest.ratio.argsort()[:SHOWN_PAIRS].tolist()
     rows = [samples[order], photos[nearest.photo[order].numpy()], photos[nearest.second[order].numpy()]]
-    return picture_grid(
+    return image_grid(
         [Image.fromarray(image) for row in rows for image in row],
         len(order),
         ["sample", "nearest photo", "second nearest"],
@@ -225,7 +225,7 @@ def pair_sheet(samples: np.ndarray, photos: np.ndarray, nearest: Nearest) -> Ima
 def reconstruction_sheet(photos: np.ndarray, reconstructions: np.ndarray, shown: int = 12) -> Image.Image:
     """Return a grid of photos above their VAE reconstructions."""
     indices = evenly_spaced(len(photos), shown)
-    return picture_grid(
+    return image_grid(
         [Image.fromarray(image) for row in (photos[indices], reconstructions[indices]) for image in row],
         len(indices),
         ["photo", "reconstruction"],

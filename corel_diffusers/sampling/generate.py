@@ -9,9 +9,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from corel_diffusers.config.commands import Generate
 from corel_diffusers.files import UserError, atomic_file
-from corel_diffusers.plots import picture_grid, save_picture
+from corel_diffusers.plots import image_grid, save_image
 from corel_diffusers.runtime.precision import resolve_precision
-from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, picture_size_px
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, sample_size_px
 from corel_diffusers.sampling.samplers import build_sampler, pick_sampler, possible_steps
 from corel_diffusers.sampling.samples import labels_for_images, sample_images
 
@@ -49,7 +49,7 @@ def generate(args: Generate, output: Path) -> None:
             with atomic_file(files[index]) as temporary:
                 image.save(temporary, pnginfo=info)
 
-    save_picture(picture_grid(images, args.nrow), output)
+    save_image(image_grid(images, args.nrow), output)
     print(f"grid: {output}")
     if individual:
         for old_file in set(folder.glob("image_*.png")) - set(files):
@@ -60,7 +60,7 @@ def generate(args: Generate, output: Path) -> None:
 def check_grid_size(pipe: DiffusionPipeline, args: Generate) -> None:
     """Raise UserError if the grid is too large for its file format, before hours are spent on sampling."""
     longest = LONGEST_SIDE_PX.get(Path(args.output).suffix.lower(), math.inf)
-    height, width = picture_size_px(pipe)
+    height, width = sample_size_px(pipe)
     rows, columns = math.ceil(args.num_images / args.nrow), min(args.nrow, args.num_images)
     if max(rows * (height + 2), columns * (width + 2)) + 2 > longest:
         raise UserError(

@@ -11,7 +11,7 @@ from corel_diffusers.files import UserError, first_line, read_json
 from corel_diffusers.models.configs import downsample_factor
 
 
-def picture_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
+def sample_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
     """Return the (height, width) of the samples of a pipeline, in pixels."""
     size, factor = pipe.unet.config.sample_size, downsample_factor(pipe.vae)
     height, width = (size, size) if isinstance(size, int) else size

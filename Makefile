@@ -1,5 +1,5 @@
 # Each target works from a fresh clone: it builds .venv first where that is not there.
-#   make demo               train both models on pictures that the package draws, and generate a grid
+#   make demo               train both models on images that the package draws, and generate a grid
 #   make demo DATA=photos   the same on your own photos
 #   make test               lint and tests
 #   make test-fast          lint and the tests that run no script, within 90 seconds on two cores
@@ -33,8 +33,8 @@ demo: .venv/installed
 	@echo "the photos over their reconstructions  $(OUT)/vae_models/reconstructions/"
 	@echo "the VAE, its losses                    $(OUT)/vae_models/, $(OUT)/vae_models/training_losses.png"
 	@echo "the pipeline, its losses               $(OUT)/diffusion_models/, $(OUT)/diffusion_models/loss_history.png"
-	@echo "a row of pictures for each class       $(OUT)/diffusion_models/grid.png"
-	@echo "36 pictures, the classes in turn       $(OUT)/generated.png"
+	@echo "a row of images for each class         $(OUT)/diffusion_models/grid.png"
+	@echo "36 images, the classes in turn         $(OUT)/generated.png"
 
 test-fast: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -79,8 +79,8 @@ EVALUATED_SAMPLES = 48  # samples for --evaluate-every
 MAX_MEASURED = 2048  # maximum number of held-out photos, evenly spaced, on which the denoising loss is measured
 FIXED_NOISE_PAIRS = 128  # minimum number of pairs of noise and timestep for them; each photo has at least one pair
 GAUGE = "overfitting gauge: loss of held-out / training photos"
-# benchmarks/results/overfitting.md: on 60 Corel photos, the first copy was found when the gauge was this multiple of
-# its minimum
+# gauge / its minimum when the first copy was found, in three measurements on 60 Corel photos:
+# benchmarks/results/overfitting.md
 COPIES_BEGAN = {
     1.11: "first copy in pixels, run 1",
     1.21: "first copy in features",
@@ -91,8 +91,8 @@ COPIES_BEGAN = {
 # samples look like copies hardly more often than held-out photos do (benchmarks/results/choices.md, "How strong, and
 # until when").
 SAVE_UP_TO_GAUGE = 1.05
-# A run that ends by time stops after this fraction of its minutes without a model to save as best: once the gauge is
-# above the limit, it does not fall below it again.
+# A run that ends by time stops after this fraction of its minutes without a model to save as best. In the
+# measured runs, a gauge above the limit did not fall below it again.
 STOP_AFTER_IDLE = 0.1
 PANELS = {
     "denoising loss at fixed noise": {"seen_loss": "training photos", "val_loss": "held-out photos"},
@@ -324,7 +324,7 @@ def main(args: UNetArguments) -> None:
                     gauge_limit = SAVE_UP_TO_GAUGE * lowest_gauge([*history, values])
                     is_healthy = values["gauge"] < gauge_limit
                     # Below the limit, a lower loss of training photos counts as progress. Above the limit, only a lower
-                    # loss of held-out photos does.
+                    # loss of held-out photos does. The division keeps the watched loss from jumping at the limit.
                     watched_loss = values["seen_loss"] if is_healthy else values["val_loss"] / gauge_limit
                     update_early_stopping(state, watched_loss, args.early_stopping_delta, args.oscillation_window)
                     save_as_best = update_best_loss(state, values["val_loss"]) or is_healthy

@@ -26,7 +26,7 @@ CROP_SCALE = 2.5  # random crops are cut from photos of at most this many times 
 
 @dataclass
 class Pixels:
-    """The decoded photos of one split: uint8 (N, H, W, 3) on disk, and a key that identifies their content."""
+    """The decoded photos of one split: uint8 (N, H, W, 3) on disk or in memory, and a key that identifies their content."""
 
     values: ShardedArray | np.ndarray
     key: str
@@ -50,7 +50,7 @@ class Pixels:
 def evenly_spaced(count: int, at_most: int) -> np.ndarray:
     """Return at most `at_most` evenly spaced indices below `count`.
 
-    Photos are sorted by class, so evenly spaced photos come from all classes.
+    Photos of a folder are usually sorted by class, so evenly spaced photos come from many classes.
     """
     return np.linspace(0, count - 1, min(count, at_most)).astype(int)
 
@@ -113,7 +113,7 @@ def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Sha
 
 
 def native_side_px(photos: DatasetDict, max_opened: int = 16) -> float:
-    """Return the shorter side of a typical training photo in pixels: the median of a few photos of all classes."""
+    """Return the shorter side of a typical training photo in pixels: the median of a few evenly spaced photos."""
     part = (
         photos["train"]
         .select(evenly_spaced(len(photos["train"]), max_opened))

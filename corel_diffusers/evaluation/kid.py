@@ -1,10 +1,13 @@
-"""KID, the kernel inception distance, with its interval."""
+"""KID, the kernel inception distance, with its interval.
+
+A stratum is a set of images that were drawn at random: a class, or all classes with a single image together.
+"""
 
 import scipy.special
 import torch
 
-# Maximum fraction of pairs of one class of which the photos have no example. At this fraction, the bias of KID x1000
-# is a few units.
+# Maximum probability that two random images are of the same class and this class has only one photo. At this
+# probability, the bias of KID x1000 is a few units.
 UNKNOWN_PAIRS = 0.01
 
 
@@ -33,7 +36,7 @@ def kernel_distance(
         a: features (N, D).
         b: features (M, D).
         paired: a[i] was made from b[i] and has the same label. The pairs (a[i], b[i]) are left out, because they are
-            more similar than other pairs of the two sets. Few sets are so large that these pairs do not matter.
+            more similar than other pairs of the two sets. Most sets are small, so these pairs would change the result.
         labels_a: (N,), the class of each image of a.
         labels_b: (M,), the class of each image of b.
     """
@@ -46,8 +49,8 @@ def kernel_distance(
 def countable(labels_a: torch.Tensor | None, labels_b: torch.Tensor | None) -> bool:
     """Return whether the labels allow an unbiased KID.
 
-    With labels of both sets, they need a pair of classes in common. With labels of b only, few classes of b may have a
-    single photo. Two samples can be of such a class, but b does not show how similar two photos of the class are.
+    With labels of both sets, they need two classes in common, or one class with two images in each set. With labels of b
+    only, few classes of b may have a single photo. Two samples can be of such a class, but b does not show how similar two photos of the class are.
     """
     if labels_b is None:
         return True

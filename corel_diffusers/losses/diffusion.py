@@ -1,6 +1,8 @@
 """The diffusion loss as pure functions, each with its equation: target, weight and timesteps.
 
 Shapes: latents (B, C, h, w); one value per photo (B,).
+
+Symbols: x_0 the clean latents, x_t the noisy latents of timestep t, e the noise, a the scheduler's alphas_cumprod of t.
 """
 
 import torch

@@ -33,7 +33,7 @@ GPU_BATCH = 16
 # On a CPU, each preset is at least this many times slower than the one below it. A preset that is too slow by this rule
 # is not timed.
 CPU_SLOWDOWN = 3
-# (config, size (height, width), batch size) -> a function that makes one training step of such a model, on noise
+# (config, size (height, width), batch size) -> a function that makes one training step of such a model, on zeros
 TrialStep = Callable[[str, tuple[int, int], int], Callable[[], None]]
 
 

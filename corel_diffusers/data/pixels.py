@@ -26,7 +26,7 @@ CROP_SCALE = 2.5  # random crops are cut from photos of at most this many times 
 
 @dataclass
 class Pixels:
-    """The decoded photos of one split: uint8 (N, H, W, 3) on disk or in memory, and a key that identifies their content."""
+    """The decoded photos of one split: uint8 (N, H, W, 3) on disk or in memory, and a key for their content."""
 
     values: ShardedArray | np.ndarray
     key: str

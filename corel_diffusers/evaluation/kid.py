@@ -49,8 +49,9 @@ def kernel_distance(
 def countable(labels_a: torch.Tensor | None, labels_b: torch.Tensor | None) -> bool:
     """Return whether the labels allow an unbiased KID.
 
-    With labels of both sets, they need two classes in common, or one class with two images in each set. With labels of b
-    only, few classes of b may have a single photo. Two samples can be of such a class, but b does not show how similar two photos of the class are.
+    With labels of both sets, they need two classes in common, or one class with two images in each set. With labels of
+    b only, few classes of b may have a single photo. Two samples can be of such a class, but b does not show how
+    similar two photos of the class are.
     """
     if labels_b is None:
         return True

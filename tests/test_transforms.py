@@ -5,11 +5,13 @@ import io
 import os
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import launch
 from datasets import Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps
@@ -167,6 +169,7 @@ def test_cache_is_reused_until_a_photo_or_the_size_changes(raw_photos, tmp_path,
 
     _, other_size = cache_pixels(load_photos(folder), (16, 16))
     assert other_size["train"].values.shape[1:3] == (16, 16)
+    assert decoded, "another size is decoded"
 
     name = load_photos(folder)["train"]["file_name"][0]
     Image.new("RGB", (48, 48), "red").save(folder / name)
@@ -266,3 +269,15 @@ def test_the_typical_size_is_measured_on_photos_of_all_classes(tmp_path):
             (tmp_path / str(label)).mkdir(exist_ok=True)
             Image.new("RGB", (side, side), (label, index, 0)).save(tmp_path / str(label) / f"{index}.png")
     assert pixels.native_side_px(load_photos(tmp_path)) == 100
+
+
+def test_a_photo_of_more_pixels_than_pillow_expects_gives_no_warning(tmp_path):
+    """A process of its own, because pytest resets the filters of warnings. `prepare` imports only decoding.py."""
+    Image.fromarray(RGB).save(tmp_path / "photo.png")
+    code = f"""
+from PIL import Image
+from corel_diffusers.data.decoding import open_photo
+Image.MAX_IMAGE_PIXELS = {RGB.shape[0] * RGB.shape[1]} - 1
+open_photo({str(tmp_path / "photo.png")!r})
+"""
+    assert not launch(sys.executable, "-c", code).stderr

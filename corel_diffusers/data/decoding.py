@@ -7,6 +7,7 @@ it.
 
 import io
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from corel_diffusers.files import UserError
 
+# Pillow warns from about 90 megapixels, but 100-megapixel cameras exist. It still raises an error at twice its limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 MIN_SIDE_PX = 32
 
 
@@ -77,8 +80,12 @@ def to_eight_bits(photo: Image.Image) -> Image.Image:
     values if its maximum is at most 255, and 16-bit values otherwise.
     """
     values = np.asarray(photo).astype(np.float64)
-    narrow_max = {"F": 1, "I": 255}.get(photo.mode, -1)
-    scale = {"F": 255, "I": 1}[photo.mode] if values.max() <= narrow_max else 1 if photo.mode == "F" else 1 / 257
+    if photo.mode == "F":
+        scale = 255 if values.max() <= 1 else 1
+    elif photo.mode == "I" and values.max() <= 255:
+        scale = 1
+    else:
+        scale = 1 / 257
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import statistics
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,14 +11,11 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
-from PIL import Image
 
 from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, cache_folder, cached_array, digest
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo, unreadable_file
 from corel_diffusers.files import UserError, read_json, write_json
 
-# Pillow warns from about 90 megapixels, but 100-megapixel cameras exist. It still raises an error at twice its limit.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 SAMPLE_BYTES = 2**14  # bytes hashed in each of three places of a file: see `file_sample`
 CROP_SCALE = 2.5  # random crops are cut from photos of at most this many times the training size
 
@@ -40,11 +36,9 @@ class Pixels:
 
     def evenly_spaced(self, at_most: int) -> "Pixels":
         """Return at most `at_most` of the photos, evenly spaced."""
-        return (
-            self
-            if len(self) <= at_most
-            else Pixels(self.values[evenly_spaced(len(self), at_most)], f"{self.key}-evenly")
-        )
+        if len(self) <= at_most:
+            return self
+        return Pixels(self.values[evenly_spaced(len(self), at_most)], f"{self.key}-evenly")
 
 
 def evenly_spaced(count: int, at_most: int) -> np.ndarray:

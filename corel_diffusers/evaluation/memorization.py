@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice, product
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +38,7 @@ from corel_diffusers.evaluation.features import (
     photo_features,
 )
 from corel_diffusers.evaluation.photo_crops import (
-    CANDIDATES,
     COARSE_PX,
-    CROPS,
     FINE_PX,
     Crop,
     crop_image,
@@ -52,13 +50,9 @@ from corel_diffusers.evaluation.photo_crops import (
 )
 
 PIXEL_RATIO = 1 / 3
+CANDIDATES = 4  # groups of photos that the fine search compares with each image
 # Evenly spaced photos for the calibration. Each one is compared with all photos. More do not change a fraction of 1 %.
 CALIBRATION_PHOTOS = 2000
-CROPS += [
-    (scale, left * (1 - scale), top * (1 - scale))
-    for scale in (0.85, 0.7)
-    for left, top in product((0, 0.5, 1), repeat=2)
-]
 
 
 @dataclass

@@ -15,9 +15,8 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # two tests run at a time: with more threads than cores, threads would wait for each other
-)
+# two tests run at a time: with more threads than cores, threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("HF_TOKEN", None)
 
 import importlib

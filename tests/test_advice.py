@@ -54,12 +54,12 @@ def record(**values):
         ([record(val_kl=7.0, val_psnr=10.2)], VAEArguments(kl_target=7.0), "raise --kl-target"),
     ],
 )
-def test_kl_lines(history, args, expected):
+def test_advice_about_the_kl(history, args, expected):
     lines = on_kl(history, args, (8, 8, 8), mean_photo_psnr=10.0)
-    assert (expected is None and not lines) or expected in lines[0]
+    assert not lines if expected is None else expected in lines[0]
 
 
-def test_loss_lines():
+def test_advice_about_the_loss():
     def advice(values):
         return on_loss(
             [{"loss": value, "epoch": n + 1} for n, value in enumerate(values)],
@@ -97,7 +97,7 @@ def evaluation_with_copies(samples, held_out, **more):
         (60, 1, {"guide": True, "guidance_scale": 1.5}, "train for less time"),
     ],
 )
-def test_copies_lines(samples, held_out, more, expected):
+def test_advice_about_copies(samples, held_out, more, expected):
     lines = on_copies(evaluation_with_copies(samples, held_out, **more))
     assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]
 

@@ -37,7 +37,7 @@ def test_for_a_finer_grid_the_cache_keeps_the_size_of_the_features_and_the_loss_
     )
 
 
-def test_alignment_loss_is_one_minus_the_cosine_of_standardisedised_features():
+def test_alignment_loss_is_one_minus_the_cosine_of_standardised_features():
     generator = torch.Generator().manual_seed(0)
     features = 5 + 3 * torch.randn(50, 2, 6, 2, 3, generator=generator)
     mean, std = feature_scale(features.numpy(), CPU)

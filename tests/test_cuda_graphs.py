@@ -123,7 +123,7 @@ FAILING_SCRIPT = """
 from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
-from corel_diffusers.cuda_graphs import capture_if_faster
+from corel_diffusers.runtime.cuda_graphs import capture_if_faster
 
 class DataDependent(torch.nn.Linear):
     def forward(self, values):

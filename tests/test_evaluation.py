@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -582,18 +583,15 @@ def test_reconstructed_photos_are_cached_by_the_weights_of_the_vae(vae, pixels, 
         vae_rendering(vae, pixels["validation"])
 
 
+def prepare_with_test_split(raw_photos: Path, folder: Path) -> Path:
+    """Prepare the photos with a test split, and return the prepared folder of all classes."""
+    flags = ["--data-dir", raw_photos, "--output-dir", folder, "--no-visualize", "--test-fraction", 0.34]
+    tool("prepare", *flags)
+    return folder / "corel" / "corel_all"
+
+
 def test_images_can_be_copies_of_every_photo_that_is_not_held_out(raw_photos, tmp_path):
-    tool(
-        "prepare",
-        "--data-dir",
-        raw_photos,
-        "--output-dir",
-        tmp_path / "data",
-        "--no-visualize",
-        "--test-fraction",
-        0.34,
-    )
-    prepared = tmp_path / "data" / "corel" / "corel_all"
+    prepared = prepare_with_test_split(raw_photos, tmp_path / "data")
     images = tmp_path / "pictures"
     images.mkdir()
     for name in [*load_photos(prepared)["validation"]["file_name"][:], load_photos(prepared)["train"]["file_name"][0]]:
@@ -640,17 +638,8 @@ def test_distances_of_folders_equal_those_of_the_reference_script(library_effici
 
 
 def test_evaluate_compares_with_the_test_split(raw_photos, tmp_path):
-    tool(
-        "prepare",
-        "--data-dir",
-        raw_photos,
-        "--output-dir",
-        tmp_path / "data",
-        "--no-visualize",
-        "--test-fraction",
-        0.34,
-    )
-    photos = load_photos(tmp_path / "data" / "corel" / "corel_all")
+    prepared = prepare_with_test_split(raw_photos, tmp_path / "data")
+    photos = load_photos(prepared)
     assert {split: len(part) for split, part in photos.items()} == {"train": 9, "validation": 3, "test": 6}
     assert photos["validation"]["file_name"][:] == load_photos(raw_photos)["validation"]["file_name"][:], (
         "the validation photos stay the same"
@@ -659,15 +648,7 @@ def test_evaluate_compares_with_the_test_split(raw_photos, tmp_path):
     folder.mkdir()
     for index in range(4):
         Image.new("RGB", (32, 32), (60 * index, 0, 0)).save(folder / f"{index}.png")
-    done = tool(
-        "evaluate",
-        "--pictures",
-        folder,
-        "--data-dir",
-        tmp_path / "data" / "corel" / "corel_all",
-        "--output-dir",
-        tmp_path / "out",
-    )
+    done = tool("evaluate", "--pictures", folder, "--data-dir", prepared, "--output-dir", tmp_path / "out")
     assert "4 samples, 32x32 px, compared with the test photos" in done.stdout
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert results["train_against_held_out"]["n"] == [9, 6]
@@ -678,17 +659,8 @@ def test_evaluate_warns_if_the_model_was_trained_on_held_out_photos(trained_unet
     photos = load_photos(raw_photos)
     assert (trained_unet / "training_photos.txt").read_text().split() == photos["train"]["file_name"][:]
     assert evaluation.count_trained_on(trained_unet, photos["validation"]["file_name"][:]) == 0
-    tool(
-        "prepare",
-        "--data-dir",
-        raw_photos,
-        "--output-dir",
-        tmp_path / "data",
-        "--no-visualize",
-        "--test-fraction",
-        0.34,
-    )
-    done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", tmp_path / "data" / "corel" / "corel_all",
+    prepared = prepare_with_test_split(raw_photos, tmp_path / "data")
+    done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", prepared,
                 "--num-images", 4, "--steps", 1, "--output-dir", tmp_path / "out")  # fmt: skip
     assert "the model was trained on 6 of these photos, so the numbers are too good" in done.stdout
 

@@ -64,10 +64,10 @@ def test_denoising_loss_is_the_mean_squared_error_of_each_photo():
 
 
 @pytest.mark.parametrize(
-    ("term", "trained", "untouched"),
-    [("reconstruction", ENCODER + DECODER, ()), ("perceptual", ENCODER + DECODER, ()), ("kl", ENCODER, DECODER)],
+    ("term", "trained"),
+    [("reconstruction", ENCODER + DECODER), ("perceptual", ENCODER + DECODER), ("kl", ENCODER)],
 )
-def test_each_term_trains_only_its_own_parameters(term, trained, untouched):
+def test_each_term_trains_only_its_own_parameters(term, trained):
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
     model = VAEWithPosterior(from_config(AutoencoderKL, VAE_CONFIG | blocks, ""))
@@ -83,7 +83,6 @@ def test_each_term_trains_only_its_own_parameters(term, trained, untouched):
     for name, parameter in model.named_parameters():
         has_grad = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert has_grad == name.startswith(trained), f"{term}: {name}"
-        assert not (has_grad and name.startswith(untouched or ("none",)))
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in perceptual.parameters())
 
 

@@ -237,7 +237,7 @@ def test_bad_flags_give_a_one_line_error_and_exit_code_2(tmp_path):
 
 
 @pytest.mark.skipif(not COREL.is_dir(), reason="the real Corel photos do not exist on this machine")
-def test_real_corel(tmp_path, capsys):
+def test_the_real_corel_photos_are_prepared_without_losses(tmp_path, capsys):
     corel = run(COREL, tmp_path)
     output = capsys.readouterr().out
     assert "302 photos in 6 classes (corel): 271 for training, 31 for validation" in output

@@ -43,6 +43,7 @@ def assert_same_run(a: Path, b: Path, weights: str) -> None:
     assert checkpoints[0] == checkpoints[1]
     for name in (weights, f"checkpoints/{checkpoints[0]}/model.safetensors"):
         ours, theirs = load_file(a / name), load_file(b / name)
+        assert ours.keys() == theirs.keys(), name
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
     assert metrics(a) == metrics(b)
     steps = [line["step"] for line in metrics(a)]
@@ -724,7 +725,7 @@ def test_losses_that_are_shown_together_are_measured_in_the_same_way(unet_flags,
     It therefore has its own panel and is not in the printed line.
     """
     module = importlib.import_module("train_unet")
-    assert not any("loss" in curves and len(curves) > 1 for curves in module.PANELS.values())
+    assert [len(curves) for curves in module.PANELS.values() if "loss" in curves] == [1]
     run_here("train_unet", [*unet_flags, "--epochs", 1, "--sample-every", 1, "--output-dir", tmp_path])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "epoch 1: " in line]
     assert "val loss" in line

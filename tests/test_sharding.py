@@ -135,7 +135,7 @@ def test_each_block_is_sharded_in_float32_by_default():
 
 @pytest.mark.gpu
 def test_fsdp_on_all_gpus_gives_the_losses_of_one_gpu(unet_flags, tmp_path):
-    """The run is started as in the README, and is resumed once."""
+    """The run is started as in docs/multi-gpu.md, and is resumed once."""
     count = torch.cuda.device_count()
     fsdp = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", 2, "--num_processes", count]
     common = [

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-from common import QUIET, ROOT, machine_name, run_command, run_script
+from common import QUIET, ROOT, evaluate, machine_name, run_script
 from diffusers import AutoencoderKL, UNet2DModel
 
 from corel_diffusers.data.photos import load_photos
@@ -160,7 +160,7 @@ def judge_vae(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
             f"{scores['ssim']:.3f}",
             f"{scores['perceptual']:.3f}",
         ]
-        return scores | {"nats_a_value": nats_per_value}, " | ".join(
+        return scores | {"nats_per_value": nats_per_value}, " | ".join(
             [*cells, with_interval(scores), f"{nats_per_value:.2f}"]
         )
 
@@ -171,18 +171,8 @@ def judge_unet(args: argparse.Namespace) -> Callable[[Path], tuple[dict, str]]:
     """Return a function from a pipeline's folder to its scores and its cells of the table."""
 
     def judge(folder: Path) -> tuple[dict, str]:
-        flags = [
-            "--data-dir",
-            args.data_dir,
-            "--output-dir",
-            folder,
-            "--num-images",
-            args.num_images,
-            "--against",
-            "validation",
-        ]
-        run_command("evaluate", "--pipeline", folder, *flags)
-        scores = json.loads((folder / "evaluation.json").read_text())["generation"]
+        results = evaluate(args.data_dir, folder, args.num_images, "validation", "--pipeline", folder)
+        scores = results["generation"]
         loss = min(record["val_loss"] for record in read_metrics(folder / "metrics.jsonl"))
         size = parameter_count(UNet2DModel.from_pretrained(folder / "unet")).split()[0]
         cells = [size, f"{loss:.4f}", with_interval(scores), f"{scores['precision']:.2f}", f"{scores['recall']:.2f}"]

@@ -33,6 +33,13 @@ def run_command(*arguments: object) -> None:
     run_script("-c", "from corel_diffusers.cli import main; main()", *arguments)
 
 
+def evaluate(data_dir: Path, output_dir: Path, num_images: int, against: str, *flags: object) -> dict:
+    """Run `corel-diffusers evaluate` and return its results."""
+    shared = ["--data-dir", data_dir, "--output-dir", output_dir, "--num-images", num_images, "--against", against]
+    run_command("evaluate", *shared, *flags)
+    return json.loads((output_dir / "evaluation.json").read_text())
+
+
 def make_photos(folder: Path, count: int = 64) -> Path:
     """Save drawn scenes of the size of Corel photos as PNG files and return the folder."""
     from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
@@ -60,7 +67,7 @@ def record_steps(times_file: Path, script: str, flags: list[str], clock: Callabl
         step_ends.append(clock())
         original_show_progress(*values)
 
-    metrics.show_progress = show_progress
+    metrics.show_progress = show_progress  # before the script runs, because it imports the function by value
     sys.path.insert(0, str(ROOT))  # a script that is started directly finds its own folder there
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")

@@ -25,6 +25,7 @@ your photos: do not publish contest.png.
 import argparse
 from pathlib import Path
 
+import common
 import matplotlib.pyplot as plt
 from common import ROOT, machine_name, run_command, run_script
 from peers import PEERS
@@ -75,19 +76,8 @@ def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -
 
 def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *flags: object) -> dict:
     """Run `corel-diffusers evaluate` and return its results without the nearest photos of each sample."""
-    run_command(
-        "evaluate",
-        "--data-dir",
-        prepared,
-        "--output-dir",
-        run,
-        "--num-images",
-        args.num_images,
-        "--against",
-        args.against,
-        *flags,
-    )
-    return {name: value for name, value in read_json(run / "evaluation.json").items() if name != "nearest"}
+    results = common.evaluate(prepared, run, args.num_images, args.against, *flags)
+    return {name: value for name, value in results.items() if name != "nearest"}
 
 
 def table(results: list[dict]) -> str:

@@ -9,14 +9,13 @@ the validation photos, by the denoising loss that training measures and by sampl
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import QUIET, ROOT, machine_name, run_command, run_script
+from common import QUIET, ROOT, evaluate, machine_name, run_script
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 
@@ -84,18 +83,8 @@ def judge(pipe: DiffusionPipeline, args: argparse.Namespace) -> Callable[[Path],
 
     def cells(folder: Path) -> str:
         loss = denoising_losses(UNet2DModel.from_pretrained(folder / "unet"), pipe.scheduler, noise_set)["loss"]
-        flags = [
-            "--data-dir",
-            args.data_dir,
-            "--output-dir",
-            folder,
-            "--num-images",
-            args.num_images,
-            "--against",
-            "validation",
-        ]
-        run_command("evaluate", "--pipeline", folder, *flags)
-        scores = json.loads((folder / "evaluation.json").read_text())["generation"]
+        results = evaluate(args.data_dir, folder, args.num_images, "validation", "--pipeline", folder)
+        scores = results["generation"]
         return f"{loss:.4f} | {with_interval(scores)} | {scores['precision']:.2f} | {scores['recall']:.2f}"
 
     return cells

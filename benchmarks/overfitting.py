@@ -8,6 +8,7 @@ ratio to its minimum so far.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def main() -> None:
         text += (
             f"\n{views} augmented crops of each photo\n\n| {' | '.join(COLUMNS.values())} |\n{'|---' * len(COLUMNS)}|\n"
         )
-        text += "".join(f"| {' | '.join(f'{row[name]:,.4g}' for name in COLUMNS)} |\n" for row in rows)
+        text += "".join(f"| {' | '.join(f'{row.get(name, math.nan):,.4g}' for name in COLUMNS)} |\n" for row in rows)
         write_text(args.output_dir / "overfitting.md", text)
     print(text)
 

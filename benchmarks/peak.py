@@ -113,7 +113,7 @@ def main() -> None:
     torch.empty(2**23 - 2**12)
     print(f"{machine_name('cpu')}, mixed precision {precision}")
     for name in ["UNet"] if args.compile else ["VAE", "UNet"]:
-        step_seconds = {}
+        seconds_by_attention = {}
         for attention in ("fused", "math"):  # on a CPU with bf16, the training scripts use the faster one
             torch.backends.cuda.enable_flash_sdp(attention == "fused")  # models use this setting when they are built
             model, step = training_step(name, args, precision)
@@ -123,8 +123,8 @@ def main() -> None:
             layer_counts = count_layers(model, step)
             if args.compile:
                 model.compile()
-            step_seconds[attention] = float(np.median(seconds(step, 4 * args.repeats)))
-        attention, step_seconds = min(step_seconds.items(), key=lambda item: item[1])
+            seconds_by_attention[attention] = float(np.median(seconds(step, 4 * args.repeats)))
+        attention, step_seconds = min(seconds_by_attention.items(), key=lambda item: item[1])
         layers_seconds = sum(
             count * layer_seconds(layer, shape, precision, args.repeats)
             for (layer, shape), count in layer_counts.items()

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from common import machine_name
 
-FEATURES = 112  # channels of EfficientNet-Lite0 at 1/16 of its input size, as in alignment.py
+FEATURES = 112  # channels of the last features of EfficientNetLiteFeatures (models/efficientnet.py)
 
 
 def measure_steps(count: int, steps: int, batch_size: int, side: int) -> dict[str, float]:

@@ -30,7 +30,7 @@ from corel_diffusers.data.cache import process_share
 from corel_diffusers.data.latents import cache_moments, measure_latent_scale
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import Pixels, cache_large_pixels, cache_pixels
-from corel_diffusers.data.versions import STATISTICS_PHOTOS, STATISTICS_PHOTOS_WHEN_STOPPED
+from corel_diffusers.data.versions import STATISTICS_PHOTOS
 from corel_diffusers.files import UserError, atomic_model_save, best_record, read_json, write_json
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.losses.vae import (
@@ -73,14 +73,12 @@ PANELS = {
     "KL in training": {"kl": "augmented photos"},
     "adversarial": {"adversarial": "decoder", "discriminator": "discriminator"},
 }
-TRAINING_METRICS = (
-    "loss",
-    "reconstruction",
-    "perceptual",
-    "kl",
-)  # shown in the progress bar and in panels of their own
+# shown in the progress bar and in panels of their own
+TRAINING_METRICS = ("loss", "reconstruction", "perceptual", "kl")
 # fraction of the run for which the discriminator trains before the adversarial loss starts
 DISCRIMINATOR_LEAD = 0.1
+# for a run that received a stop signal and has only seconds left; the statistics are measured again when the run ends
+STATISTICS_PHOTOS_WHEN_STOPPED = 256
 
 
 def main(args: VAEArguments) -> None:
@@ -110,11 +108,7 @@ def main(args: VAEArguments) -> None:
 
     # model
     latent_shape = (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
-    perceptual = (
-        PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last)
-        if args.perceptual
-        else None
-    )
+    perceptual = build_perceptual(args, device)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     model, perceptual_pass = capture_training_passes(
@@ -164,11 +158,9 @@ def main(args: VAEArguments) -> None:
             rate.set(state.step, length.total_steps(state))
             if not args.kl_target:
                 warmup_steps = args.kl_warmup * plan.steps_per_epoch
-                kl_weight.fill_(
-                    kl_warmup(
-                        args.kl_weight, max(state.step, 3 * length.fraction_done(state) * warmup_steps), warmup_steps
-                    )
-                )
+                # the second value ends the warm-up after a third of the run at the latest
+                warmup_step = max(state.step, 3 * length.fraction_done(state) * warmup_steps)
+                kl_weight.fill_(kl_warmup(args.kl_weight, warmup_step, warmup_steps))
             # fraction of the run until the adversarial loss starts; not above 0 once it has started
             until_adversarial = args.adversarial_start - length.fraction_done(state)
             kl = 0.0
@@ -288,11 +280,7 @@ def trial_step(
     model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample)).to(accelerator.device)
     if args.gradient_checkpointing:
         model.vae.enable_gradient_checkpointing()
-    perceptual = (
-        PerceptualLoss(args.perceptual_network).to(accelerator.device, memory_format=torch.channels_last)
-        if args.perceptual
-        else None
-    )
+    perceptual = build_perceptual(args, accelerator.device)
     optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS)
     photos, noise = (values.to(accelerator.device) for values in zero_batch(batch_size, size_px, model.vae))
     model, perceptual = capture_training_passes(args, accelerator, model, perceptual, photos, noise, trial=True)
@@ -305,6 +293,13 @@ def trial_step(
         optimizer.zero_grad()
 
     return step
+
+
+def build_perceptual(args: VAEArguments, device: torch.device) -> PerceptualLoss | None:
+    """Return the perceptual loss on the device, or None for --no-perceptual."""
+    if not args.perceptual:
+        return None
+    return PerceptualLoss(args.perceptual_network).to(device, memory_format=torch.channels_last)
 
 
 def zero_batch(batch_size: int, size_px: tuple[int, int], vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ def run_evaluate(args: Evaluate) -> None:
     from corel_diffusers.evaluation.evaluate import evaluate
     from corel_diffusers.hub import write_card
 
-    evaluate(args, args.photo_source, args.results_dir)
+    evaluate(args)
     if args.results_dir == args.pipeline:
         write_card(args.results_dir)
 
@@ -43,14 +43,9 @@ def run_push(args: Push) -> None:
 
 def main() -> None:
     """Parse the command line, check the flags and run the subcommand. Heavy modules are imported after the check."""
-    subcommands = {
-        "prepare": (Prepare, run_prepare),
-        "generate": (Generate, run_generate),
-        "evaluate": (Evaluate, run_evaluate),
-        "push": (Push, run_push),
-    }
+    runners = {Prepare: run_prepare, Generate: run_generate, Evaluate: run_evaluate, Push: run_push}
     with one_line_errors():
-        flags = {name: kind for name, (kind, _) in subcommands.items()}
-        args = tyro.extras.subcommand_cli_from_dict(flags, prog="corel-diffusers")
+        subcommands = {kind.__name__.lower(): kind for kind in runners}
+        args = tyro.extras.subcommand_cli_from_dict(subcommands, prog="corel-diffusers")
         args.check()
-        next(run for kind, run in subcommands.values() if type(args) is kind)(args)
+        runners[type(args)](args)

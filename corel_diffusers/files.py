@@ -1,4 +1,4 @@
-"""Atomic writing of files, and errors that the user can correct (UserError: one line on the screen, exit code 2).
+"""Read and write files (atomically), and errors that the user can correct (UserError: one line, exit code 2).
 
 This module imports no heavy modules, because the command line uses it before torch is loaded.
 """
@@ -135,7 +135,7 @@ def first_line(error: Exception) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read metrics.jsonl. Leave out an incomplete line: a kill can cut off the last one."""
+    """Read metrics.jsonl up to the first incomplete line: a kill can cut off the last one."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

@@ -4,12 +4,15 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from corel_diffusers.files import atomic_file, best_record, write_bytes
+
+if TYPE_CHECKING:
+    import torch  # only for an annotation: `prepare` runs without it
 
 SHEET_PX = 112  # the longer side of an image on the contact sheet
 
@@ -21,7 +24,7 @@ def save_image(image: Image.Image, path: Path, **options: object) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def to_images(images: torch.Tensor) -> list[Image.Image]:
+def to_images(images: "torch.Tensor") -> list[Image.Image]:
     """Convert images (N, 3, H, W) in [-1, 1] to PIL images."""
     values = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(value) for value in values]
@@ -81,13 +84,13 @@ def plot_history(
     A dotted vertical line marks the epoch of the best model, which is the one in the run folder. A panel has a
     logarithmic axis if its values are positive and span more than a factor of 50.
     """
+    if not history:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if not history:
-        return
     panels = {
         title: {n: label for n, label in curves.items() if any(n in r for r in history)}
         for title, curves in panels.items()

@@ -7,6 +7,8 @@ from pathlib import Path
 from corel_diffusers.files import UserError
 
 SCENES = "scenes"
+HUB_ID = r"[\w.-]+/[\w.-]+"  # user/name
+DATA_DIR_HINT = "check the path (relative paths start at --base-dir)"
 
 
 def flag(default: object, may_change: bool = False, in_card: bool = True) -> object:
@@ -23,7 +25,18 @@ def flag(default: object, may_change: bool = False, in_card: bool = True) -> obj
 def require(condition: bool, name: str, value: object, hint: str) -> None:
     """Raise UserError for the value of a flag if the condition is false. `hint` tells the user what to give instead."""
     if not condition:
-        raise UserError(f"--{name.replace('_', '-')} {value}: {hint}")
+        raise UserError(f"{flag_name(name)} {value}: {hint}")
+
+
+def flag_name(field_name: str) -> str:
+    """Return the flag of a field: "--max-train-steps" for "max_train_steps"."""
+    return "--" + field_name.replace("_", "-")
+
+
+def require_data_dir(folder: Path) -> None:
+    """Raise UserError if --data-dir is not a folder."""
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {folder} is not a folder: {DATA_DIR_HINT}")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -36,7 +49,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def check_repo_id(repo_id: str, flag: str) -> None:
     """Raise UserError if the repository id is not `user/name`, before anything is built or sent."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not re.fullmatch(HUB_ID, repo_id):
         raise UserError(f"{flag} {repo_id}: give user/name")
 
 
@@ -56,7 +69,7 @@ def model_location(location: str, base_dir: Path, flag: str) -> Path | str:
     if is_file_name and folder.parent.is_dir():
         return folder.parent
     is_local = Path(location).parts[0] in {"vae_models", "diffusion_models"} or folder.parent.is_dir()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", location) and not is_file_name and not is_local:
+    if re.fullmatch(HUB_ID, location) and not is_file_name and not is_local:
         return location
     trainer = "train_vae.py" if flag == "--vae-checkpoint" else "train_unet.py"
     raise UserError(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from corel_diffusers.config.checks import SCENES, check_repo_id, model_location, require
+from corel_diffusers.config.checks import SCENES, check_repo_id, model_location, require, require_data_dir
 from corel_diffusers.files import UserError, require_writable
 
 
@@ -36,11 +36,7 @@ class Prepare:
     def check(self) -> None:
         """Raise UserError for values that cannot be used."""
         base = Path(self.base_dir)
-        if not (base / self.data_dir).is_dir():
-            raise UserError(
-                f"--data-dir {base / self.data_dir} is not a folder: "
-                "check the path (relative paths start at --base-dir)"
-            )
+        require_data_dir(base / self.data_dir)
         require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a fraction from 0 to 0.5")
         require_writable(base / self.output_dir, "--output-dir")
         if self.visualize:
@@ -192,9 +188,8 @@ class Evaluate(Sampling):
             raise UserError(
                 "evaluate compares with the photos that the model was trained on: give --data-dir or --dataset-name"
             )
-        source = self.photo_source
-        if isinstance(source, Path) and not source.is_dir():
-            raise UserError(f"--data-dir {source} is not a folder: check the path (relative paths start at --base-dir)")
+        if isinstance(self.photo_source, Path):
+            require_data_dir(self.photo_source)
         require_writable(self.results_dir, "--output-dir")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from corel_diffusers.config.checks import SCENES, flag, parse_size, require
+from corel_diffusers.config.checks import SCENES, flag, flag_name, parse_size, require, require_data_dir
 from corel_diffusers.files import UserError
 
 LR_SCHEDULERS = Literal[
@@ -167,13 +167,13 @@ class TrainingArguments:
             value = getattr(self, field.name)
             if value == field.default or not field.metadata.get("in_card", True):
                 continue
-            flag = "--" + field.name.replace("_", "-")
+            option = flag_name(field.name)
             if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
+                words.append(option if value else option.replace("--", "--no-", 1))
                 continue
             values = value if isinstance(value, tuple) else (value,)
             shown = [Path(str(v)).name if Path(str(v)).is_absolute() else str(v) for v in values]
-            words += [flag, *(f'"{v}"' if " " in v else v for v in shown)]
+            words += [option, *(f'"{v}"' if " " in v else v for v in shown)]
         return " ".join(words)
 
     def check(self) -> None:
@@ -188,7 +188,7 @@ class TrainingArguments:
             require(value is None or value >= 1, name, value, "give 1 or more")
         minutes = self.max_train_minutes
         require(minutes is None or 0 < minutes < math.inf, "max_train_minutes", minutes, "give a number above 0")
-        given = [f"--{name.replace('_', '-')}" for name, value in self.length.items() if value]
+        given = [flag_name(name) for name, value in self.length.items() if value]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other: give only one of them")
         for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
@@ -213,11 +213,8 @@ class TrainingArguments:
                 "omit --no-mixed-precision",
             )
             self.mixed_precision = "no"
-        if not self.dataset_name and self.data_dir != SCENES and not self.path(self.data_dir).is_dir():
-            raise UserError(
-                f"--data-dir {self.path(self.data_dir)} is not a folder: "
-                "check the path (relative paths start at --base-dir)"
-            )
+        if isinstance(self.photo_source, Path):
+            require_data_dir(self.photo_source)
         if self.config and self.config.endswith(".json"):
             self.config = str(self.path(self.config))
             self.check_config_file()

@@ -1,4 +1,4 @@
-"""Augmented crops: the versions of a photo that the UNet trains on, with the crop parameters that condition it."""
+"""Random crops with colour jitter: new ones in each step of the VAE, and fixed versions of each photo for the UNet."""
 
 from dataclasses import dataclass
 

@@ -93,7 +93,8 @@ class ShardedArray:
             offset, shape = offset * shape[0] + int(entry), shape[1:]
         path, size = shard_path(self.folder, shard), math.prod(shape)
         if shard not in self.header_bytes:  # safetensors: 8 bytes with the length of the JSON, the JSON, the values
-            self.header_bytes[shard] = 8 + int.from_bytes(path.open("rb").read(8), "little")
+            with path.open("rb") as file:
+                self.header_bytes[shard] = 8 + int.from_bytes(file.read(8), "little")
         start_byte = self.header_bytes[shard] + offset * size * self.dtype.itemsize
         return np.fromfile(path, self.dtype, count * size, offset=start_byte).reshape(count, *shape)
 

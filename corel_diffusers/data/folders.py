@@ -195,15 +195,16 @@ def folder_classes(folders: Sequence[str], named: dict[int, str]) -> tuple[dict[
 
 def read_classes(file: Path) -> dict[int, str]:
     """Read classes.txt (one `<number> <name>` per line) as class number -> name; empty if there is no such file."""
-    classes = {}
-    for line_number, line in enumerate(
-        file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.is_file() else (), 1
-    ):
-        if line.strip():
-            number, _, name = line.strip().partition(" ")
-            if not number.isdigit() or not name.strip():
-                raise UserError(f"{file} line {line_number}: {line.strip()!r} is not '<number> <name>'")
-            classes[int(number)] = name.strip()
+    if not file.is_file():
+        return {}
+    classes, lines = {}, file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for line_number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        number, _, name = line.strip().partition(" ")
+        if not number.isdigit() or not name.strip():
+            raise UserError(f"{file} line {line_number}: {line.strip()!r} is not '<number> <name>'")
+        classes[int(number)] = name.strip()
     if len(set(classes.values())) < len(classes):
         raise UserError(f"{file}: two classes have the same name: give each class its own name")
     return classes

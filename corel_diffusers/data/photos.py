@@ -1,8 +1,8 @@
 """Load photos from any source as a DatasetDict.
 
 Its columns are `image`, `label`, `caption` and `file_name`. Its splits are `train`, `validation` and `test`.
-`find_photos` lists the photos of a folder in any supported layout. `load_photos` is the entry point of the training
-scripts.
+`load_photos` is the entry point of train_vae.py and of `evaluate`. train_unet.py calls `load_numbered_photos`, which
+also returns the numbers of the classes. folders.py lists the photos of a folder.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 
-from corel_diffusers.config.checks import SCENES
+from corel_diffusers.config.checks import DATA_DIR_HINT, SCENES
 from corel_diffusers.data.columns import dataset_of, labelled
 from corel_diffusers.data.folders import default_caption, find_photos, read_classes
 from corel_diffusers.data.splits import with_split
@@ -64,7 +64,7 @@ def load_numbered_photos(
     elif isinstance(source, str):
         photos, numbers = load_from_hub(source)
     else:
-        raise UserError(f"--data-dir {source} is not a folder: check the path (relative paths start at --base-dir)")
+        raise UserError(f"--data-dir {source} is not a folder: {DATA_DIR_HINT}")
     photos = keep_classes(photos, numbers, list(classes))
     if "test" in photos and not len(photos["test"]):  # the chosen classes have no test photo
         del photos["test"]
@@ -163,18 +163,14 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
     if not has_labels(loaded[train], label):
         raise UserError(
             f"--dataset-name {repo_id}: some photos of its {train} split have no {label}: "
-            f"use a dataset in which every photo has one"
+            "use a dataset in which every photo has one"
         )
     held_out = [
         split
         for split in ("validation", "test")
         if split in loaded and split != train and has_labels(loaded[split], label)
     ]
-    splits = (
-        {"train": train}
-        | ({"validation": held_out[0]} if held_out else {})
-        | ({"test": held_out[1]} if held_out[1:] else {})
-    )
+    splits = {"train": train} | dict(zip(("validation", "test"), held_out, strict=False))
     class_names = getattr(features.get(label), "names", None) or sorted(
         {n for split in splits.values() for n in class_names_of(loaded[split])}
     )

@@ -15,8 +15,6 @@ from corel_diffusers.data.pixels import Pixels, evenly_spaced
 from corel_diffusers.runtime.precision import arithmetic
 
 STATISTICS_PHOTOS = 10_000  # evenly spaced photos: more photos do not change the mean
-# for a run that received a stop signal and has only seconds left; the statistics are measured again when the run ends
-STATISTICS_PHOTOS_WHEN_STOPPED = 256
 
 
 @torch.no_grad()

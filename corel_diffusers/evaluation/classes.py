@@ -25,19 +25,18 @@ def class_scores(
     photo_matches = class_match(*held_out, *train) if held_out else None
     scores = {}
     for label, name in enumerate(class_names):
-        of_class, held_out_of_class = (
-            samples[1] == label,
-            held_out[1] == label if held_out else torch.zeros(0, dtype=torch.bool),
-        )
+        of_class = samples[1] == label
+        held_out_of_class = held_out[1] == label if held_out else torch.zeros(0, dtype=torch.bool)
         enough = held_out_of_class.sum() >= MIN_PHOTOS
         compared_photos = held_out[0][held_out_of_class] if enough else photos[0][photos[1] == label]
         if of_class.sum() < 2 or len(compared_photos) < 2:
             continue
+        match_photos = None
+        if held_out_of_class.any():
+            match_photos = float(photo_matches[held_out_of_class].double().mean())
         scores[name] = compare(samples[0][of_class], compared_photos) | {
             "against": "held-out" if enough else "all",
             "match": float(matches[of_class].double().mean()),
-            "match_photos": float(photo_matches[held_out_of_class].double().mean())
-            if held_out_of_class.any()
-            else None,
+            "match_photos": match_photos,
         }
     return scores

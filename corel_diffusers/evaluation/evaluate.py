@@ -23,7 +23,7 @@ from corel_diffusers.evaluation.reconstruction import MAX_COMPARED, reconstruct,
 from corel_diffusers.files import write_json
 from corel_diffusers.runtime.precision import resolve_precision
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, pipeline_digest, sample_size_px
-from corel_diffusers.sampling.samplers import build_sampler, pick_sampler, possible_steps
+from corel_diffusers.sampling.samplers import set_sampler
 from corel_diffusers.sampling.samples import guidance_interval, labels_for_images, sample_images
 
 # Maximum number of held-out photos in the search for copies. This measures the false alarms.
@@ -32,23 +32,19 @@ MAX_CONTROL_PHOTOS = 500
 MAX_PLANTED = 200
 
 
-def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
-    """Evaluate samples, write evaluation.json and evaluation.html to `output_dir`, and print the table.
-
-    Args:
-        args: the flags.
-        source: the photos, as a folder or a Hub dataset id.
-        output_dir: the folder for the two files. In a pipeline folder, the model card is updated too.
+def evaluate(args: Evaluate) -> None:
+    """Evaluate samples, write evaluation.json and evaluation.html to `args.results_dir`, and print the table.
 
     Raises:
         UserError: a flag or a file cannot be used. The message says what to do.
     """
     start_seconds, device = time.monotonic(), pick_device(args.device)
+    output_dir = args.results_dir
     args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
     pipe = None if args.pictures else load_pipeline(args.pipeline, device)
     images = read_images(Path(args.base_dir) / args.pictures) if args.pictures else []
     size_px = sample_size_px(pipe) if pipe else (images[0].height, images[0].width)
-    photos, pixels = cache_pixels(photos_to_compare(args, source, pipe), size_px)
+    photos, pixels = cache_pixels(photos_to_compare(args, pipe), size_px)
     class_names = photos["train"].features["label"].names
     photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
     held_out = pick_held_out(args.against, pixels)
@@ -93,7 +89,8 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "halves": halves(subset_features["all"], subset_labels["all"]),
         "colours": {"pictures": colour_statistics(samples), "photos": photo_colours},
     }
-    control_photos = None if held_out == "all" else render(pixels[held_out]).evenly_spaced(MAX_CONTROL_PHOTOS)
+    rendered = render(pixels[held_out])
+    control_photos = None if held_out == "all" else rendered.evenly_spaced(MAX_CONTROL_PHOTOS)
     planted = planted_copies(training_photos.evenly_spaced(MAX_PLANTED).values[:])
     planted = reconstruct(pipe.vae, planted, args.mixed_precision) if pipe else planted
     results["copies"] = copy_fractions(finder, nearest, planted, control_photos)
@@ -121,7 +118,7 @@ def evaluate(args: Evaluate, source: Path | str, output_dir: Path) -> None:
         "Samples most like copies, in pixels": report.pair_sheet(samples, training_photos.values, nearest[0]),
     }
     if pipe:
-        originals, reconstructions = pixels[held_out].values, render(pixels[held_out]).values
+        originals, reconstructions = pixels[held_out].values, rendered.values
         results["reconstruction"] = reconstruction_scores(
             reconstructions, originals, network, real_features[held_out], photo_labels[held_out]
         )
@@ -178,9 +175,7 @@ def make_samples(
         The samples, their labels in the numbering of the photos (None if the model lacks a class of the photos), and
         the settings that they were generated with.
     """
-    sampler, steps = pick_sampler(args)
-    pipe.scheduler = build_sampler(sampler, pipe.scheduler)
-    steps = possible_steps(pipe.scheduler, steps)
+    sampler, steps = set_sampler(pipe, args)
     model_labels, labels = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     images = list(sample_images(pipe, args, model_labels, args.seed, num_inference_steps=steps))
     settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}

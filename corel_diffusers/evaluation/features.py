@@ -104,7 +104,7 @@ def efficientnet_map(device: torch.device) -> Callable[..., torch.Tensor]:
     network = load_efficientnet().eval().to(device, memory_format=torch.channels_last)
 
     def run(images: torch.Tensor, side_px: int = 224) -> torch.Tensor:
-        x = (upscale_to(images, side_px).permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
+        x = (resize_to(images, side_px).permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
         return network.extract_features(x.to(device))
 
     return run
@@ -134,13 +134,13 @@ def dinov2(device: torch.device, location: str = "facebook/dinov2-small") -> Net
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        x = (upscale_to(images, 224).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        x = (resize_to(images, 224).permute(0, 3, 1, 2).float() / 255 - mean) / std
         return network(x.to(device)).last_hidden_state[:, 0]
 
     return Network("dinov2", network.config.hidden_size, device, run)
 
 
-def upscale_to(images: torch.Tensor, side_px: int) -> torch.Tensor:
+def resize_to(images: torch.Tensor, side_px: int) -> torch.Tensor:
     """Resize uint8 images (B, H, W, 3) to uint8 (B, side_px, side_px, 3).
 
     Pillow's bicubic filter is used because it antialiases (Parmar et al. 2022).

@@ -39,24 +39,22 @@ def read_images(folder: Path) -> list[Image.Image]:
     return [image if image.size == images[0].size else fit_photo(image, images[0].size[::-1]) for image in images]
 
 
-def photos_to_compare(args: Evaluate, source: Path | str, pipe: DiffusionPipeline | None) -> DatasetDict:
+def photos_to_compare(args: Evaluate, pipe: DiffusionPipeline | None) -> DatasetDict:
     """Load the photos of --classes. Without that flag, load the photos of the classes that the model has.
 
     All photos are loaded if there is no pipeline, or if the classes of the model are not a proper subset of the
     classes of the photos.
     """
-    photos = load_photos(source, classes=args.classes)
+    photos = load_photos(args.photo_source, classes=args.classes)
     if args.classes or not pipe:
         return photos
     trained_classes = set((pipe.config.class_names or {}).values())
     run_file = Path(args.pipeline) / "run.json"
     if not trained_classes and run_file.is_file():  # a model that was trained on one class has no labels
         trained_classes = set(read_json(run_file)["data"]["classes"])
-    return (
-        load_photos(source, classes=sorted(trained_classes))
-        if trained_classes and trained_classes < set(photos["train"].features["label"].names)
-        else photos
-    )
+    if trained_classes and trained_classes < set(photos["train"].features["label"].names):
+        return load_photos(args.photo_source, classes=sorted(trained_classes))
+    return photos
 
 
 def pick_held_out(against: str, pixels: dict[str, Pixels]) -> str:

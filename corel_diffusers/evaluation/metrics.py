@@ -6,6 +6,7 @@ Fréchet distance is biased upwards for few images, so it is always shown with t
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from corel_diffusers.evaluation.kid import kernel_distance, kernel_interval
 
@@ -68,12 +69,10 @@ def class_match(
 
     The measure is the cosine similarity of the features. Returns bool (N,).
     """
-    centre = photos.mean(0)
-    class_means = torch.stack([(photos[photo_labels == label] - centre).mean(0) for label in photo_labels.unique()])
-    similarity = (
-        torch.nn.functional.normalize(features - centre, dim=1) @ torch.nn.functional.normalize(class_means, dim=1).T
-    )
-    return photo_labels.unique()[similarity.argmax(1)] == labels
+    classes, centre = photo_labels.unique(), photos.mean(0)
+    class_means = torch.stack([(photos[photo_labels == label] - centre).mean(0) for label in classes])
+    similarity = F.normalize(features - centre, dim=1) @ F.normalize(class_means, dim=1).T
+    return classes[similarity.argmax(1)] == labels
 
 
 def colour_statistics(images: np.ndarray) -> dict[str, float]:

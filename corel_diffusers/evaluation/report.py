@@ -141,13 +141,11 @@ def heading(results: dict) -> str:
         "validation": "the validation photos (also used to choose the best model)",
         "all": "all photos",
     }
-    count_trained_on = results.get("held_out_trained_on")
-    warning = (
-        f"; the model was trained on {count_trained_on} of these photos, so the numbers are too good"
-        if count_trained_on
-        else ""
-    )
-    line += f", only {', '.join(results['only_classes'])}" if results.get("only_classes") else ""
+    warning = ""
+    if count_trained_on := results.get("held_out_trained_on"):
+        warning = f"; the model was trained on {count_trained_on} of these photos, so the numbers are too good"
+    if results.get("only_classes"):
+        line += f", only {', '.join(results['only_classes'])}"
     return (
         f"{line}, {height}x{width} px, compared with {held_out_names[results['held_out']]}; "
         f"features: {results['features']}{warning}"

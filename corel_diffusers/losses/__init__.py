@@ -1,1 +1,1 @@
-"""The losses as pure functions."""
+"""The losses: pure functions with their equations, and the perceptual loss with its frozen network."""

@@ -97,7 +97,7 @@ def adaptive_weight(
     )
 
 
-def kl_warmup(weight: float, step: int, warmup_steps: int) -> float:
+def kl_warmup(weight: float, step: float, warmup_steps: int) -> float:
     """Return the KL weight at a step. It rises linearly from 0 to `weight` over `warmup_steps`."""
     return weight * min(1.0, step / warmup_steps) if warmup_steps else weight
 

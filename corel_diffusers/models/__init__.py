@@ -1,1 +1,1 @@
-"""Build models from configs: VAE, UNet, discriminator, frozen feature networks."""
+"""Build models from configs: VAE, UNet, discriminator, the frozen EfficientNet."""

@@ -53,7 +53,7 @@ class UNetForTraining(nn.Module):
     is a linear layer without bias. Its output is added to the time embedding (Karras et al. 2022, arXiv:2206.00364,
     appendix F.2). In sampling, all crop parameters are 0.
 
-    `guess` predicts the features of the photo from the output of the UNet's first up block (see alignment.py).
+    `guess` predicts the features of the photo from the output of the UNet's first up block (see losses/alignment.py).
 
     Args:
         changes: number of crop parameters. 0: the UNet is not conditioned on them.

@@ -47,7 +47,9 @@ class Compilation:
         if self.input_hook and step >= 3 + self.PLAIN:
             self.input_hook.remove()
             self.input_hook = None
-            if not self.compile():
+            is_compiled = self.compile()
+            self.inputs = ()  # free the batch
+            if not is_compiled:
                 self.times = None
         if self.times is not None and len(self.times) == 3 + self.PLAIN + self.WARMUP + self.COMPILED:
             seconds = np.diff(self.times)
@@ -69,7 +71,7 @@ class Compilation:
         plain_gradient = self.gradient()
         self.model.compile()
         cosine = float(torch.nn.functional.cosine_similarity(plain_gradient, self.gradient(), dim=0))
-        cosine, self.inputs = broadcast_from_main(self.accelerator, cosine), ()
+        cosine = broadcast_from_main(self.accelerator, cosine)
         if cosine > self.MIN_COSINE or not plain_gradient.isfinite().all():
             return True
         self.model._compiled_call_impl = None  # the attribute that Module.compile sets

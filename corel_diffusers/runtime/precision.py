@@ -23,7 +23,12 @@ def resolve_precision(wanted: str, device_type: str) -> str:
     if wanted == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = launched if launched in ("fp16", "bf16") else "fp16" if is_cuda else "bf16" if has_bf16 else "no"
+        if launched in ("fp16", "bf16"):
+            wanted = launched
+        elif is_cuda:
+            wanted = "fp16"
+        else:
+            wanted = "bf16" if has_bf16 else "no"
     if wanted == "fp16" and not is_cuda:
         raise UserError("--mixed-precision fp16 needs a GPU, but there is none: give auto, bf16 or no")
     return wanted

@@ -12,7 +12,7 @@ from corel_diffusers.files import UserError, atomic_file
 from corel_diffusers.plots import image_grid, save_image
 from corel_diffusers.runtime.precision import resolve_precision
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, sample_size_px
-from corel_diffusers.sampling.samplers import build_sampler, pick_sampler, possible_steps
+from corel_diffusers.sampling.samplers import set_sampler
 from corel_diffusers.sampling.samples import labels_for_images, sample_images
 
 INDIVIDUAL_UP_TO = 16  # up to this many samples are also saved as single images
@@ -32,9 +32,7 @@ def generate(args: Generate, output: Path) -> None:
     labels = labels_for_images(pipe, args.class_, args.num_images)
     check_grid_size(pipe, args)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    sampler, steps = pick_sampler(args)
-    pipe.scheduler = build_sampler(sampler, pipe.scheduler)
-    steps = possible_steps(pipe.scheduler, steps)
+    sampler, steps = set_sampler(pipe, args)
     print(f"{args.num_images} samples, {sampler} with {steps} steps on {device}, seed {seed}")
     folder, images = output.with_name(f"{output.stem}_individual"), []
     files = [folder / f"image_{index:04d}.png" for index in range(args.num_images)]

@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from corel_diffusers.config.commands import Sampling
 from corel_diffusers.sampling.ddim import DDIM
@@ -17,10 +23,11 @@ class Sampler(NamedTuple):
     options: Callable[[SchedulerMixin], dict[str, object]]
 
 
-def pick_sampler(args: Sampling) -> tuple[str, int]:
-    """Return the name of the sampler and its number of steps."""
-    sampler = AUTO if args.sampler == "auto" else args.sampler
-    return sampler, args.steps or SAMPLERS[sampler].default_steps
+def set_sampler(pipe: DiffusionPipeline, args: Sampling) -> tuple[str, int]:
+    """Give the pipeline the sampler of the flags. Return its name and its number of steps."""
+    name = AUTO if args.sampler == "auto" else args.sampler
+    pipe.scheduler = build_sampler(name, pipe.scheduler)
+    return name, possible_steps(pipe.scheduler, args.steps or SAMPLERS[name].default_steps)
 
 
 def build_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:

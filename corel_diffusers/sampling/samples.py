@@ -25,6 +25,7 @@ def sample_images(
     Raises:
         UserError: there is not enough memory for a batch.
     """
+    pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
     for start in tqdm(
         range(0, args.num_images, args.batch_size),
         "generating",
@@ -32,7 +33,6 @@ def sample_images(
         disable=args.num_images <= args.batch_size,
     ):
         indices = range(start, min(start + args.batch_size, args.num_images))
-        pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
         try:
             with autocast(args.mixed_precision, pipe.device.type):
                 output = pipe(

@@ -31,7 +31,7 @@ class Trained(NamedTuple):
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """Return the optimizer without accelerate's wrapper, or the parts of a muon.CombinedOptimizer."""
+        """The optimizer without accelerate's wrapper, as a tuple; for a CombinedOptimizer, its parts."""
         plain = getattr(self.optimizer, "optimizer", self.optimizer)
         return getattr(plain, "parts", (plain,))
 

@@ -28,7 +28,7 @@ class RunLength:
 
     @classmethod
     def of(
-        cls, args: TrainingArguments, plan: BatchPlan, accelerator: Accelerator, state: "RunState", began: float
+        cls, args: TrainingArguments, plan: BatchPlan, accelerator: Accelerator, state: RunState, began: float
     ) -> "RunLength":
         """Return the length that the flags give.
 
@@ -54,7 +54,7 @@ class RunLength:
             )
         return cls(None, seconds, began - state.seconds)
 
-    def tick(self, state: "RunState", accelerator: Accelerator) -> None:
+    def tick(self, state: RunState, accelerator: Accelerator) -> None:
         """Update the elapsed time in the state, after each step.
 
         The time decides about checkpoints and the end of the run, so all ranks must have the same time. With several
@@ -66,20 +66,20 @@ class RunLength:
         elif state.step % SYNC_EVERY == 0:
             state.seconds = broadcast_from_main(accelerator, time.monotonic() - self.began)
 
-    def total_steps(self, state: "RunState") -> int:
+    def total_steps(self, state: RunState) -> int:
         """Return the number of steps of the full run. If the run ends by time, estimate it from the speed so far."""
         return self.steps or max(state.step + 1, round(state.step * self.seconds / max(state.seconds, 1e-9)))
 
-    def fraction_done(self, state: "RunState") -> float:
+    def fraction_done(self, state: RunState) -> float:
         """Return the fraction of the run that is done, from 0 to 1."""
         return state.step / self.steps if self.steps else state.seconds / self.seconds
 
-    def reached(self, state: "RunState") -> bool:
+    def reached(self, state: RunState) -> bool:
         """Return whether the run has reached its end."""
         return self.fraction_done(state) >= 1
 
 
-def checkpoint_due(args: TrainingArguments, plan: BatchPlan, state: "RunState", length: RunLength) -> bool:
+def checkpoint_due(args: TrainingArguments, plan: BatchPlan, state: RunState, length: RunLength) -> bool:
     """Return whether to save a checkpoint after this step.
 
     --checkpoint-every is the number of epochs between checkpoints. If it is unset, a checkpoint is saved every ten
@@ -94,7 +94,7 @@ def checkpoint_due(args: TrainingArguments, plan: BatchPlan, state: "RunState", 
 
 
 def samples_due(
-    args: TrainingArguments, epoch: int, validate_every: int, length: RunLength, state: "RunState", history: list[dict]
+    args: TrainingArguments, epoch: int, validate_every: int, length: RunLength, state: RunState, history: list[dict]
 ) -> bool:
     """Return whether this validation also writes samples.
 

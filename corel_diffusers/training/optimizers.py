@@ -1,7 +1,8 @@
 """Optimizers: Muon, AdamW, and gradient clipping.
 
-torch.optim.Muon takes matrices only and, like the packages around, iterates in bfloat16. A CPU without bfloat16
-emulates it: that is six times slower than float32, and takes longer than the whole training step.
+This file has its own Muon, because torch.optim.Muon takes matrices only and, like other packages, iterates in
+bfloat16. A CPU without bfloat16 emulates it: that is six times slower than float32, and takes longer than the whole
+training step.
 """
 
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Start a training run: device, precision, processes and trackers."""
+"""Start a training run: device, precision, processes and trackers. Explain an out-of-memory error."""
 
 import os
 from collections.abc import Iterator

@@ -79,17 +79,16 @@ EVALUATED_SAMPLES = 48  # samples for --evaluate-every
 MAX_MEASURED = 2048  # maximum number of held-out photos, evenly spaced, on which the denoising loss is measured
 FIXED_NOISE_PAIRS = 128  # minimum number of pairs of noise and timestep for them; each photo has at least one pair
 GAUGE = "overfitting gauge: loss of held-out / training photos"
-# gauge / its minimum when the first copy was found, in three measurements on 60 Corel photos:
+# gauge / its minimum when the first copy in pixels was found, in two measurements on 60 Corel photos:
 # benchmarks/results/overfitting.md
 COPIES_BEGAN = {
     1.11: "first copy in pixels, run 1",
-    1.21: "first copy in features",
     1.46: "first copy in pixels, run 2",
 }
 # A model is saved as best if its gauge is below this multiple of the minimum, or if its held-out loss is the lowest so
-# far. Samples become more and more like photos, even long after the held-out loss has begun to rise. Up to this limit,
-# samples look like copies hardly more often than held-out photos do (benchmarks/results/choices.md, "How strong, and
-# until when").
+# far. Recall and diversity of the samples are higher after the held-out loss has begun to rise. The limit was chosen by
+# an earlier search for copies, and it was not measured again (benchmarks/results/choices.md, "How strong, and until
+# when").
 SAVE_UP_TO_GAUGE = 1.05
 # A run that ends by time stops after this fraction of its minutes without a model to save as best. In the
 # measured runs, a gauge above the limit did not fall below it again.

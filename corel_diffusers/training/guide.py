@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from corel_diffusers.files import atomic_file
 from corel_diffusers.training.checkpoints import find_checkpoints, step_of
 
-# benchmarks/results/choices.md, "Guidance by an early self": measured with the `tiny` UNet on 221 photos
+# Both numbers were chosen with the `tiny` UNet on 221 photos, by the KID of an earlier measure. They were not measured
+# again: benchmarks/results/choices.md, "Guidance by an early self".
 GUIDE_FRACTION = 1 / 8  # steps of the guide model / steps of the guided UNet, before rounding to a power of two
-# images seen; with fewer, classifier-free guidance gives samples that are nearer to photos
+# images seen; with fewer, guidance is classifier-free
 GUIDE_FROM_IMAGES = 130_000
 
 

@@ -189,7 +189,7 @@ class CorelPipeline(DiffusionPipeline):
         """The noise levels at which guidance acts by default: up to 0.6 with a guide model, all levels without one.
 
         At high noise, where the layout of an image forms, a guide model leads away from what many photos have in
-        common and towards the layout of a single photo. Without guidance at those levels there are fewer copies.
+        common and towards the layout of a single photo.
         """
         return (0.0, 0.6) if self.guide is not None else (0.0, 1.0)
 

@@ -269,7 +269,7 @@ def on_copies(results: dict) -> list[str]:
         if fisher_exact(table, alternative="greater").pvalue < 0.05 / 2:
             strongly_guided = results.get("guide") and results["guidance_scale"] > 1.5
             hint = (
-                "--guidance-scale 1.5 gives fewer copies"
+                "try --guidance-scale 1.5"
                 if strongly_guided
                 else "train for less time, on more photos or with more --views"
             )

@@ -78,7 +78,7 @@ BANDS = 4  # equal ranges of timesteps; the first one has the least noise
 EVALUATED_SAMPLES = 48  # samples for --evaluate-every
 MAX_MEASURED = 2048  # maximum number of held-out photos, evenly spaced, on which the denoising loss is measured
 FIXED_NOISE_PAIRS = 128  # minimum number of pairs of noise and timestep for them; each photo has at least one pair
-GAUGE = "overfitting gauge: loss of held-out / training photos"
+GAUGE = "overfitting gauge: held-out / training loss"
 # gauge / its minimum when the first copy in pixels was found, in two measurements on 60 Corel photos:
 # benchmarks/results/overfitting.md
 COPIES_BEGAN = {
@@ -95,7 +95,7 @@ SAVE_UP_TO_GAUGE = 1.05
 STOP_AFTER_IDLE = 0.1
 PANELS = {
     "denoising loss at fixed noise": {"seen_loss": "training photos", "val_loss": "held-out photos"},
-    "denoising loss in training": {"loss": "random noise, sampled latents, weights of each step"},
+    "denoising loss in training": {"loss": "sampled latents, weights of each step"},
     GAUGE: {
         "gauge": "all timesteps",
         **{f"gauge_{band + 1}": f"t {1000 * band // BANDS} to {1000 * (band + 1) // BANDS}" for band in range(BANDS)},

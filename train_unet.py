@@ -115,32 +115,34 @@ class FixedNoiseSet(NamedTuple):
     labels: torch.Tensor | None  # (N,)
 
 
-def main(args: UNetArguments) -> None:
-    if args.push_to_hub:
+def main(flags: UNetArguments) -> None:
+    if flags.push_to_hub:
         hub.require_token()
     began = time.monotonic()
-    accelerator = start_run(args)
+    accelerator = start_run(flags)
     if is_sharded(accelerator):
-        set_sharding(accelerator, args.optimizer)
+        set_sharding(accelerator, flags.optimizer)
     device = accelerator.device
-    vae = load_vae(args.vae_location).to(device)
-    size_px = args.size_px or trained_size_px(vae)
+    vae = load_vae(flags.vae_location).to(device)
+    size_px = flags.size_px or trained_size_px(vae)
 
     # data
     with accelerator.local_main_process_first():
         photos, class_numbers = load_numbered_photos(
-            args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples
+            flags.photo_source, classes=flags.classes, max_train_samples=flags.max_train_samples
         )
         photos.pop("test", None)  # training never sees the test split, which `evaluate` reports on
     class_names = photos["train"].features["label"].names
-    class_names = None if args.unconditional or len(class_names) < 2 else class_names
-    if class_names and not args.label_dropout:
+    class_names = None if flags.unconditional or len(class_names) < 2 else class_names
+    if class_names and not flags.label_dropout:
         hint = "give --label-dropout 0.1, or --unconditional for a model without classes"
         raise UserError(f"--label-dropout 0: guidance needs the null label, but it would never be trained: {hint}")
-    plan_run(args, accelerator, photos, UNET_PRESETS, partial(trial_step, args, accelerator, vae), size_px)
+    args = plan_run(flags, accelerator, photos, UNET_PRESETS, partial(trial_step, flags, accelerator, vae), size_px)
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
-    unet = build_unet(args.config, size_px, vae, len(class_names) if class_names else None, args.dropout)
+    unet = build_unet(
+        args.config, size_px, vae, len(class_names) if class_names else None, args.dropout, args.attention
+    )
     share = process_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     plan = BatchPlan.of(args, accelerator, len(pixels["train"]))
@@ -391,12 +393,13 @@ def trial_step(
     config: str,
     size_px: tuple[int, int],
     batch_size: int,
+    attention: str,
 ) -> Callable[[], None]:
     """Return a function that makes one training step of a new UNet for the latents of `vae`.
 
     The inputs are zeros. The function is used to time the step.
     """
-    model = UNetForTraining(build_unet(config, size_px, vae, 1), 0, 0).to(accelerator.device)
+    model = UNetForTraining(build_unet(config, size_px, vae, 1, attention=attention), 0, 0).to(accelerator.device)
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     optimizer = build_optimizer(args.optimizer, model, 1e-4, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS)

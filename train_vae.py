@@ -81,9 +81,9 @@ DISCRIMINATOR_LEAD = 0.1
 STATISTICS_PHOTOS_WHEN_STOPPED = 256
 
 
-def main(args: VAEArguments) -> None:
+def main(flags: VAEArguments) -> None:
     began = time.monotonic()
-    accelerator = start_run(args)
+    accelerator = start_run(flags)
     if is_sharded(accelerator):
         raise UserError(
             "--use_fsdp is for a UNet that is too large to train on one GPU: launch train_vae.py without it"
@@ -92,13 +92,13 @@ def main(args: VAEArguments) -> None:
 
     # data
     with accelerator.local_main_process_first():
-        photos = load_photos(args.photo_source, classes=args.classes, max_train_samples=args.max_train_samples)
+        photos = load_photos(flags.photo_source, classes=flags.classes, max_train_samples=flags.max_train_samples)
         photos.pop("test", None)  # training never sees the test split, which `evaluate` reports on
-    plan_run(args, accelerator, photos, VAE_PRESETS, partial(trial_step, args, accelerator), args.size_px)
+    args = plan_run(flags, accelerator, photos, VAE_PRESETS, partial(trial_step, flags, accelerator), flags.size_px)
     size_px = args.size_px
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
-    vae = build_vae(args.config, size_px, args.latent_dim, args.downsample)
+    vae = build_vae(args.config, size_px, args.latent_dim, args.downsample, args.attention)
     share = process_share(accelerator)
     photos, pixels = cache_pixels(photos, size_px, share)
     large_pixels = cache_large_pixels(photos, size_px, share) if args.crop_chance else pixels["train"]
@@ -274,10 +274,17 @@ def main(args: VAEArguments) -> None:
 
 
 def trial_step(
-    args: VAEArguments, accelerator: Accelerator, config: str, size_px: tuple[int, int], batch_size: int
+    args: VAEArguments,
+    accelerator: Accelerator,
+    config: str,
+    size_px: tuple[int, int],
+    batch_size: int,
+    attention: str,
 ) -> Callable[[], None]:
     """Return a function that makes one training step of a new VAE on grey photos. It is used to time the step."""
-    model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample)).to(accelerator.device)
+    model = VAEWithPosterior(build_vae(config, size_px, args.latent_dim, args.downsample, attention)).to(
+        accelerator.device
+    )
     if args.gradient_checkpointing:
         model.vae.enable_gradient_checkpointing()
     perceptual = build_perceptual(args, accelerator.device)

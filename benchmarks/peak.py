@@ -36,12 +36,15 @@ def seconds(run: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
-def training_step(name: str, args: argparse.Namespace, precision: str) -> tuple[torch.nn.Module, Callable[[], None]]:
+def training_step(
+    name: str, args: argparse.Namespace, precision: str, attention: str
+) -> tuple[torch.nn.Module, Callable[[], None]]:
     """Return the "VAE" or "UNet" and a function that runs its training step: forward, backward, fused AdamW."""
     size_px = (args.image_size, args.image_size)
-    vae = build_vae(args.config, size_px)
-    model = VAEWithPosterior(vae) if name == "VAE" else build_unet(args.config, size_px, vae, 6)
-    batch_size = args.vae_batch_size if name == "VAE" else args.batch_size
+    vae = build_vae(args.config, size_px, attention=attention)
+    is_vae = name == "VAE"
+    model = VAEWithPosterior(vae) if is_vae else build_unet(args.config, size_px, vae, 6, attention=attention)
+    batch_size = args.vae_batch_size if is_vae else args.batch_size
     latents = torch.randn(batch_size, vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
     photos = torch.rand(batch_size, 3, *size_px).to(memory_format=torch.channels_last)
     timesteps = torch.randint(1000, (batch_size,))
@@ -49,7 +52,7 @@ def training_step(name: str, args: argparse.Namespace, precision: str) -> tuple[
 
     def step() -> None:
         with autocast(precision, "cpu"):
-            if name == "VAE":
+            if is_vae:
                 loss = (model(photos, latents)[0].float() - photos).abs().mean()
             else:
                 loss = denoising_loss(model(latents, timesteps, timesteps % 7).sample, latents).mean()
@@ -115,8 +118,7 @@ def main() -> None:
     for name in ["UNet"] if args.compile else ["VAE", "UNet"]:
         seconds_by_attention = {}
         for attention in ("fused", "math"):  # on a CPU with bf16, the training scripts use the faster one
-            torch.backends.cuda.enable_flash_sdp(attention == "fused")  # models use this setting when they are built
-            model, step = training_step(name, args, precision)
+            model, step = training_step(name, args, precision, attention)
             # The counter does not know the fused kernel. The reported count is therefore that of "math", the last one.
             with FlopCounterMode(display=False) as counter:
                 step()

@@ -44,16 +44,18 @@ def main() -> None:
         for preset in (preset for preset in series.presets if preset.config in args.configs):
             size_px, cells = (preset.side_px, preset.side_px), []
             script_args = kind(config=preset.config, image_size=str(preset.side_px), batch_size=preset.batch_size)
-            script_args.fill({})
+            script_args = script_args.resolved({})
             for precision, attention in settings:
                 AcceleratorState._reset_state(True)
                 accelerator = Accelerator(mixed_precision=precision)
-                set_precision(accelerator, precision, attention)
+                set_precision(accelerator, precision)
                 step = vae = None  # free the memory of the previous step
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
                 vae = [build_vae(preset.config, size_px).to(accelerator.device)] if script is train_unet else []
-                step = script.trial_step(script_args, accelerator, *vae, preset.config, size_px, preset.batch_size)
+                step = script.trial_step(
+                    script_args, accelerator, *vae, preset.config, size_px, preset.batch_size, attention
+                )
                 ms = 1e3 * preset.batch_size / photos_per_second(step, preset.batch_size)
                 result = {
                     "model": script.__name__,

@@ -31,7 +31,7 @@ def run_evaluate(args: Evaluate) -> None:
     from corel_diffusers.hub import write_card
 
     evaluate(args)
-    if args.results_dir == args.pipeline:
+    if not args.pictures and args.results_dir == args.pipeline_location:
         write_card(args.results_dir)
 
 
@@ -46,6 +46,5 @@ def main() -> None:
     runners = {Prepare: run_prepare, Generate: run_generate, Evaluate: run_evaluate, Push: run_push}
     with one_line_errors():
         subcommands = {kind.__name__.lower(): kind for kind in runners}
-        args = tyro.extras.subcommand_cli_from_dict(subcommands, prog="corel-diffusers")
-        args.check()
+        args = tyro.extras.subcommand_cli_from_dict(subcommands, prog="corel-diffusers").checked()
         runners[type(args)](args)

@@ -20,7 +20,7 @@ from corel_diffusers.training.state import RunState
 
 def test_a_flag_added_after_the_run_began_counts_as_its_default(tmp_path):
     args = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny")
-    args.fill({})
+    args = args.resolved({})
     saved = json.loads(json.dumps(args.settings()))
     for name in ("dropout", "log_normal", "view_chance"):
         saved.pop(name)
@@ -29,7 +29,7 @@ def test_a_flag_added_after_the_run_began_counts_as_its_default(tmp_path):
     (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
     assert resumed_checkpoint(args, args.settings()) == checkpoint
     other = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny", dropout=0.1)
-    other.fill({})
+    other = other.resolved({})
     with pytest.raises(UserError, match=r"dropout was None, is 0.1"):
         resumed_checkpoint(other, other.settings())
 

@@ -1,6 +1,5 @@
 """The layers of layers.py compute the same functions as the layers of diffusers with the same weights."""
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,16 +41,9 @@ MODELS = {
 FAST_LAYERS = layers.ResnetBlock2D, layers.Upsample2D, layers.GroupNorm
 
 
-@pytest.fixture(params=["fused", "math"])
-def attention(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The attention kernel for which models are built. It is chosen as in precision.set_precision."""
-    before = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(request.param == "fused")
-    yield request.param
-    torch.backends.cuda.enable_flash_sdp(before)
-
-
-def fast_and_plain_model(name: str, dtype: torch.dtype, spread: float = 0.1) -> tuple[torch.nn.Module, torch.nn.Module]:
+def fast_and_plain_model(
+    name: str, dtype: torch.dtype, spread: float = 0.1, attention: str = "fused"
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return a model with the fast layers, and a plain diffusers model with the same weights.
 
     Args:
@@ -60,7 +52,7 @@ def fast_and_plain_model(name: str, dtype: torch.dtype, spread: float = 0.1) -> 
     """
     torch.manual_seed(0)
     model_class, config = MODELS[name]
-    model = from_config(model_class, config, "").train()
+    model = from_config(model_class, config, "", attention).train()
     for parameter in model.parameters():  # initial biases of 0 and norm weights of 1 would hide mistakes
         parameter.data += spread * torch.randn_like(parameter)
     plain = model_class.from_config(config).train()
@@ -91,11 +83,12 @@ def output_and_gradients(model: torch.nn.Module, batch: int = 2) -> tuple[torch.
     }
 
 
+@pytest.mark.parametrize("attention", ["fused", "math"])
 @pytest.mark.parametrize("min_positions", [1, 10**9])
 @pytest.mark.parametrize("name", MODELS)
 def test_output_and_gradients_equal_those_of_diffusers(name, attention, min_positions, monkeypatch):
     monkeypatch.setattr(layers, "FROM_POSITIONS", min_positions)
-    model, plain = fast_and_plain_model(name, torch.float64)
+    model, plain = fast_and_plain_model(name, torch.float64, attention=attention)
     assert not any(isinstance(module, FAST_LAYERS) for module in plain.modules())
     assert not any(type(module) in (resnet.ResnetBlock2D, torch.nn.GroupNorm) for module in model.modules())
     assert not any(type(module) is upsampling.Upsample2D and module.use_conv for module in model.modules())
@@ -119,10 +112,12 @@ def test_output_and_gradients_equal_those_of_diffusers(name, attention, min_posi
         pytest.param("cuda", torch.float16, 0.999, marks=pytest.mark.gpu),
     ],
 )
+@pytest.mark.parametrize("attention", ["fused", "math"])
 @pytest.mark.parametrize("name", ["vae", "unet"])
 def test_mixed_precision_is_close_to_diffusers_in_float32(name, device, precision, min_cosine, attention, monkeypatch):
     monkeypatch.setattr(layers, "FROM_POSITIONS", 1)
-    model, plain = (module.to(device) for module in fast_and_plain_model(name, torch.float32, spread=0.01))
+    models = fast_and_plain_model(name, torch.float32, 0.01, attention)
+    model, plain = (module.to(device) for module in models)
     with torch.autocast(device, precision, enabled=precision != torch.float32):
         output, gradients = output_and_gradients(model, batch=4)
     expected, expected_gradients = output_and_gradients(plain, batch=4)

@@ -65,17 +65,17 @@ def test_the_largest_model_that_sees_enough_images_is_chosen(machine, count, sid
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: machine[config])
     monkeypatch.setattr(planning, "device_name", lambda accelerator: "a GPU")
     args = VAEArguments(**DECIDED, **flags)
-    args.check()
+    args = args.checked()
     plan = choose_settings(
         args,
         with_device(machine),
         {"train": range(count)},
         VAE_PRESETS,
-        lambda config, size_px, batch_size: config,
+        lambda config, size_px, batch_size, attention: config,
         args.size_px,
     )
     assert plan == expected
-    args.fill(plan)
+    args = args.resolved(plan)
     assert None not in args.planned.values()
     assert args.learning_rate == 1e-4
 
@@ -85,7 +85,7 @@ def test_a_preset_that_does_not_fit_is_not_chosen(monkeypatch, capsys):
     monkeypatch.setattr(planning, "photos_per_second", lambda config, batch_size: GPU[config])
     monkeypatch.setattr(planning, "device_name", lambda accelerator: "a GPU")
 
-    def trial_step(config: str, size_px: tuple[int, int], batch_size: int) -> str:
+    def trial_step(config: str, size_px: tuple[int, int], batch_size: int, attention: str) -> str:
         if config == "base":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return config
@@ -97,7 +97,7 @@ def test_a_preset_that_does_not_fit_is_not_chosen(monkeypatch, capsys):
     )
     # "large" has no model of this size
     args = VAEArguments(**DECIDED, plan=True, image_size="100", max_train_minutes=600)
-    build = lambda config, size_px, batch_size: build_vae(config, size_px) and config  # noqa: E731
+    build = lambda config, size_px, batch_size, attention: build_vae(config, size_px) and config  # noqa: E731
     assert (
         choose_settings(args, with_device(GPU), {"train": range(5_000)}, VAE_PRESETS, build, (100, 100))["config"]
         == "base"
@@ -132,7 +132,7 @@ def test_the_unet_uses_the_image_size_of_its_vae(monkeypatch, trained_vae):
         args, Accelerator(cpu=True), {"train": range(9)}, UNET_PRESETS, lambda *what: asked.append(what), (32, 48)
     )
     assert plan == {"config": "tiny", "batch_size": 16, "views": NUM_CROPS, "max_train_minutes": 40}
-    assert asked == [("tiny", (32, 48), 16)]
+    assert asked == [("tiny", (32, 48), 16, "fused")]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_photos_that_are_seen_very_often_are_augmented(count, flags, expected, m
         args, Accelerator(cpu=True), {"train": range(count)}, UNET_PRESETS, lambda *what: None, (32, 48)
     )
     assert plan.get("views") == expected
-    args.fill(plan)
+    args = args.resolved(plan)
     assert args.views == (flags.get("views") if expected is None else expected)
 
 
@@ -172,12 +172,16 @@ def test_speed_and_photo_size_are_measured(raw_photos):
     ],
 )
 def test_the_fastest_precision_and_attention_are_chosen(flags, milliseconds, expected, monkeypatch, capsys):
-    monkeypatch.setattr(planning, "set_precision", lambda accelerator, *chosen: used.append(chosen))
-    monkeypatch.setattr(
-        planning, "photos_per_second", lambda step, batch_size: 1e3 * batch_size / milliseconds[used[-1]]
-    )
-    used, args = [], UNetArguments(config="tiny", batch_size=16, epochs=1, **flags)
-    rate, *found = planning.fastest_precision(args, Accelerator(cpu=True), lambda: None, args.batch_size)
+    monkeypatch.setattr(planning, "set_precision", lambda accelerator, precision: precisions.append(precision))
+    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: 1e3 * batch_size / milliseconds[step])
+    precisions, used = [], []
+    args = UNetArguments(config="tiny", batch_size=16, epochs=1, **flags)
+
+    def trial_step(attention: str) -> tuple[str, str]:
+        used.append((precisions[-1], attention))
+        return used[-1]
+
+    rate, *found = planning.fastest_precision(args, Accelerator(cpu=True), trial_step, args.batch_size)
     assert tuple(found) == expected
     assert rate == 1e3 * 16 / milliseconds[expected]
     assert set(used) == set(milliseconds), "each allowed combination is timed, and no other one"
@@ -186,12 +190,12 @@ def test_the_fastest_precision_and_attention_are_chosen(flags, milliseconds, exp
 
 def test_a_plan_uses_the_speed_of_the_fastest_precision(monkeypatch):
     monkeypatch.setattr(planning, "native_side_px", lambda photos: 400)
-    monkeypatch.setattr(planning, "set_precision", lambda accelerator, *chosen: used.append(chosen))
+    monkeypatch.setattr(planning, "set_precision", lambda accelerator, precision: precisions.append(precision))
     speeds = {("bf16", "fused"): 100.0, ("bf16", "math"): 150.0, ("no", "fused"): 90.0}
-    monkeypatch.setattr(planning, "photos_per_second", lambda step, batch_size: speeds[used[-1]])
-    used, args = [], UNetArguments()
+    monkeypatch.setattr(planning, "photos_per_second", lambda attention, batch_size: speeds[precisions[-1], attention])
+    precisions, args = [], UNetArguments()
     plan = choose_settings(
-        args, Accelerator(cpu=True), {"train": range(350)}, UNET_PRESETS, lambda *what: None, (64, 64)
+        args, Accelerator(cpu=True), {"train": range(350)}, UNET_PRESETS, lambda *what: what[-1], (64, 64)
     )
     assert (plan["config"], plan["mixed_precision"], plan["attention"]) == ("base", "bf16", "math")
     assert 60 * 40 * 90 < planning.CPU_SLOWDOWN * 100_000 < 60 * 40 * 150, (
@@ -202,6 +206,5 @@ def test_a_plan_uses_the_speed_of_the_fastest_precision(monkeypatch):
 def test_a_resumed_run_keeps_its_precision_and_attention(tmp_path):
     args = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny", batch_size=4, views=0, epochs=1)
     write_json(tmp_path / "run.json", {"plan": {"mixed_precision": "no", "attention": "math"}})
-    planning.plan_run(args, Accelerator(cpu=True), {}, UNET_PRESETS, None, (64, 64))
+    args = planning.plan_run(args, Accelerator(cpu=True), {}, UNET_PRESETS, None, (64, 64))
     assert (args.mixed_precision, args.attention) == ("no", "math")
-    planning.set_precision(Accelerator(cpu=True), "no", "fused")

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +50,7 @@ def test_a_run_that_ends_by_time_has_ten_checkpoints_and_ten_sample_grids():
     assert [record["seconds"] for record in history if record["shown"]] == list(range(60, 601, 60))
     long_run = RunLength(None, 36_000.0, 0.0, previous_seconds=599.0)
     assert checkpoint_due(args, plan, RunState(step=1, seconds=600.5), long_run), "a crash loses at most ten minutes"
-    args.checkpoint_every, args.sample_every = 3, 8
+    args = replace(args, checkpoint_every=3, sample_every=8)
     assert [step for step in range(1, 31) if checkpoint_due(args, plan, RunState(step=step), length)] == [15, 30]
     assert [epoch for epoch in range(4, 33, 4) if samples_due(args, epoch, 4, length, state, history)] == [
         8,
@@ -157,9 +157,10 @@ def test_the_launcher_can_select_the_cpu_on_a_machine_with_a_gpu(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = VAEArguments(output_dir=str(tmp_path))
     AcceleratorState._reset_state(True)
-    assert run.start_run(args).device.type == "cpu"
+    accelerator = run.start_run(args)
+    assert accelerator.device.type == "cpu"
+    assert accelerator.mixed_precision != "fp16"
     AcceleratorState._reset_state(True)
-    assert args.mixed_precision != "fp16"
 
 
 @pytest.mark.parametrize(

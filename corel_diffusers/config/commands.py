@@ -1,8 +1,8 @@
 """The flags of the command `corel-diffusers`, one dataclass per subcommand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
 
@@ -10,7 +10,7 @@ from corel_diffusers.config.checks import SCENES, check_repo_id, model_location,
 from corel_diffusers.files import UserError, require_writable
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class Prepare:
     """Convert raw photos (Corel, Corel-1K, one folder per class, or flat) to folders that are ready for training."""
 
@@ -33,17 +33,18 @@ class Prepare:
     layout: Literal["auto", "corel", "corel-1k", "folders", "flat"] = "auto"
     """How the folder names the classes of its photos."""
 
-    def check(self) -> None:
-        """Raise UserError for values that cannot be used."""
+    def checked(self) -> Self:
+        """Return the flags, or raise UserError for values that cannot be used."""
         base = Path(self.base_dir)
         require_data_dir(base / self.data_dir)
         require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a fraction from 0 to 0.5")
         require_writable(base / self.output_dir, "--output-dir")
         if self.visualize:
             require_writable(base / self.figs_dir, "--figs-dir")
+        return self
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class Sampling:
     """The flags for generating samples with a pipeline. `generate` and `evaluate` share them."""
 
@@ -76,12 +77,13 @@ class Sampling:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Mixed precision. auto means fp16 on CUDA, bf16 on a CPU with bf16 in hardware, and no otherwise."""
 
-    def check(self) -> None:
-        """Check the values, and replace `pipeline` by the folder as a Path or the Hub id as a string.
+    @property
+    def pipeline_location(self) -> Path | str:
+        """The folder of the pipeline as a Path, or its Hub id as a string."""
+        return model_location(self.pipeline, Path(self.base_dir), "--pipeline")
 
-        Raises:
-            UserError: a value that cannot be used.
-        """
+    def checked(self) -> Self:
+        """Return the flags, or raise UserError for values that cannot be used."""
         for name in ("num_images", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         require(self.steps is None or 1 <= self.steps <= 1000, "steps", self.steps, "give 1 to 1000")
@@ -92,15 +94,15 @@ class Sampling:
             f"{low:g} {high:g}",
             "give two numbers from 0 to 1, the lower first",
         )
-        self.pipeline = model_location(self.pipeline, Path(self.base_dir), "--pipeline")
-        if isinstance(self.pipeline, str) and not self.trust_remote_code:
+        if isinstance(self.pipeline_location, str) and not self.trust_remote_code:
             raise UserError(
                 f"--pipeline {self.pipeline} runs the code of that repository: "
                 "read its pipeline.py, then give --trust-remote-code"
             )
+        return self
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class Generate(Sampling):
     """Generate samples with a trained pipeline, and save a grid and single images."""
 
@@ -120,8 +122,13 @@ class Generate(Sampling):
     individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Save single images for any number of samples. Without this flag, they are saved for up to 16 samples."""
 
-    def check(self) -> None:
-        """Raise UserError for values that cannot be used."""
+    @property
+    def vae_location(self) -> Path | str | None:
+        """The folder of --vae-checkpoint as a Path, its Hub id as a string, or None for the pipeline's own VAE."""
+        return self.vae_checkpoint and model_location(self.vae_checkpoint, Path(self.base_dir), "--vae-checkpoint")
+
+    def checked(self) -> Self:
+        """Return the flags with --ddim-steps resolved, or raise UserError for values that cannot be used."""
         require(self.nrow >= 1, "nrow", self.nrow, "give 1 or more")
         require(
             self.ddim_steps is None or 1 <= self.ddim_steps <= 1000, "ddim_steps", self.ddim_steps, "give 1 to 1000"
@@ -129,17 +136,16 @@ class Generate(Sampling):
         if self.ddim_steps:
             if self.steps or self.sampler not in ("auto", "ddim"):
                 raise UserError("--ddim-steps is short for --sampler ddim --steps: give only one of the two")
-            self.sampler, self.steps = "ddim", self.ddim_steps
-        super().check()
-        base = Path(self.base_dir)
-        if self.vae_checkpoint:
-            self.vae_checkpoint = model_location(self.vae_checkpoint, base, "--vae-checkpoint")
-        if (base / self.output).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            return replace(self, sampler="ddim", steps=self.ddim_steps, ddim_steps=None).checked()
+        _ = self.vae_location  # raises UserError if there is no such folder
+        output = Path(self.base_dir) / self.output
+        if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
-        require_writable((base / self.output).parent, "--output")
+        require_writable(output.parent, "--output")
+        return super().checked()
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class Evaluate(Sampling):
     """Measure how close samples are to held-out photos, and how many samples are copies of training photos."""
 
@@ -172,16 +178,18 @@ class Evaluate(Sampling):
     @property
     def results_dir(self) -> Path:
         """The folder of evaluation.json and evaluation.html."""
-        default_dir = self.pipeline if isinstance(self.pipeline, Path) else Path(self.base_dir) / "evaluation"
-        return Path(self.base_dir) / self.output_dir if self.output_dir else default_dir
+        if self.output_dir:
+            return Path(self.base_dir) / self.output_dir
+        is_folder = not self.pictures and isinstance(self.pipeline_location, Path)
+        return self.pipeline_location if is_folder else Path(self.base_dir) / "evaluation"
 
-    def check(self) -> None:
-        """Raise UserError for values that cannot be used."""
+    def checked(self) -> Self:
+        """Return the flags, or raise UserError for values that cannot be used."""
         if self.pictures:
             folder = Path(self.base_dir) / self.pictures
             require(folder.is_dir(), "pictures", folder, "this is not a folder: check the path")
         else:
-            super().check()
+            super().checked()
             way_out = "give 4 or more, and some hundreds for reliable numbers"
             require(self.num_images >= 4, "num_images", self.num_images, way_out)
         if bool(self.data_dir) == bool(self.dataset_name):
@@ -191,9 +199,10 @@ class Evaluate(Sampling):
         if isinstance(self.photo_source, Path):
             require_data_dir(self.photo_source)
         require_writable(self.results_dir, "--output-dir")
+        return self
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class Push:
     """Push a pipeline folder with its model card to the Hugging Face Hub."""
 
@@ -213,8 +222,9 @@ class Push:
         """The pipeline's folder."""
         return Path(self.base_dir) / self.pipeline
 
-    def check(self) -> None:
-        """Raise UserError for values that cannot be used."""
+    def checked(self) -> Self:
+        """Return the flags, or raise UserError for values that cannot be used."""
         check_repo_id(self.repo_id, "--repo-id")
         if not self.folder.is_dir():
             raise UserError(f"--pipeline {self.folder} is not a folder: give the --output-dir of train_unet.py")
+        return self

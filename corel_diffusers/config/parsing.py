@@ -8,11 +8,9 @@ from corel_diffusers.config.training import TrainingArguments
 
 
 def parse(kind: type[TrainingArguments]) -> TrainingArguments:
-    """Parse the command line and return checked arguments of the class `kind`.
+    """Parse the command line and return the checked flags, an object of the class `kind`.
 
     Raises:
         UserError: a value that no run can use.
     """
-    arguments = tyro.cli(kind, description=inspect.getdoc(kind))
-    arguments.check()
-    return arguments
+    return tyro.cli(kind, description=inspect.getdoc(kind)).checked()

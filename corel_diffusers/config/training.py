@@ -5,9 +5,9 @@ Parsing needs no torch, so `--help` and a refused flag answer at once.
 
 import importlib.util
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import tyro
 
@@ -20,9 +20,9 @@ LR_SCHEDULERS = Literal[
 ]  # fmt: skip
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class TrainingArguments:
-    """The flags that train_vae.py and train_unet.py share."""
+    """The flags that train_vae.py and train_unet.py share. They do not change: `resolved` returns a second object."""
 
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
     LEARNING_RATES: ClassVar[dict[str, float]] = {}  # for the presets for which 1e-4 is not the best value
@@ -176,8 +176,8 @@ class TrainingArguments:
             words += [option, *(f'"{v}"' if " " in v else v for v in shown)]
         return " ".join(words)
 
-    def check(self) -> None:
-        """Check the values of the flags.
+    def checked(self) -> Self:
+        """Check the values, and return the flags with --no-mixed-precision and the path of --config resolved.
 
         Raises:
             UserError: a value that no run can use.
@@ -212,14 +212,18 @@ class TrainingArguments:
                 self.mixed_precision,
                 "omit --no-mixed-precision",
             )
-            self.mixed_precision = "no"
         if isinstance(self.photo_source, Path):
             require_data_dir(self.photo_source)
-        if self.config and self.config.endswith(".json"):
-            self.config = str(self.path(self.config))
-            self.check_config_file()
-        elif self.config not in (None, "tiny", "base", "large"):
+        is_file = bool(self.config) and self.config.endswith(".json")
+        if not is_file and self.config not in (None, "tiny", "base", "large"):
             raise UserError(f"--config {self.config} is unknown: give tiny, base, large or a JSON file")
+        flags = replace(
+            self,
+            config=str(self.path(self.config)) if is_file else self.config,
+            mixed_precision="no" if self.no_mixed_precision else self.mixed_precision,
+        )
+        flags.check_config_file()
+        return flags
 
     @property
     def length(self) -> dict:
@@ -242,7 +246,7 @@ class TrainingArguments:
 
     def check_config_file(self) -> None:
         """Raise UserError if --config is the path of a JSON file that does not exist."""
-        exists = not self.config.endswith(".json") or Path(self.config).is_file()
+        exists = not self.config or not self.config.endswith(".json") or Path(self.config).is_file()
         require(exists, "config", self.config, "no such file: give tiny, base, large or a JSON file")
 
     def check_learning_rate(self) -> None:
@@ -254,14 +258,17 @@ class TrainingArguments:
             f"give at most --learning-rate {self.learning_rate:g}",
         )
 
-    def fill(self, plan: dict) -> None:
-        """Set the unset flags to the values of the plan, and then the flags whose defaults depend on them."""
-        for name in [*self.PLANNED, *(() if any(self.length.values()) else self.length)]:
-            if getattr(self, name) is None:
-                setattr(self, name, plan.get(name))
-        for name, value in self.timed.items():
-            if value == "auto":
-                setattr(self, name, plan.get(name, value))
-        self.check_config_file()
-        self.learning_rate = self.learning_rate or self.LEARNING_RATES.get(self.config, 1e-4)
-        self.check_learning_rate()
+    def resolved(self, plan: dict) -> Self:
+        """Return the arguments of the run.
+
+        Flags that are unset or "auto" have the value of the plan. After that, flags whose defaults depend on other
+        flags have their default.
+        """
+        unset = [name for name in self.PLANNED if getattr(self, name) is None]
+        unset += [] if any(self.length.values()) else self.length
+        timed = {name: plan.get(name, value) for name, value in self.timed.items() if value == "auto"}
+        args = replace(self, **{name: plan.get(name) for name in unset}, **timed)
+        args.check_config_file()
+        args = replace(args, learning_rate=args.learning_rate or args.LEARNING_RATES.get(args.config, 1e-4))
+        args.check_learning_rate()
+        return args

@@ -1,8 +1,8 @@
 """The flags of train_unet.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import tyro
 
@@ -11,7 +11,7 @@ from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import UserError
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class UNetArguments(TrainingArguments):
     """Train a UNet2DModel from scratch in the latent space of a VAE, and save the pipeline.
     These options are planned if you leave them unset: --config, --batch-size, --views and the length of the run."""
@@ -86,9 +86,8 @@ class UNetArguments(TrainingArguments):
     hub_model_id: str | None = flag(None, may_change=True)
     """Id of the repository on the Hub: user/name."""
 
-    def check(self) -> None:
-        """See TrainingArguments.check."""
-        super().check()
+    def checked(self) -> Self:
+        """See TrainingArguments.checked."""
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "give a number from 0 to below 1")
         for name in (
             "early_stopping_patience",
@@ -116,17 +115,18 @@ class UNetArguments(TrainingArguments):
             raise UserError("--push-to-hub needs --hub-model-id user/name")
         if self.hub_model_id:
             check_repo_id(self.hub_model_id, "--hub-model-id")
-        _ = self.vae_location
+        _ = self.vae_location  # raises UserError if there is no such folder
+        return super().checked()
 
-    def fill(self, plan: dict) -> None:
-        """See TrainingArguments.fill. The defaults of early stopping are different with --max-train-minutes."""
-        super().fill(plan)
-        for name, default, default_with_minutes in (
-            ("early_stopping_patience", 30, None),
-            ("oscillation_window", 10, 0),
-        ):
-            if getattr(self, name) is None:
-                setattr(self, name, default_with_minutes if self.max_train_minutes else default)
+    def resolved(self, plan: dict) -> Self:
+        """See TrainingArguments.resolved. The defaults of early stopping are different with --max-train-minutes."""
+        args = super().resolved(plan)
+        patience, window = (None, 0) if args.max_train_minutes else (30, 10)
+        return replace(
+            args,
+            early_stopping_patience=patience if args.early_stopping_patience is None else args.early_stopping_patience,
+            oscillation_window=window if args.oscillation_window is None else args.oscillation_window,
+        )
 
     @property
     def vae_location(self) -> Path | str:

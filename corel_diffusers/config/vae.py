@@ -1,14 +1,14 @@
 """The flags of train_vae.py."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 from corel_diffusers.config.checks import flag, require
 from corel_diffusers.config.training import TrainingArguments
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class VAEArguments(TrainingArguments):
     """Train an AutoencoderKL from scratch.
     These options are planned if you leave them unset: --config, --image-size, --batch-size, the length of the run and
@@ -63,9 +63,8 @@ class VAEArguments(TrainingArguments):
     """Adjust the KL weight so that the KL divergence reaches this many nats per photo.
     The adjustment begins at the first step, and --kl-warmup is not used."""
 
-    def check(self) -> None:
-        """See TrainingArguments.check."""
-        super().check()
+    def checked(self) -> Self:
+        """See TrainingArguments.checked."""
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "kl_warmup"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "give 0 or more")
@@ -80,14 +79,14 @@ class VAEArguments(TrainingArguments):
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a fraction from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")
         require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "give a number above 0")
+        return super().checked()
 
-    def fill(self, plan: dict) -> None:
-        """See TrainingArguments.fill. Weights of the loss that the plan does not contain get their default values."""
-        super().fill(plan)
-        for name, value in {
+    def resolved(self, plan: dict) -> Self:
+        """See TrainingArguments.resolved. Weights of the loss that the plan does not contain have default values."""
+        args = super().resolved(plan)
+        defaults = {
             "perceptual_weight": 0.3,
             "adversarial_weight": 0.0,
-            "kl_weight": 0.4 / math.prod(self.size_px),
-        }.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+            "kl_weight": 0.4 / math.prod(args.size_px),
+        }
+        return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})

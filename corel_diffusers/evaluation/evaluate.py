@@ -1,6 +1,7 @@
 """`corel-diffusers evaluate`: compare samples with photos and write a table, evaluation.json and evaluation.html."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from corel_diffusers.config.commands import Evaluate
-from corel_diffusers.data.pixels import Pixels, cache_pixels, evenly_spaced
+from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.data.training_photos import count_trained_on
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.classes import class_scores
-from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
-from corel_diffusers.evaluation.inputs import concatenate_pixels, photos_to_compare, pick_held_out, read_images
+from corel_diffusers.evaluation.features import as_array, extract
+from corel_diffusers.evaluation.inputs import ComparedPhotos, concatenate_pixels, read_images
 from corel_diffusers.evaluation.judge import stratified_labels
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, Nearest, planted_copies
 from corel_diffusers.evaluation.metrics import colour_statistics, compare, halves, within_class_distance
@@ -39,100 +40,51 @@ def evaluate(args: Evaluate) -> None:
         UserError: a flag or a file cannot be used. The message says what to do.
     """
     start_seconds, device = time.monotonic(), pick_device(args.device)
-    output_dir = args.results_dir
-    args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
-    pipe = None if args.pictures else load_pipeline(args.pipeline, device)
+    args = replace(args, mixed_precision=resolve_precision(args.mixed_precision, device.type))
+    pipe = None if args.pictures else load_pipeline(args.pipeline_location, device)
     images = read_images(Path(args.base_dir) / args.pictures) if args.pictures else []
     size_px = sample_size_px(pipe) if pipe else (images[0].height, images[0].width)
-    photos, pixels = cache_pixels(photos_to_compare(args, pipe), size_px)
-    class_names = photos["train"].features["label"].names
-    photo_labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
-    held_out = pick_held_out(args.against, pixels)
-    # The training photos of --pictures are unknown, so validation photos count as training photos unless held out.
-    training_splits = ["train"] if pipe else [split for split in ("train", "validation") if split != held_out]
-    training_photos = pixels["train"] if pipe else concatenate_pixels([pixels[split] for split in training_splits])
-    network = load_network(args.features, device)
-    real_features = {split: photo_features(network, part) for split, part in pixels.items()}
-    subset_features = {
-        split: features[evenly_spaced(len(features), MAX_COMPARED)] for split, features in real_features.items()
-    }
-    subset_labels = {split: labels[evenly_spaced(len(labels), MAX_COMPARED)] for split, labels in photo_labels.items()}
-    photo_colours = colour_statistics(
-        concatenate_pixels([part.evenly_spaced(MAX_COMPARED) for part in pixels.values()]).values
-    )
-    for by_split in (real_features, subset_features, photo_labels, subset_labels):
-        by_split["all"] = torch.cat(list(by_split.values()))
-    if held_out == "all":
-        pixels["all"] = concatenate_pixels(list(pixels.values()))
-
+    photos = ComparedPhotos.load(args, pipe, size_px, device)
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:
-        images, labels, settings = make_samples(args, pipe, class_names, photo_labels[held_out])
-    samples = as_array(images)
-    features = extract(network, samples)
+        images, labels, settings = make_samples(args, pipe, photos.class_names, photos.labels[photos.held_out])
+    samples, training_pixels = as_array(images), photos.training_pixels()
     render = partial(vae_rendering, pipe.vae, precision=args.mixed_precision) if pipe else lambda part: part
-    finder = CopyFinder.of(training_photos, render(training_photos), device)
+    finder = CopyFinder.of(training_pixels, render(training_pixels), device)
     nearest = finder.search(samples)  # in pixels, in features
+    rendered = render(photos.pixels[photos.held_out])
+    control_photos = None if photos.held_out == "all" else rendered.evenly_spaced(MAX_CONTROL_PHOTOS)
+    planted = planted_copies(training_pixels.evenly_spaced(MAX_PLANTED).values[:])
+    planted = reconstruct(pipe.vae, planted, args.mixed_precision) if pipe else planted
 
     results = settings | {
-        "only_classes": class_names if args.classes else None,
-        "photos": {split: len(part) for split, part in photos.items()},
-        "held_out": held_out,
+        "only_classes": photos.class_names if args.classes else None,
+        "photos": {split: len(photos.files[split]) for split in photos.splits},
+        "held_out": photos.held_out,
         "size_px": list(size_px),
-        "features": network.name,
-        "generation": compare(
-            features,
-            real_features[held_out],
-            labels_a=labels,
-            labels_b=photo_labels_for_kid(photo_labels, held_out, labels),
-        ),
-        "halves": halves(subset_features["all"], subset_labels["all"]),
-        "colours": {"pictures": colour_statistics(samples), "photos": photo_colours},
+        "features": photos.network.name,
     }
-    rendered = render(pixels[held_out])
-    control_photos = None if held_out == "all" else rendered.evenly_spaced(MAX_CONTROL_PHOTOS)
-    planted = planted_copies(training_photos.evenly_spaced(MAX_PLANTED).values[:])
-    planted = reconstruct(pipe.vae, planted, args.mixed_precision) if pipe else planted
+    results |= sample_scores(photos, samples, labels)
     results["copies"] = copy_fractions(finder, nearest, planted, control_photos)
-    if held_out != "all":
-        both_labels = {"labels_a": subset_labels["train"], "labels_b": subset_labels[held_out]}
-        results["train_against_held_out"] = compare(subset_features["train"], subset_features[held_out], **both_labels)
-    if labels is None:
-        results["diversity"] = {
-            "pictures": within_class_distance(features, None),
-            "photos": within_class_distance(subset_features["all"], None),
-        }
-    else:
-        of_photos = {split: (real_features[split], photo_labels[split]) for split in real_features}
-        results["diversity"] = {
-            "pictures": within_class_distance(features, labels),
-            "photos": within_class_distance(*of_photos["all"]),
-        }
-        of_held_out = of_photos[held_out] if held_out != "all" else None
-        results["classes"] = class_scores(
-            class_names, (features, labels), of_photos["train"], of_photos["all"], of_held_out
-        )
     sheets = {
-        "Samples": report.sample_sheet(samples, labels, class_names),
-        "Samples most like copies, in features": report.pair_sheet(samples, training_photos.values, nearest[1]),
-        "Samples most like copies, in pixels": report.pair_sheet(samples, training_photos.values, nearest[0]),
+        "Samples": report.sample_sheet(samples, labels, photos.class_names),
+        "Samples most like copies, in features": report.pair_sheet(samples, training_pixels.values, nearest[1]),
+        "Samples most like copies, in pixels": report.pair_sheet(samples, training_pixels.values, nearest[0]),
     }
     if pipe:
-        originals, reconstructions = pixels[held_out].values, rendered.values
-        results["reconstruction"] = reconstruction_scores(
-            reconstructions, originals, network, real_features[held_out], photo_labels[held_out]
-        )
-        title = "Photos" if held_out == "all" else "Held-out photos"
-        sheets[f"{title} and their VAE reconstructions"] = report.reconstruction_sheet(originals, reconstructions)
-    if isinstance(args.pipeline, Path) and pipe:
-        results["unet_sha256"] = pipeline_digest(args.pipeline)
-        if held_out != "all":
-            results["held_out_trained_on"] = count_trained_on(args.pipeline, photos[held_out]["file_name"][:])
+        scores, sheet = vae_scores(photos, rendered)
+        results["reconstruction"] = scores
+        sheets |= sheet
+    if pipe and isinstance(args.pipeline_location, Path):
+        results["unet_sha256"] = pipeline_digest(args.pipeline_location)
+        if photos.held_out != "all":
+            results["held_out_trained_on"] = count_trained_on(args.pipeline_location, photos.files[photos.held_out])
     results["seconds"] = round(time.monotonic() - start_seconds, 1)
-    files = [name for split in training_splits for name in photos[split]["file_name"][:]]
+    files = [name for split in photos.training_splits for name in photos.files[split]]
     pixel_pairs, feature_pairs = (found.with_file_names(files) for found in nearest)
     results["nearest"] = {"pixels": pixel_pairs, "features": feature_pairs}  # one entry per sample, in order
 
+    output_dir = args.results_dir
     write_json(output_dir / "evaluation.json", results)
     report.write_html(output_dir / "evaluation.html", results, sheets)
     print(report.table_text(results))
@@ -140,6 +92,65 @@ def evaluate(args: Evaluate) -> None:
         f"numbers: {output_dir / 'evaluation.json'}\n"
         f"report with images: {output_dir / 'evaluation.html'} (it contains your photos)"
     )
+
+
+def sample_scores(photos: ComparedPhotos, samples: np.ndarray, labels: torch.Tensor | None) -> dict:
+    """Return how close the samples are to the held-out photos, how diverse they are, and the scores of each class.
+
+    Args:
+        samples: uint8 (N, H, W, 3).
+        labels: (N,) in the numbering of the photos, or None. Without labels there are no scores of classes.
+    """
+    features, held_out = extract(photos.network, samples), photos.held_out
+    held_out_features = photos.features[held_out]
+    pixels = concatenate_pixels([photos.pixels[split].evenly_spaced(MAX_COMPARED) for split in photos.splits])
+    results = {
+        "generation": compare(
+            features,
+            held_out_features,
+            labels_a=labels,
+            labels_b=photo_labels_for_kid(photos.labels, held_out, labels),
+        ),
+        "halves": halves(*photos.subset("all")),
+        "colours": {"pictures": colour_statistics(samples), "photos": colour_statistics(pixels.values)},
+    }
+    if held_out != "all":
+        (train_features, train_labels), (subset_features, subset_labels) = (
+            photos.subset("train"),
+            photos.subset(held_out),
+        )
+        results["train_against_held_out"] = compare(
+            train_features, subset_features, labels_a=train_labels, labels_b=subset_labels
+        )
+    if labels is None:
+        of_photos = within_class_distance(photos.subset("all")[0], None)
+    else:
+        of_photos = within_class_distance(photos.features["all"], photos.labels["all"])
+        of_split = {split: (photos.features[split], photos.labels[split]) for split in photos.features}
+        results["classes"] = class_scores(
+            photos.class_names,
+            (features, labels),
+            of_split["train"],
+            of_split["all"],
+            of_split[held_out] if held_out != "all" else None,
+        )
+    results["diversity"] = {"pictures": within_class_distance(features, labels), "photos": of_photos}
+    return results
+
+
+def vae_scores(photos: ComparedPhotos, rendered: Pixels) -> tuple[dict, dict[str, Image.Image]]:
+    """Return the scores of the VAE's reconstructions of the held-out photos, and a sheet of both.
+
+    Args:
+        rendered: the reconstructions of the held-out photos, in their order.
+    """
+    held_out = photos.held_out
+    originals, reconstructions = photos.pixels[held_out].values, rendered.values
+    scores = reconstruction_scores(
+        reconstructions, originals, photos.network, photos.features[held_out], photos.labels[held_out]
+    )
+    title = "Photos" if held_out == "all" else "Held-out photos"
+    return scores, {f"{title} and their VAE reconstructions": report.reconstruction_sheet(originals, reconstructions)}
 
 
 def copy_fractions(
@@ -178,7 +189,7 @@ def make_samples(
     sampler, steps = set_sampler(pipe, args)
     model_labels, labels = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
     images = list(sample_images(pipe, args, model_labels, args.seed, num_inference_steps=steps))
-    settings = {"pipeline": Path(args.pipeline).name, "sampler": sampler, "steps": steps, "seed": args.seed}
+    settings = {"pipeline": Path(args.pipeline_location).name, "sampler": sampler, "steps": steps, "seed": args.seed}
     has_guide = getattr(pipe, "guide", None) is not None  # pipelines of an earlier version have no attribute `guide`
     settings |= {
         "mixed_precision": args.mixed_precision,

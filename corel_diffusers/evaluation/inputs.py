@@ -1,8 +1,10 @@
 """Read what an evaluation compares: photos, a held-out split, and images of other programs."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import DatasetDict
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -12,9 +14,72 @@ from corel_diffusers.data.cache import digest
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
 from corel_diffusers.data.folders import PHOTO_ENDINGS
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.pixels import Pixels
+from corel_diffusers.data.pixels import Pixels, cache_pixels, evenly_spaced
+from corel_diffusers.evaluation.features import Network, load_network, photo_features
 from corel_diffusers.evaluation.metrics import MIN_PHOTOS
+from corel_diffusers.evaluation.reconstruction import MAX_COMPARED
 from corel_diffusers.files import UserError, read_json
+
+
+@dataclass
+class ComparedPhotos:
+    """The photos that an evaluation compares with, by split. "all" stands for the photos of all splits together."""
+
+    class_names: list[str]
+    network: Network
+    held_out: str  # the split that the samples are compared with, or "all"
+    training_splits: list[str]  # the splits whose photos the model may have seen
+    pixels: dict[str, Pixels]  # "all" only if it is held_out
+    files: dict[str, list[str]]
+    labels: dict[str, torch.Tensor]  # (N,)
+    features: dict[str, torch.Tensor]  # (N, D)
+
+    @classmethod
+    def load(
+        cls, args: Evaluate, pipe: DiffusionPipeline | None, size_px: tuple[int, int], device: torch.device
+    ) -> "ComparedPhotos":
+        """Load the photos of the flags and extract their features.
+
+        Args:
+            pipe: the pipeline of the samples, or None for --pictures.
+            size_px: (height, width) of the samples.
+
+        Raises:
+            UserError: the photos cannot be loaded, or there are too few to compare with.
+        """
+        photos, pixels = cache_pixels(photos_to_compare(args, pipe), size_px)
+        held_out = pick_held_out(args.against, pixels)
+        # The training photos of --pictures are unknown, so validation photos count as training photos unless held out.
+        training_splits = ["train"] if pipe else [split for split in ("train", "validation") if split != held_out]
+        network = load_network(args.features, device)
+        labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
+        features = {split: photo_features(network, part) for split, part in pixels.items()}
+        for by_split in (labels, features):
+            by_split["all"] = torch.cat(list(by_split.values()))
+        if held_out == "all":
+            pixels = pixels | {"all": concatenate_pixels(list(pixels.values()))}
+        files = {split: part["file_name"][:] for split, part in photos.items()}
+        class_names = photos["train"].features["label"].names
+        return cls(class_names, network, held_out, training_splits, pixels, files, labels, features)
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits, without "all"."""
+        return list(self.files)
+
+    def training_pixels(self) -> Pixels:
+        """Return the photos that the model may have seen."""
+        parts = [self.pixels[split] for split in self.training_splits]
+        return parts[0] if len(parts) == 1 else concatenate_pixels(parts)
+
+    def subset(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features (N, D) and labels (N,) of at most MAX_COMPARED photos of each split, evenly spaced."""
+        rows = {name: evenly_spaced(len(self.labels[name]), MAX_COMPARED) for name in self.splits}
+        chosen = self.splits if split == "all" else [split]
+        return (
+            torch.cat([self.features[name][rows[name]] for name in chosen]),
+            torch.cat([self.labels[name][rows[name]] for name in chosen]),
+        )
 
 
 def read_images(folder: Path) -> list[Image.Image]:
@@ -49,7 +114,7 @@ def photos_to_compare(args: Evaluate, pipe: DiffusionPipeline | None) -> Dataset
     if args.classes or not pipe:
         return photos
     trained_classes = set((pipe.config.class_names or {}).values())
-    run_file = Path(args.pipeline) / "run.json"
+    run_file = Path(args.pipeline_location) / "run.json"
     if not trained_classes and run_file.is_file():  # a model that was trained on one class has no labels
         trained_classes = set(read_json(run_file)["data"]["classes"])
     if trained_classes and trained_classes < set(photos["train"].features["label"].names):

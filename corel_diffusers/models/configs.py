@@ -28,8 +28,11 @@ def load_config(kind: str, config: str) -> dict:
     return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
-def from_config(model_class: type, values: dict, config: str) -> nn.Module:
+def from_config(model_class: type, values: dict, config: str, attention: str = "fused") -> nn.Module:
     """Return a new model with random weights and with the layers of layers.py.
+
+    Args:
+        attention: see `use_fast_layers`.
 
     Raises:
         UserError: `model_class` does not accept the values. The message names `config`.
@@ -40,7 +43,7 @@ def from_config(model_class: type, values: dict, config: str) -> nn.Module:
         raise UserError(
             f"--config {config} is not a valid config of {model_class.__name__}: {first_line(error)}"
         ) from None
-    use_fast_layers(model)
+    use_fast_layers(model, attention)
     # This adds the class name and the version to the config, as the first save would do. Compiled code checks the
     # config, so it must not change later.
     model.to_json_string()

@@ -10,13 +10,19 @@ from corel_diffusers.models.configs import check_size, downsample_factor, from_c
 
 
 def build_unet(
-    config: str, size_px: tuple[int, int], vae: AutoencoderKL, num_classes: int | None, dropout: float | None = None
+    config: str,
+    size_px: tuple[int, int],
+    vae: AutoencoderKL,
+    num_classes: int | None,
+    dropout: float | None = None,
+    attention: str = "fused",
 ) -> UNet2DModel:
     """Return a UNet2DModel with random weights for the latents of `vae`.
 
     Args:
         num_classes: number of classes; the label `num_classes` is then the null label. None: a model without classes.
         dropout: None: the value of the config.
+        attention: the attention kernel in training: "fused" or "math".
 
     Raises:
         UserError: the config is not valid, or the size cannot be halved in all stages of the VAE and the UNet.
@@ -37,7 +43,7 @@ def build_unet(
     # With resnet_time_scale_shift "scale_shift", UNet2DModel leaves out this norm. The activations of the attention
     # layer then grow until the gradients overflow.
     values.setdefault("attn_norm_num_groups", values.get("norm_num_groups", 32))
-    return from_config(UNet2DModel, values, config)
+    return from_config(UNet2DModel, values, config, attention)
 
 
 def inner_grid(unet: UNet2DModel, latent_size: tuple[int, int]) -> tuple[int, int]:

@@ -14,7 +14,11 @@ INITIAL_LOGVAR = -4.0
 
 
 def build_vae(
-    config: str, size_px: tuple[int, int], latent_dim: int | None = None, downsample: int | None = None
+    config: str,
+    size_px: tuple[int, int],
+    latent_dim: int | None = None,
+    downsample: int | None = None,
+    attention: str = "fused",
 ) -> AutoencoderKL:
     """Return an AutoencoderKL with random weights.
 
@@ -26,6 +30,7 @@ def build_vae(
         downsample: size of the photo / size of the latents: 4, 8 or 16. None: the value of the config. The factor is
             2^(stages - 1). For a smaller factor the last stages of the config are left out, for a larger factor its
             last stage is repeated.
+        attention: the attention kernel in training: "fused" or "math".
 
     Raises:
         UserError: the config is not valid, or the size is not a multiple of the downsampling factor.
@@ -49,7 +54,7 @@ def build_vae(
     }
     values.setdefault("force_upcast", False)
     check_size(size_px, 2 ** (len(channels) - 1), "the VAE")
-    vae = from_config(AutoencoderKL, values, config)
+    vae = from_config(AutoencoderKL, values, config, attention)
     start_posterior(vae)
     return vae
 

@@ -1,4 +1,4 @@
-"""Mixed precision and the attention kernel: resolve and set what the flags ask for."""
+"""Mixed precision: resolve and set what the flags ask for."""
 
 import os
 from contextlib import AbstractContextManager
@@ -65,13 +65,7 @@ class Autocast(AutocastKwargs):
         return {"enabled": self.enabled, "cache_enabled": self.cache_enabled}
 
 
-def set_precision(accelerator: Accelerator, precision: str, attention: str) -> None:
-    """Set the precision ("bf16" or "no") and the attention kernel ("fused" or "math") on a CPU. Do nothing on a GPU.
-
-    The accelerator must have been created with bf16. Models for training (models/layers.py) use the attention kernel
-    that is set when they are built.
-    """
+def set_precision(accelerator: Accelerator, precision: str) -> None:
+    """Set the precision on a CPU: "bf16" or "no". Do nothing on a GPU. The accelerator must be created with bf16."""
     if accelerator.device.type == "cpu":
         accelerator.autocast_handler = Autocast(enabled=precision != "no")
-        # in spite of its name, this also selects the kernel on a CPU
-        torch.backends.cuda.enable_flash_sdp(attention == "fused")

@@ -2,6 +2,7 @@
 
 import math
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -27,8 +28,8 @@ def generate(args: Generate, output: Path) -> None:
     sample, except for the rounding of half precision.
     """
     device = pick_device(args.device)
-    args.mixed_precision = resolve_precision(args.mixed_precision, device.type)
-    pipe = load_pipeline(args.pipeline, device, args.vae_checkpoint)
+    args = replace(args, mixed_precision=resolve_precision(args.mixed_precision, device.type))
+    pipe = load_pipeline(args.pipeline_location, device, args.vae_location)
     labels = labels_for_images(pipe, args.class_, args.num_images)
     check_grid_size(pipe, args)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed

@@ -6,8 +6,10 @@ available time to benefit from its size.
 
 import gc
 import math
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -15,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from datasets import DatasetDict
 
+from corel_diffusers.config.checks import flag_name
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.pixels import native_side_px
 from corel_diffusers.files import UserError, is_out_of_memory, read_json
@@ -33,41 +36,45 @@ GPU_BATCH = 16
 # On a CPU, each preset is at least this many times slower than the one below it. A preset that is too slow by this rule
 # is not timed.
 CPU_SLOWDOWN = 3
-# (config, size (height, width), batch size) -> a function that makes one training step of such a model, on zeros
-TrialStep = Callable[[str, tuple[int, int], int], Callable[[], None]]
+# (config, size (height, width), batch size, attention kernel) -> a function that makes one training step of such a
+# model, on zeros
+TrialStep = Callable[[str, tuple[int, int], int, str], Callable[[], None]]
 
 
 def plan_run(
-    args: TrainingArguments,
+    flags: TrainingArguments,
     accelerator: Accelerator,
     photos: DatasetDict,
     series: PresetSeries,
     trial_step: TrialStep,
     size_px: tuple[int, int] | None,
-) -> None:
-    """Set the flags that the user left unset.
+) -> TrainingArguments:
+    """Return the arguments of the run: the flags, with a value for each flag that the user left unset.
 
     A resumed run uses the plan that it began with. Otherwise `choose_settings` and `fastest_precision` choose.
     With --plan, print the plan and exit before anything is written.
 
     size_px: the image size (height, width) if a flag or the VAE of the UNet already determines it.
     """
-    run = args.run_dir / "run.json"
-    plan = broadcast_from_main(accelerator, read_json(run).get("plan") if args.resume and run.is_file() else None)
+    run = flags.run_dir / "run.json"
+    plan = broadcast_from_main(accelerator, read_json(run).get("plan") if flags.resume and run.is_file() else None)
+    flags = resolve_timed_flags(flags, accelerator.device.type)
     if plan:
         accelerator.print("plan: the settings that the run began with")
         plan = {"mixed_precision": "bf16", "attention": "fused"} | plan  # older versions did not save these two
-    elif args.plan or None in args.planned.values():
-        plan = broadcast_from_main(accelerator, choose_settings(args, accelerator, photos, series, trial_step, size_px))
-    args.fill(plan or {})
+    elif flags.plan or None in flags.planned.values():
+        plan = choose_settings(flags, accelerator, photos, series, trial_step, size_px)
+        plan = broadcast_from_main(accelerator, plan)
+    args = flags.resolved(plan or {})
     if "auto" in args.timed.values():
         step = partial(trial_step, args.config, size_px or args.size_px, args.batch_size)
-        _, args.mixed_precision, args.attention = broadcast_from_main(
+        _, precision, attention = broadcast_from_main(
             accelerator, fastest_precision(args, accelerator, step, args.batch_size)
         )
+        args = replace(args, mixed_precision=precision, attention=attention)
     # raises UserError if a run from a GPU, in fp16, is resumed without one
     resolve_precision(args.mixed_precision, accelerator.device.type)
-    set_precision(accelerator, args.mixed_precision, args.attention)
+    set_precision(accelerator, args.mixed_precision)
     if accelerator.device.type == "cuda":  # free the memory of the trials, and leave it out of the peak of the run
         gc.collect()
         torch.cuda.empty_cache()
@@ -75,10 +82,24 @@ def plan_run(
     if args.plan:
         accelerator.end_training()
         sys.exit(0)
+    return args
+
+
+def resolve_timed_flags(flags: TrainingArguments, device_type: str) -> TrainingArguments:
+    """Return the flags with the precision and the attention kernel of the run, unless timed steps have to choose them.
+
+    They choose on a CPU with bf16 only. There, the fastest combination depends on the machine and on the model.
+    """
+    precision = resolve_precision(flags.mixed_precision, device_type)
+    if precision != "bf16" or device_type == "cuda":
+        attention = "fused" if flags.attention == "auto" else flags.attention
+        return replace(flags, mixed_precision=precision, attention=attention)
+    is_launched_in_bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == precision
+    return replace(flags, mixed_precision=precision) if is_launched_in_bf16 else flags
 
 
 def choose_settings(
-    args: TrainingArguments,
+    flags: TrainingArguments,
     accelerator: Accelerator,
     photos: DatasetDict,
     series: PresetSeries,
@@ -90,53 +111,22 @@ def choose_settings(
     Training steps are timed only if the choice depends on the speed, or if --plan is given.
     """
     num_photos = len(photos["train"])
-    minutes = args.max_train_minutes or series.minutes
+    minutes = flags.max_train_minutes or series.minutes
     side_px = math.inf if size_px else native_side_px(photos)
-    # the speed of a JSON config is not known, so it is planned like the smallest preset
-    presets = [preset for preset in series.presets if args.config in (None, preset.config)] or [series.presets[0]]
-    presets = [
-        preset for preset in presets if preset.min_photos <= num_photos and preset.side_px <= side_px
-    ] or presets[:1]
-    # not with --epochs: the smallest VAE would then make an eighth of the steps
-    if accelerator.device.type == "cuda" and not args.epochs:
-        presets = [
-            preset if preset.batch_size >= GPU_BATCH else preset._replace(batch_size=GPU_BATCH, reached=())
-            for preset in presets
-        ]
-
-    chosen, rate, compute_flags = presets[0], None, {}
-    ends_by_time = not (args.epochs or args.max_train_steps)
+    presets = possible_presets(flags, accelerator, series, num_photos, side_px)
+    ends_by_time = not (flags.epochs or flags.max_train_steps)
     recipe_unset = None in (
-        value for name, value in args.planned.items() if name not in (*TrainingArguments.PLANNED, *args.length)
+        value for name, value in flags.planned.items() if name not in (*TrainingArguments.PLANNED, *flags.length)
     )
-    speed_matters = len(presets) > 1 or (ends_by_time and recipe_unset)
-    for preset in presets if args.plan or speed_matters else ():
-        is_larger = preset is not presets[0]
-        # Only on a CPU: on a GPU, a small model waits for the CPU, so a larger model with larger batches can be faster.
-        too_slow = (
-            is_larger
-            and accelerator.device.type == "cpu"
-            and 60 * minutes * rate < CPU_SLOWDOWN * preset.min_images_seen
+    chosen, rate, timed = presets[0], None, {}
+    if flags.plan or len(presets) > 1 or (ends_by_time and recipe_unset):
+        chosen, rate, timed = largest_useful_preset(
+            flags, accelerator, presets, num_photos, 60 * minutes, trial_step, size_px
         )
-        if is_larger and (too_slow or requested_images(args, preset, accelerator, num_photos) < preset.min_images_seen):
-            break
-        batch_size = args.batch_size or preset.batch_size
-        try:
-            step = partial(trial_step, args.config or preset.config, size_px or (preset.side_px,) * 2, batch_size)
-            measured_rate, precision, attention = fastest_precision(args, accelerator, step, batch_size)
-            measured_rate *= accelerator.num_processes
-        except (RuntimeError, MemoryError, UserError) as error:
-            # The preset needs too much memory, or it has no model for this image size. If it is the first preset, the
-            # run itself will raise this error.
-            if isinstance(error, UserError) or is_out_of_memory(error):
-                break
-            raise
-        if not is_larger or 60 * minutes * measured_rate >= preset.min_images_seen:
-            chosen, rate, compute_flags = preset, measured_rate, {"mixed_precision": precision, "attention": attention}
 
     size = size_px or (chosen.side_px,) * 2
     images_seen = (
-        60 * minutes * rate if ends_by_time and rate else requested_images(args, chosen, accelerator, num_photos)
+        60 * minutes * rate if ends_by_time and rate else requested_images(flags, chosen, accelerator, num_photos)
     )
     plan = {
         "config": chosen.config,
@@ -145,30 +135,88 @@ def choose_settings(
         "max_train_minutes": minutes,
     }
     plan["views"] = NUM_CROPS if images_seen > CROPS_FROM_REPEATS * num_photos else 0
-    if series.recipe and chosen.config == series.presets[0].config and args.config in (None, chosen.config):
-        plan |= series.recipe(images_seen / planned_global_batch(args, chosen, accelerator), size)
-    adversarial = args.planned.get("adversarial_weight", 0)
+    if series.recipe and chosen.config == series.presets[0].config and flags.config in (None, chosen.config):
+        plan |= series.recipe(images_seen / planned_global_batch(flags, chosen, accelerator), size)
+    adversarial = flags.planned.get("adversarial_weight", 0)
     if rate and (plan.get("adversarial_weight") if adversarial is None else adversarial):
         rate *= SPEED_WITH_DISCRIMINATOR
         images_seen = 60 * minutes * rate if ends_by_time else images_seen
-    unset_flags = [
-        name for name, given in args.planned.items() if given is None and not (name == "image_size" and size_px)
-    ]
-    plan = {name: plan[name] for name in unset_flags if name in plan}
-    plan |= {name: value for name, value in compute_flags.items() if args.timed[name] == "auto"}
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items())
-    accelerator.print(f"plan: {flags or 'all settings are given by flags'}")
+    unset = [name for name, given in flags.planned.items() if given is None and not (name == "image_size" and size_px)]
+    plan = {name: plan[name] for name in unset if name in plan}
+    plan |= {name: value for name, value in timed.items() if flags.timed[name] == "auto"}
+    planned_flags = " ".join(f"{flag_name(name)} {value}" for name, value in plan.items())
+    accelerator.print(f"plan: {planned_flags or 'all settings are given by flags'}")
     if rate:
         for line in (
-            speed_line(accelerator, args, chosen, size, num_photos, images_seen, rate),
-            expectation(args, series, chosen, size_px, images_seen),
+            speed_line(accelerator, flags, chosen, size, num_photos, images_seen, rate),
+            expectation(flags, series, chosen, size_px, images_seen),
         ):
             accelerator.print(f"      {line}")
     return plan
 
 
+def possible_presets(
+    flags: TrainingArguments, accelerator: Accelerator, series: PresetSeries, num_photos: int, side_px: float
+) -> list[Preset]:
+    """Return the presets that fit --config, the number of photos and their side in pixels, smallest first."""
+    # the speed of a JSON config is not known, so it is planned like the smallest preset
+    presets = [preset for preset in series.presets if flags.config in (None, preset.config)] or [series.presets[0]]
+    fitting = [preset for preset in presets if preset.min_photos <= num_photos and preset.side_px <= side_px]
+    presets = fitting or presets[:1]
+    if accelerator.device.type != "cuda" or flags.epochs:  # with --epochs, a larger batch would mean fewer steps
+        return presets
+    return [
+        preset if preset.batch_size >= GPU_BATCH else preset._replace(batch_size=GPU_BATCH, reached=())
+        for preset in presets
+    ]
+
+
+def largest_useful_preset(
+    flags: TrainingArguments,
+    accelerator: Accelerator,
+    presets: list[Preset],
+    num_photos: int,
+    seconds: float,
+    trial_step: TrialStep,
+    size_px: tuple[int, int] | None,
+) -> tuple[Preset, float | None, dict[str, str]]:
+    """Time the presets, smallest first, and return the largest one that sees enough images in the length of the run.
+
+    Returns:
+        The preset, its photos per second on all processes (None if it could not be timed), and its values of
+        --mixed-precision and --attention.
+    """
+    chosen, rate, timed = presets[0], None, {}
+    for preset in presets:
+        is_larger = preset is not presets[0]
+        # Only on a CPU: on a GPU, a small model waits for the CPU, so a larger model with larger batches can be faster.
+        too_slow = (
+            is_larger and accelerator.device.type == "cpu" and seconds * rate < CPU_SLOWDOWN * preset.min_images_seen
+        )
+        requested = requested_images(flags, preset, accelerator, num_photos)
+        if is_larger and (too_slow or requested < preset.min_images_seen):
+            break
+        batch_size = flags.batch_size or preset.batch_size
+        try:
+            step = partial(trial_step, flags.config or preset.config, size_px or (preset.side_px,) * 2, batch_size)
+            measured_rate, precision, attention = fastest_precision(flags, accelerator, step, batch_size)
+            measured_rate *= accelerator.num_processes
+        except (RuntimeError, MemoryError, UserError) as error:
+            # The preset needs too much memory, or it has no model for this image size. If it is the first preset, the
+            # run itself will raise this error.
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                break
+            raise
+        if not is_larger or seconds * measured_rate >= preset.min_images_seen:
+            chosen, rate, timed = preset, measured_rate, {"mixed_precision": precision, "attention": attention}
+    return chosen, rate, timed
+
+
 def fastest_precision(
-    args: TrainingArguments, accelerator: Accelerator, trial_step: Callable[[], Callable[[], None]], batch_size: int
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    trial_step: Callable[[str], Callable[[], None]],
+    batch_size: int,
 ) -> tuple[float, str, str]:
     """Time training steps, and return (photos per second, --mixed-precision, --attention) of the fastest combination.
 
@@ -177,6 +225,8 @@ def fastest_precision(
 
     If both flags are set, there is one combination. Otherwise the first one is kept unless another is MIN_SPEEDUP times
     faster, so that timing noise does not give the same command different settings.
+
+    trial_step: takes the attention kernel.
     """
     precisions = ("bf16", "no") if args.mixed_precision == "auto" else (args.mixed_precision,)
     kernels = ("fused", "math") if args.attention == "auto" else (args.attention,)
@@ -185,8 +235,8 @@ def fastest_precision(
         if precision == "bf16" or attention == kernels[0]:
             if accelerator.device.type == "cuda":
                 gc.collect()  # frees the previous trial: its CUDA graphs are in a reference cycle
-            set_precision(accelerator, precision, attention)
-            rates[precision, attention] = photos_per_second(trial_step(), batch_size)
+            set_precision(accelerator, precision)
+            rates[precision, attention] = photos_per_second(trial_step(attention), batch_size)
     if len(rates) > 1:
         timings = ", ".join(
             f"{name} with {kernel} attention {1e3 * batch_size / rate:.3g}" for (name, kernel), rate in rates.items()

@@ -83,8 +83,7 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
                 f"--resume {args.resume} is not a checkpoint of --output-dir {args.run_dir} ({names}): "
                 "give one of its checkpoints, or latest"
             )
-    default_args = type(args)(config=args.config, image_size=args.image_size)
-    default_args.fill({})
+    default_args = type(args)(config=args.config, image_size=args.image_size).resolved({})
     defaults, now = (json.loads(json.dumps(values)) for values in (default_args.settings(), settings))
     # older versions did not save these two: they count as unchanged
     unrecorded = {name: now[name] for name in ("vae_config", "arithmetic") if name in now}

@@ -32,13 +32,6 @@ def start_run(args: TrainingArguments) -> Accelerator:
     """
     gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     precision = resolve_precision(args.mixed_precision, "cuda" if gpu else "cpu")
-    # A CPU with bf16: planning.fastest_precision times the choices, because the fastest one depends on the machine and
-    # the model.
-    is_timed = precision == "bf16" and not gpu
-    if not is_timed or os.environ.get("ACCELERATE_MIXED_PRECISION") == precision:
-        args.mixed_precision = precision
-    if not is_timed and args.attention == "auto":
-        args.attention = "fused"
     if not args.plan and os.environ.get("RANK", "0") == "0":  # only the main process writes
         require_writable(args.run_dir, "--output-dir")
     begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
@@ -67,7 +60,7 @@ def start_run(args: TrainingArguments) -> Accelerator:
     )
     if len(precisions := set(gather_object([precision]))) > 1:
         raise UserError(
-            f"--mixed-precision {args.mixed_precision}: the machines of this run support different precisions "
+            f"--mixed-precision {precision}: the machines of this run support different precisions "
             f"({' and '.join(sorted(precisions))}): give --mixed-precision no"
         )
     launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -76,7 +69,9 @@ def start_run(args: TrainingArguments) -> Accelerator:
             f"notice: accelerate launch asks for {launcher_steps} gradient accumulation steps, "
             f"but the run uses --grad-accum {args.grad_accum}"
         )
-    accelerator.print(f"running on {device_name(accelerator)}" + ("" if is_timed else f", mixed precision {precision}"))
+    # on a CPU with bf16, planning.resolve_timed_flags decides later
+    is_known = gpu or precision != "bf16"
+    accelerator.print(f"running on {device_name(accelerator)}" + (f", mixed precision {precision}" if is_known else ""))
     return accelerator
 
 

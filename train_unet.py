@@ -28,7 +28,7 @@ from PIL import Image
 
 from corel_diffusers import hub
 from corel_diffusers.data.augmented_crops import AugmentedCrops, pick_versions
-from corel_diffusers.data.batches import BatchPlan, StepRandom, preload, to_device, training_batches
+from corel_diffusers.data.batches import BatchPlan, preload, training_batches
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.data.features import cache_features, feature_scale
 from corel_diffusers.data.latents import (
@@ -53,8 +53,10 @@ from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
 from corel_diffusers.plots import image_grid, plot_history, save_image
 from corel_diffusers.runtime.compilation import Compilation
 from corel_diffusers.runtime.cuda_graphs import capture_if_faster
+from corel_diffusers.runtime.devices import to_device
 from corel_diffusers.runtime.precision import arithmetic
 from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.randomness import StepRandom
 from corel_diffusers.runtime.sharding import is_sharded, set_sharding, unsharded_copy
 from corel_diffusers.sampling.samplers import build_sampler
 from corel_diffusers.training import advice

@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from corel_diffusers.data.augmented_crops import random_crops
-from corel_diffusers.data.batches import BatchPlan, StepRandom, preload, to_device, training_batches
+from corel_diffusers.data.batches import BatchPlan, preload, training_batches
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.data.latents import cache_moments, measure_latent_scale
 from corel_diffusers.data.photos import load_photos
@@ -47,7 +47,9 @@ from corel_diffusers.models.vae import VAEWithPosterior, build_vae
 from corel_diffusers.plots import image_grid, plot_history, save_image, to_images
 from corel_diffusers.runtime.compilation import Compilation
 from corel_diffusers.runtime.cuda_graphs import capture_if_faster
+from corel_diffusers.runtime.devices import to_device
 from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.randomness import StepRandom
 from corel_diffusers.runtime.sharding import is_sharded
 from corel_diffusers.training import advice
 from corel_diffusers.training.checkpoints import Trained, load_checkpoint, save_checkpoint

@@ -29,12 +29,13 @@ def measure_steps(count: int, steps: int, batch_size: int, side: int) -> dict[st
     import torch
 
     from corel_diffusers.data.augmented_crops import pick_versions
-    from corel_diffusers.data.batches import CPU, BatchPlan, StepRandom, preload, training_batches
+    from corel_diffusers.data.batches import BatchPlan, preload, training_batches
     from corel_diffusers.data.cache import ShardedArray, cached_array
     from corel_diffusers.data.latents import sample_posterior
     from corel_diffusers.losses.diffusion import denoising_loss
     from corel_diffusers.models.unet import build_unet
     from corel_diffusers.models.vae import build_vae
+    from corel_diffusers.runtime.randomness import CPU, StepRandom
 
     rng = np.random.default_rng(0)
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from corel_diffusers.data.batches import BatchPlan, StepRandom, preload, training_batches
+from corel_diffusers.data.batches import BatchPlan, preload, training_batches
 from corel_diffusers.data.cache import cached_array
+from corel_diffusers.runtime.randomness import StepRandom
 
 
 def test_all_photos_are_used_equally_often_and_each_epoch_has_a_new_order():

@@ -1,6 +1,5 @@
 """The layers of layers.py compute the same functions as the layers of diffusers with the same weights."""
 
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel

@@ -1,4 +1,4 @@
-"""Describe the device of a run."""
+"""The device of a run: its name, and copies to it."""
 
 import torch
 from accelerate import Accelerator
@@ -13,3 +13,12 @@ def device_name(accelerator: Accelerator) -> str:
         else f"{accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
     )
     return f"{accelerator.num_processes} x {name}" if accelerator.num_processes > 1 else name
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the values on the device.
+
+    Values for a GPU are first copied to pinned memory. The CPU does not have to wait while a GPU copies pinned memory.
+    """
+    needs_pinning = device.type == "cuda" and not values.is_cuda and not values.is_pinned()
+    return (values.pin_memory() if needs_pinning else values).to(device, non_blocking=device.type == "cuda")

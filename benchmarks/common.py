@@ -67,7 +67,7 @@ def record_steps(times_file: Path, script: str, flags: list[str], clock: Callabl
         step_ends.append(clock())
         original_show_progress(*values)
 
-    metrics.show_progress = show_progress  # before the script runs, because it imports the function by value
+    metrics.show_progress = show_progress  # the script calls it through the module
     sys.path.insert(0, str(ROOT))  # a script that is started directly finds its own folder there
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")

@@ -9,7 +9,6 @@ the validation photos, by the denoising loss that training measures and by sampl
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,15 +18,16 @@ from common import QUIET, ROOT, evaluate, machine_name, run_script
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 
+from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.data.latents import cache_moments
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_text
+from corel_diffusers.losses.diffusion import Diffusion
+from corel_diffusers.models.configs import trained_size_px
 from corel_diffusers.training.checkpoints import find_checkpoints
-
-sys.path.insert(0, str(ROOT))
-from train_unet import denoising_losses, fixed_noise_set, trained_size_px
+from corel_diffusers.training.gauge import denoising_losses, fixed_noise_set
 
 # sigma_rel: the standard deviation of the times that an average covers, as a fraction of the run
 LENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2)
@@ -79,10 +79,11 @@ def judge(pipe: DiffusionPipeline, args: argparse.Namespace) -> Callable[[Path],
     photos, pixels = cache_pixels(load_photos(args.data_dir), trained_size_px(pipe.vae))
     moments = cache_moments(pipe.vae, pixels["validation"], pipe.device)
     labels = np.array(photos["validation"]["label"][:]) if pipe.config.class_names else None
-    noise_set = fixed_noise_set(pipe.vae, moments[:, 0], labels, pipe.scheduler, pipe.device)
+    diffusion = Diffusion(pipe.scheduler, UNetArguments())
+    noise_set = fixed_noise_set(pipe.vae, moments[:, 0], labels, diffusion)
 
     def cells(folder: Path) -> str:
-        loss = denoising_losses(UNet2DModel.from_pretrained(folder / "unet"), pipe.scheduler, noise_set)["loss"]
+        loss = denoising_losses(UNet2DModel.from_pretrained(folder / "unet"), diffusion, noise_set)["loss"]
         results = evaluate(args.data_dir, folder, args.num_images, "validation", "--pipeline", folder)
         scores = results["generation"]
         return f"{loss:.4f} | {with_interval(scores)} | {scores['precision']:.2f} | {scores['recall']:.2f}"

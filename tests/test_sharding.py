@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from conftest import ROOT, UNET_CONFIG, launch
+from conftest import ROOT, UNET_CONFIG, launch, make_run
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
@@ -33,10 +33,10 @@ def train_and_resume(folder: Path, sharded: list[str]) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from corel_diffusers.runtime.sharding import unsharded_copy
-    from corel_diffusers.training.checkpoints import Trained, find_checkpoints, load_checkpoint, save_checkpoint
+    from corel_diffusers.training import checkpoints
+    from corel_diffusers.training.checkpoints import Parts, Trained, find_checkpoints, read_state
     from corel_diffusers.training.ema import build_ema, ema_weights
     from corel_diffusers.training.learning_rate import LearningRate
-    from corel_diffusers.training.state import RunState
 
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     args = UNetArguments(output_dir=str(folder))
@@ -75,9 +75,12 @@ def train_and_resume(folder: Path, sharded: list[str]) -> None:
 
     model, full_copy, trained, ema, rate = build(0)
     train(model, trained[0].optimizer, ema, range(STEPS))
-    save_checkpoint(accelerator, args, RunState(step=STEPS), {}, trained, rate, ema)
+    checkpoints.save(make_run(args, STEPS, accelerator=accelerator), Parts(trained, rate, ema))
     model, full_copy, trained, ema, rate = build(1)
-    assert load_checkpoint(accelerator, find_checkpoints(folder)[-1], trained, rate, ema).step == STEPS
+    checkpoint = find_checkpoints(folder)[-1]
+    assert read_state(checkpoint).step == STEPS
+    run = make_run(args, STEPS, accelerator=accelerator, checkpoint=checkpoint)
+    checkpoints.load(run, Parts(trained, rate, ema))
     train(model, trained[0].optimizer, ema, range(STEPS, 2 * STEPS))
     for name, average in (("weights", None), ("averages", ema)):
         with ema_weights(average, model, full_copy):

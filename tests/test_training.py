@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import make_run
 
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
@@ -24,40 +25,33 @@ from corel_diffusers.files import (
     read_metrics,
 )
 from corel_diffusers.runtime import compilation
-from corel_diffusers.training import ema, optimizers, run
-from corel_diffusers.training.length import RunLength, checkpoint_due, epochs_between_validations, samples_due
-from corel_diffusers.training.metrics import RunningMean, append_metrics
-from corel_diffusers.training.run import start_run
+from corel_diffusers.training import ema, optimizers, start
+from corel_diffusers.training.intervals import checkpoint_due, epochs_between_validations, samples_due
+from corel_diffusers.training.length import RunLength
+from corel_diffusers.training.metrics import append_metrics
+from corel_diffusers.training.running_mean import RunningMean
+from corel_diffusers.training.start import start_run
 from corel_diffusers.training.state import RunState
 from corel_diffusers.training.stopping import early_stop_reason, update_early_stopping
 
 
 def test_a_run_that_ends_by_time_has_ten_checkpoints_and_ten_sample_grids():
-    plan, args = BatchPlan(20, 4, 1, 1, 0, seed=0), VAEArguments(max_train_minutes=10)
-    length, state, history, checkpoints = RunLength(None, 600.0, 0.0), RunState(), [], []
-    for state.step in range(1, 601):  # each step takes one second, and an epoch has five steps
-        length.previous_seconds, state.seconds = state.seconds, float(state.step)
-        if checkpoint_due(args, plan, state, length):
-            checkpoints.append(state.step)
-        if plan.ends_epoch(state.step, 4):
-            history.append(
-                {
-                    "seconds": state.seconds,
-                    "shown": samples_due(args, plan.epoch(state.step), 4, length, state, history),
-                }
-            )
+    args, checkpoints = VAEArguments(max_train_minutes=10), []
+    run = make_run(args, validate_every=4)
+    for run.state.step in range(1, 601):  # each step takes one second, and an epoch has five steps
+        run.length.previous_seconds, run.state.seconds = run.state.seconds, float(run.state.step)
+        if checkpoint_due(run):
+            checkpoints.append(run.state.step)
+        if run.plan.ends_epoch(run.state.step, 4):
+            run.history.append({"seconds": run.state.seconds, "shown": samples_due(run)})
     assert checkpoints == list(range(60, 601, 60))
-    assert [record["seconds"] for record in history if record["shown"]] == list(range(60, 601, 60))
+    assert [record["seconds"] for record in run.history if record["shown"]] == list(range(60, 601, 60))
     long_run = RunLength(None, 36_000.0, 0.0, previous_seconds=599.0)
-    assert checkpoint_due(args, plan, RunState(step=1, seconds=600.5), long_run), "a crash loses at most ten minutes"
+    assert checkpoint_due(make_run(args, 1, 600.5, length=long_run)), "a crash loses at most ten minutes"
     args = replace(args, checkpoint_every=3, sample_every=8)
-    assert [step for step in range(1, 31) if checkpoint_due(args, plan, RunState(step=step), length)] == [15, 30]
-    assert [epoch for epoch in range(4, 33, 4) if samples_due(args, epoch, 4, length, state, history)] == [
-        8,
-        16,
-        24,
-        32,
-    ]
+    assert [step for step in range(1, 31) if checkpoint_due(make_run(args, step))] == [15, 30]
+    sampled = [epoch for epoch in range(4, 33, 4) if samples_due(make_run(args, 5 * epoch, validate_every=4))]
+    assert sampled == [8, 16, 24, 32]
 
 
 def test_a_loss_that_starts_in_mid_epoch_is_averaged_over_its_own_forward_passes():
@@ -97,21 +91,19 @@ def test_gradients_are_clipped_as_by_torch(limit):
 
 
 def test_default_intervals_of_checkpoints_and_samples_in_a_run_of_epochs():
-    plan, length, state = BatchPlan(4, 4, 1, 1, 0, seed=0), RunLength(40, None, 0.0), RunState()
+    plan = BatchPlan(4, 4, 1, 1, 0, seed=0)
     for arguments_class, expected in ((VAEArguments, [20, 40]), (UNetArguments, [10, 20, 30, 40])):
         args = arguments_class(epochs=40)
-        assert [step for step in range(1, 41) if checkpoint_due(args, plan, RunState(step=step), length)] == expected
-        assert [epoch for epoch in range(1, 41) if samples_due(args, epoch, 1, length, state, [])] == [10, 20, 30, 40]
+        runs = {step: make_run(args, step, plan=plan) for step in range(1, 41)}
+        assert [step for step, run in runs.items() if checkpoint_due(run)] == expected
+        assert [step for step, run in runs.items() if samples_due(run)] == [10, 20, 30, 40]
 
 
 def test_a_checkpoint_is_due_after_ten_minutes_even_in_a_long_epoch():
-    length, plan, args = (
-        RunLength(10**6, None, 0.0, previous_seconds=599.0),
-        BatchPlan(10**6, 4, 1, 1, 0, seed=0),
-        VAEArguments(epochs=4),
-    )
-    assert checkpoint_due(args, plan, RunState(step=1, seconds=600.5), length)
-    assert not checkpoint_due(args, plan, RunState(step=1, seconds=599.5), length)
+    length, plan = RunLength(10**6, None, 0.0, previous_seconds=599.0), BatchPlan(10**6, 4, 1, 1, 0, seed=0)
+    for seconds, is_due in ((600.5, True), (599.5, False)):
+        run = make_run(VAEArguments(epochs=4), 1, seconds, length=length, plan=plan)
+        assert checkpoint_due(run) == is_due
 
 
 @pytest.mark.parametrize(
@@ -121,8 +113,9 @@ def test_a_notice_if_preparing_the_photos_takes_many_of_the_minutes(began, messa
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     plan, args, state = BatchPlan(20, 4, 1, 1, 0, seed=0), VAEArguments(max_train_minutes=10), RunState()
     with pytest.raises(UserError, match=message) if began == -600 else nullcontext():
-        length = RunLength.of(args, plan, Accelerator(cpu=True), state, began)
+        length = RunLength.of(args, plan, state, began)
         assert length.began == began
+        length.check_slow_start(state, Accelerator(cpu=True))
         out = capsys.readouterr().out
         assert message in out
         assert bool(out) == bool(message)
@@ -139,7 +132,7 @@ def test_validation_takes_the_same_fraction_of_the_time_with_any_number_of_proce
 def test_a_folder_with_only_checkpoints_counts_as_a_run(tmp_path):
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(UserError, match="already holds a run: give --resume latest"):
-        run.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no"))
+        start.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no"))
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
@@ -148,7 +141,7 @@ def test_a_downloaded_model_is_not_overwritten(tmp_path, resume):
     with pytest.raises(
         UserError, match=r"holds a model_index\.json that was not written by a run: give another folder"
     ):
-        run.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no", resume=resume))
+        start.start_run(VAEArguments(output_dir=str(tmp_path), mixed_precision="no", resume=resume))
     assert [file.name for file in tmp_path.iterdir()] == ["model_index.json"]
 
 
@@ -157,7 +150,7 @@ def test_the_launcher_can_select_the_cpu_on_a_machine_with_a_gpu(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = VAEArguments(output_dir=str(tmp_path))
     AcceleratorState._reset_state(True)
-    accelerator = run.start_run(args)
+    accelerator = start.start_run(args)
     assert accelerator.device.type == "cpu"
     assert accelerator.mixed_precision != "fp16"
     AcceleratorState._reset_state(True)
@@ -317,9 +310,9 @@ def test_the_out_of_memory_message_has_the_settings_and_the_flags_that_help():
         match="--batch-size 16 at 128x128 px.* try --batch-size 8 --grad-accum 2 .* "
         "--gradient-checkpointing, or a smaller --image-size",
     ):
-        with run.explain_out_of_memory(args):
+        with start.explain_out_of_memory(args):
             raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="something else"), run.explain_out_of_memory(args):
+    with pytest.raises(RuntimeError, match="something else"), start.explain_out_of_memory(args):
         raise RuntimeError("something else")
 
 

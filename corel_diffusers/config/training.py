@@ -24,6 +24,7 @@ LR_SCHEDULERS = Literal[
 class TrainingArguments:
     """The flags that train_vae.py and train_unet.py share. They do not change: `resolved` returns a second object."""
 
+    MODEL: ClassVar[str]  # "vae" or "unet"
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
     LEARNING_RATES: ClassVar[dict[str, float]] = {}  # for the presets for which 1e-4 is not the best value
     CHECKPOINT_EVERY: ClassVar[int] = 10  # default of --checkpoint-every, epochs
@@ -157,12 +158,17 @@ class TrainingArguments:
             if not self.__dataclass_fields__[name].metadata.get("may_change")
         }
 
-    def command(self, script: str) -> str:
+    @property
+    def script(self) -> str:
+        """The name of the script, without .py."""
+        return f"train_{self.MODEL}"
+
+    def command(self) -> str:
         """Return the command line that gives these settings.
 
         Absolute paths are shortened to their last part, because the command line is written to public model cards.
         """
-        words = ["python", script]
+        words = ["python", f"{self.script}.py"]
         for field in fields(self):
             value = getattr(self, field.name)
             if value == field.default or not field.metadata.get("in_card", True):

@@ -16,6 +16,7 @@ class UNetArguments(TrainingArguments):
     """Train a UNet2DModel from scratch in the latent space of a VAE, and save the pipeline.
     These options are planned if you leave them unset: --config, --batch-size, --views and the length of the run."""
 
+    MODEL: ClassVar[str] = "unet"
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the image size is the VAE's
     LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3, "base": 5e-4, "large": 5e-4}
     MUON_SCALE: ClassVar[float] = 2.0
@@ -88,6 +89,7 @@ class UNetArguments(TrainingArguments):
 
     def checked(self) -> Self:
         """See TrainingArguments.checked."""
+        flags = super().checked()
         require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "give a number from 0 to below 1")
         for name in (
             "early_stopping_patience",
@@ -116,7 +118,7 @@ class UNetArguments(TrainingArguments):
         if self.hub_model_id:
             check_repo_id(self.hub_model_id, "--hub-model-id")
         _ = self.vae_location  # raises UserError if there is no such folder
-        return super().checked()
+        return flags
 
     def resolved(self, plan: dict) -> Self:
         """See TrainingArguments.resolved. The defaults of early stopping are different with --max-train-minutes."""

@@ -14,6 +14,7 @@ class VAEArguments(TrainingArguments):
     These options are planned if you leave them unset: --config, --image-size, --batch-size, the length of the run and
     the weights of the loss."""
 
+    MODEL: ClassVar[str] = "vae"
     PLANNED: ClassVar[tuple[str, ...]] = (
         *TrainingArguments.PLANNED,
         "perceptual_weight",
@@ -65,6 +66,7 @@ class VAEArguments(TrainingArguments):
 
     def checked(self) -> Self:
         """See TrainingArguments.checked."""
+        flags = super().checked()
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight", "kl_warmup"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "give 0 or more")
@@ -79,7 +81,7 @@ class VAEArguments(TrainingArguments):
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a fraction from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")
         require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "give a number above 0")
-        return super().checked()
+        return flags
 
     def resolved(self, plan: dict) -> Self:
         """See TrainingArguments.resolved. Weights of the loss that the plan does not contain have default values."""

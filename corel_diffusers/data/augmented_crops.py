@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data.pixels import Pixels, to_float
+from corel_diffusers.runtime.devices import to_device
+from corel_diffusers.runtime.randomness import StepRandom
 
 CROP_CONDITIONS = 5  # number of crop parameters that describe an augmented crop
 
@@ -69,6 +72,21 @@ def pick_versions(step: int, seed: int, global_batch: int, views: int, view_chan
     if views:
         versions += 2 * (crop_draw < view_chance) * (1 + rng.integers(views, size=global_batch))
     return versions
+
+
+def augmented_photos(
+    args: VAEArguments, batch: list[torch.Tensor], rng: StepRandom, device: torch.device
+) -> torch.Tensor:
+    """Return random crops with colour jitter, half of them mirrored: float32 (B, 3, H, W) in [-1, 1].
+
+    Args:
+        batch: the photos at the training size and at the larger size, uint8 (B, H, W, 3) each.
+    """
+    fitted, large = (to_device(values, device) for values in batch)
+    jitter = to_device(args.colour_jitter * (2 * rng.uniform(2) - 1), device)
+    images = random_crops(large, fitted, rng.chance(args.crop_chance), rng.uniform(3), jitter)
+    is_mirrored = to_device(rng.chance(0.5), device).view(-1, 1, 1, 1)
+    return torch.where(is_mirrored, images.flip(-1), images)
 
 
 def random_crops(

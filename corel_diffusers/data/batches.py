@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.cache import ShardedArray
 from corel_diffusers.runtime.devices import to_device
+from corel_diffusers.runtime.randomness import CPU, StepRandom
 
 Array = ShardedArray | np.ndarray | torch.Tensor
 IN_MEMORY_BYTES = 2**27  # smaller arrays are kept in memory, which saves some file reads in each step
@@ -63,6 +64,10 @@ class BatchPlan:
     def ends_epoch(self, step: int, every_epochs: int = 1) -> bool:
         """Return whether an epoch ends with the `step`-th step and its number is a multiple of `every_epochs`."""
         return step % (every_epochs * self.steps_per_epoch) == 0
+
+    def random(self, step: int, micro_step: int, device: torch.device = CPU) -> StepRandom:
+        """Return the random numbers of one forward pass. `step` and `micro_step` start at 0."""
+        return StepRandom(self.seed, step, self.global_batch, self.rows(micro_step), device)
 
     def rows(self, micro_step: int) -> slice:
         """Return the rows of the global batch for one forward pass of this rank. `micro_step` starts at 0."""

@@ -22,6 +22,7 @@ from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, dige
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.data.versions import cache_versions, channel_statistics
 from corel_diffusers.files import UserError, first_line
+from corel_diffusers.runtime.precision import arithmetic
 
 
 def load_vae(location: Path | str) -> AutoencoderKL:
@@ -78,6 +79,16 @@ def as_json(value: object) -> object:
 def scale_key(vae: AutoencoderKL) -> str:
     """Return a key that identifies the scale of a VAE's latents in its config."""
     return digest(*(vae.config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor")))
+
+
+def vae_keys(vae: AutoencoderKL) -> dict[str, str]:
+    """Return what identifies the latents of a VAE on its device. The names are those of the settings of a run."""
+    return {
+        "vae": weights_key(vae),
+        "vae_config": config_key(vae),
+        "scale": scale_key(vae),
+        "arithmetic": arithmetic(vae.device),
+    }
 
 
 def cache_moments(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -30,18 +29,18 @@ class SampleJudge:
     finder: CopyFinder
 
     @classmethod
-    def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels], labels: np.ndarray, precision: str) -> "SampleJudge":
+    def of(cls, vae: AutoencoderKL, pixels: dict[str, Pixels], labels: torch.Tensor, precision: str) -> "SampleJudge":
         """Prepare the features of the held-out photos and the search for copies.
 
         Args:
             vae: the VAE that decodes the samples.
             pixels: the photos of the splits train and validation.
-            labels: the labels of the validation photos.
+            labels: (N,), the labels of the validation photos.
             precision: the precision of the forward passes that generate the samples.
         """
         network = load_network("efficientnet-lite0", vae.device)
         finder = CopyFinder.of(pixels["train"], vae_rendering(vae, pixels["train"], precision), vae.device)
-        return cls(network, photo_features(network, pixels["validation"]), torch.from_numpy(labels), finder)
+        return cls(network, photo_features(network, pixels["validation"]), labels, finder)
 
     def labels_to_draw(self, count: int) -> torch.Tensor:
         """Return a label for each sample, with the class fractions of the held-out photos: (count,)."""

@@ -1,12 +1,69 @@
-"""The diffusion loss as pure functions, each with its equation: target, weight and timesteps.
+"""The diffusion process: noise, what the UNet predicts, the weight of its loss, and how timesteps are drawn.
+
+`Diffusion` is what train_unet.py uses. The functions below it are pure, each with its equation.
 
 Shapes: latents (B, C, h, w); one value per photo (B,).
 
 Symbols: x_0 the clean latents, x_t the noisy latents of timestep t, e the noise, a the scheduler's alphas_cumprod of t.
 """
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import DDPMScheduler
+
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.runtime.randomness import StepRandom
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The diffusion process of a run.
+
+    To train another process, change this class. The rest of the training code uses only its methods and its scheduler.
+    """
+
+    scheduler: DDPMScheduler  # saved in the pipeline: the samplers are made from its config
+    args: UNetArguments
+
+    @classmethod
+    def of(cls, args: UNetArguments) -> "Diffusion":
+        """Return the process of the flags."""
+        scheduler = DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2" if args.schedule == "cosine" else "linear",
+            prediction_type=args.prediction_type,
+            rescale_betas_zero_snr=args.zero_terminal_snr,
+            clip_sample=False,  # latents are not bounded by 1
+            # samplers with few steps then begin at pure noise (Lin et al. 2023, arXiv:2305.08891)
+            timestep_spacing="trailing",
+        )
+        return cls(scheduler, args)
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of timesteps. They are 0 (least noise) to num_timesteps - 1."""
+        return self.scheduler.config.num_train_timesteps
+
+    def draw_timesteps(self, rng: StepRandom) -> torch.Tensor:
+        """Return a random timestep for each photo: (B,) int64."""
+        if self.args.timesteps == "log-normal":
+            return log_normal_timesteps(self.scheduler, rng.normal(), *self.args.log_normal)
+        return rng.integers(self.num_timesteps)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the input of the UNet, x_t = sqrt(a) x_0 + sqrt(1 - a) e: (B, C, h, w)."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def losses(
+        self, model_pred: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the unweighted loss of each photo: (B,), in float32."""
+        return denoising_loss(model_pred, prediction_target(self.scheduler, latents, noise, timesteps))
+
+    def weights(self, timesteps: torch.Tensor) -> torch.Tensor | float:
+        """Return the weight of each photo's loss: (B,), or 1 for all."""
+        gamma = self.args.min_snr_gamma
+        return min_snr_weight(self.scheduler, timesteps, gamma) if gamma else 1.0
 
 
 def prediction_target(

@@ -1,10 +1,37 @@
-"""The loss terms of the VAE as pure functions, each with its equation.
+"""The loss of the VAE: its terms as pure functions, each with its equation.
 
 Shapes: images (B, 3, H, W) in [-1, 1]; latents (B, C, h, w).
 """
 
+from collections.abc import Callable
+
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
+
+from corel_diffusers.config.vae import VAEArguments
+
+
+def loss_terms(
+    args: VAEArguments,
+    accelerator: Accelerator,
+    perceptual: Callable | None,
+    photos: torch.Tensor,
+    reconstruction: torch.Tensor,
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Return the unweighted terms of the loss by name, each a scalar: reconstruction, perceptual and KL."""
+    terms = {"reconstruction": reconstruction_loss(reconstruction, photos, args.reconstruction)}
+    if perceptual:
+        with accelerator.autocast():
+            terms["perceptual"] = perceptual(reconstruction, photos)
+    return terms | {"kl": kl_divergence(mean, logvar).mean()}
+
+
+def weighted_sum(terms: dict[str, torch.Tensor | float], args: VAEArguments) -> torch.Tensor | float:
+    """Return the weighted sum of the terms whose weights are fixed: all except the KL and the adversarial loss."""
+    return terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, photos: torch.Tensor, kind: str) -> torch.Tensor:

@@ -55,6 +55,17 @@ def downsample_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def latent_shape(vae: AutoencoderKL, size_px: tuple[int, int]) -> tuple[int, int, int]:
+    """Return the (C, h, w) of the latents of a photo of this size."""
+    return (vae.config.latent_channels, *(side // downsample_factor(vae) for side in size_px))
+
+
+def trained_size_px(vae: AutoencoderKL) -> tuple[int, int]:
+    """Return the image size (height, width) that the VAE was trained at."""
+    size = vae.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def check_size(size_px: tuple[int, int], multiple: int, model_name: str) -> None:
     """Check that both sides are multiples of `multiple`.
 

@@ -1,9 +1,18 @@
 """Advice for the user from the measurements of a run: one line for each problem, and no line if there is none."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.pixels import Pixels
+from corel_diffusers.data.training_photos import count_trained_on
+from corel_diffusers.files import UserError, read_json
+from corel_diffusers.models.configs import check_size, downsample_factor
 
 # with a PSNR less than this above the PSNR of the mean photo, reconstructions show nothing of the individual photo
 COLLAPSED_DB = 1.5
@@ -66,3 +75,47 @@ def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...]
         hint = f"raise --kl-weight (was {args.kl_weight:g}) or set --kl-target {4 * latent_values}"
         return [f"the KL is too high: {kl / latent_values:.1f} nats per latent value ({measured}): {hint}"]
     return []
+
+
+def on_latent_size(vae: AutoencoderKL, size_px: tuple[int, int]) -> list[str]:
+    """Return advice if the UNet presets cannot take the latents of this VAE, which they halve twice."""
+    try:
+        check_size(size_px, 4 * downsample_factor(vae), "the UNet presets (they halve the latents twice)")
+    except UserError as error:
+        return [f"{error}, or use your own UNet config"]
+    return []
+
+
+def on_vae(location: Path | str, held_out: Sequence[str]) -> list[str]:
+    """Return advice if the VAE of a UNet is not the best one for its photos.
+
+    Args:
+        location: the folder of the VAE or its Hub id.
+        held_out: the file names of the held-out photos.
+    """
+    lines, run = [], Path(location) / "run.json"
+    if run.is_file() and not read_json(run)["finished"]:
+        lines.append(
+            "the training of the VAE was stopped before its end: "
+            "continue it with train_vae.py --resume latest for a better VAE"
+        )
+    if leaked := count_trained_on(location, held_out):
+        lines.append(
+            f"the VAE was trained on {leaked} of the held-out photos, "
+            "so its measured quality is too high: train a VAE on this split"
+        )
+    return lines
+
+
+def mean_photo_psnr(train: Pixels, held_out: Pixels) -> float:
+    """Return the PSNR in dB of the mean training photo, measured on at most 1000 held-out photos.
+
+    It is the PSNR of a VAE whose latents contain no information about the photo.
+    """
+    batch_size = 256
+    total = sum(
+        train.batch(slice(start, start + batch_size)).double().sum(0) for start in range(0, len(train), batch_size)
+    )
+    mean = (total / len(train) + 1) / 2
+    photos = (held_out.evenly_spaced(1000).batch(slice(None)).double() + 1) / 2
+    return float(peak_signal_noise_ratio(mean.expand_as(photos), photos, data_range=1.0, dim=(1, 2, 3)))

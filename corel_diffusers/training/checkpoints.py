@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +13,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as torch_state
 
-from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import fsync_folder, read_json, remove_folder, write_json
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
 from corel_diffusers.training.learning_rate import LearningRate
+from corel_diffusers.training.run import Run
 from corel_diffusers.training.state import RunState
 
 
@@ -88,6 +87,14 @@ class Trained(NamedTuple):
                 }
 
 
+class Parts(NamedTuple):
+    """The parts of a run that a checkpoint stores in addition to the RunState."""
+
+    trained: list[Trained]
+    rate: LearningRate
+    ema: EMAModel | None
+
+
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first.
 
@@ -102,15 +109,13 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    args: TrainingArguments,
-    state: RunState,
-    settings: dict,
-    trained: Sequence[Trained],
-    rate: LearningRate,
-    ema: EMAModel | None,
-) -> None:
+def read_state(checkpoint: Path) -> RunState:
+    """Return the state of the run in a checkpoint. Entries of other versions are ignored."""
+    saved = read_json(checkpoint / "state.json")["state"]
+    return RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
+
+
+def save(run: Run, parts: Parts) -> None:
     """Save everything that resuming needs, then remove the oldest checkpoints beyond --keep-checkpoints.
 
     The files are written to a temporary folder. That folder is renamed when it is complete, so an incomplete checkpoint
@@ -119,13 +124,15 @@ def save_checkpoint(
     All files are safetensors or JSON. accelerate would pickle them, and loading would unpickle any file that a user
     names. No state of a random generator is saved, because every random value is derived from the step.
     """
-    path = args.run_dir / "checkpoints" / f"step-{state.step:06d}"
+    accelerator, ema = run.accelerator, parts.ema
+    run.means.store(run.state, accelerator)
+    path = run.args.run_dir / "checkpoints" / f"step-{run.state.step:06d}"
     temporary = path.with_name(f".{path.name}.partial")
     if accelerator.is_main_process:
         for leftover in path.parent.glob(".step-*"):  # from a save or a removal that was interrupted
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
-    for part in trained:
+    for part in parts.trained:
         part.save(accelerator, temporary)
     averages = {}
     for index, parameter in enumerate(ema.shadow_params if ema else ()):
@@ -135,55 +142,49 @@ def save_checkpoint(
     if accelerator.is_main_process:
         if ema:
             save_file(averages, temporary / "ema.safetensors")
-        values = {"state": asdict(state), "settings": settings, "learning_rate": rate.state_dict()}
+        values = {"state": asdict(run.state), "settings": run.settings, "learning_rate": parts.rate.state_dict()}
         values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
         write_json(temporary / "state.json", values)
         fsync_folder(temporary)  # otherwise a power cut could leave a checkpoint of empty files
         remove_folder(path)
         os.replace(temporary, path)
         fsync_folder(path.parent)
-        for old in find_checkpoints(args.run_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else ():
+        keep = run.args.keep_checkpoints
+        for old in find_checkpoints(run.args.run_dir)[:-keep] if keep else ():
             remove_folder(old)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(
-    accelerator: Accelerator,
-    checkpoint: Path | None,
-    trained: Sequence[Trained],
-    rate: LearningRate,
-    ema: EMAModel | None,
-) -> RunState:
-    """Load models, optimizers, EMA and learning rate in place, and return the state of the run.
+def load(run: Run, parts: Parts) -> None:
+    """Load models, optimizers, EMA and learning rate in place, if the run is resumed.
 
-    Without a checkpoint, return a new state and load nothing. Checkpoints newer than this one are removed: the run will
-    write them again, and until then "latest" must not select them.
+    Checkpoints newer than the one that is loaded are removed: the run will write them again, and until then "latest"
+    must not select them.
     """
+    accelerator, checkpoint, ema = run.accelerator, run.checkpoint, parts.ema
     if checkpoint is None:
-        return RunState()
+        return
     is_main, is_distributed = accelerator.is_main_process, accelerator.num_processes > 1
     saved = broadcast_from_main(accelerator, read_json(checkpoint / "state.json") if is_main else None)
     if "scaler" in saved:
-        for part in trained:
+        for part in parts.trained:
             part.load(accelerator, checkpoint)
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
     else:
         # older versions saved accelerate's own files, and prepared each optimizer separately
         prepared = accelerator._optimizers
-        accelerator._optimizers = [part.optimizer for part in trained]
+        accelerator._optimizers = [part.optimizer for part in parts.trained]
         accelerator.load_state(str(checkpoint))
         accelerator._optimizers = prepared
-    state = RunState(**{name: value for name, value in saved["state"].items() if name in RunState.__dataclass_fields__})
-    rate.load_state_dict(saved["learning_rate"])
+    parts.rate.load_state_dict(saved["learning_rate"])
     if ema:
         values = load_file(checkpoint / "ema.safetensors") if is_main else {}
         for index, parameter in enumerate(ema.shadow_params):
             value = values[str(index)] if is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
             parameter.copy_(shard_from_main(value.to(parameter.device), parameter, is_distributed))
-        ema.optimization_step = state.step
+        ema.optimization_step = run.state.step
     if is_main:
         for newer in find_checkpoints(checkpoint.parent.parent):
             if step_of(newer) > step_of(checkpoint):
                 remove_folder(newer)
-    return state

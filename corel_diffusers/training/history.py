@@ -4,27 +4,17 @@ import json
 import math
 from collections.abc import Sequence
 
-from accelerate import Accelerator
 from datasets import DatasetDict
 
-from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.training_photos import TRAINING_PHOTOS
 from corel_diffusers.files import finish_model_save, read_metrics, write_json, write_text
 from corel_diffusers.runtime.devices import device_name
 from corel_diffusers.runtime.processes import broadcast_from_main
-from corel_diffusers.training.state import RunState
+from corel_diffusers.training.run import Run
 
 
-def open_history(
-    accelerator: Accelerator,
-    args: TrainingArguments,
-    state: RunState,
-    script: str,
-    photos: DatasetDict,
-    seen_before: Sequence[str] = (),
-    **more: object,
-) -> list[dict]:
-    """Write run.json, training_photos.txt and metrics.jsonl, start the trackers, and return the metrics so far.
+def open_run_dir(run: Run, photos: DatasetDict, seen_before: Sequence[str] = (), **more: object) -> None:
+    """Write run.json, training_photos.txt and metrics.jsonl, start the trackers, and read the metrics so far.
 
     A resumed run keeps the metrics up to the step of the state. The later lines are removed, because the run will write
     them again.
@@ -37,18 +27,24 @@ def open_history(
         seen_before: names of photos that a part of the model was already trained on. They are added to the training
             photos of this run.
         more: more entries for run.json.
+
+    Raises:
+        UserError: the minutes of the run are over before its first step. Nothing has been written then.
     """
+    args, accelerator, state = run.args, run.accelerator, run.state
+    run.length.check_slow_start(state, accelerator)
     path = args.run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         finish_model_save(args.run_dir)
     all_records = broadcast_from_main(accelerator, read_metrics(path))
-    history = [record for record in all_records if record["step"] <= state.step]
+    run.history = [record for record in all_records if record["step"] <= state.step]
     # the resumed run will repeat each removed step exactly
     repeats_exactly = args.resume == "latest" and not args.max_train_minutes
-    if args.resume and not repeats_exactly and any(record.get("published") for record in all_records[len(history) :]):
+    removed = all_records[len(run.history) :]
+    if args.resume and not repeats_exactly and any(record.get("published") for record in removed):
         state.best = math.inf
     if accelerator.is_main_process:
-        write_text(path, "".join(json.dumps(record) + "\n" for record in history))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in run.history))
         names = dict.fromkeys([*photos["train"]["file_name"][:], *seen_before])
         write_text(args.run_dir / TRAINING_PHOTOS, "".join(f"{name}\n" for name in names))
         data = {
@@ -60,12 +56,11 @@ def open_history(
             args.run_dir / "run.json",
             {
                 "finished": False,
-                "command": args.command(script),
+                "command": args.command(),
                 "plan": args.planned | args.timed,
                 "device": device_name(accelerator),
                 "data": data,
             }
             | more,
         )
-    accelerator.init_trackers(script.removesuffix(".py"))
-    return history
+    accelerator.init_trackers(args.script)

@@ -186,6 +186,19 @@ def build_optimizer(
     return CombinedOptimizer(muon, adamw)
 
 
+def optimizer_step(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], max_norm: float
+) -> None:
+    """Clip the gradients, update the weights and clear the gradients, after the last backward pass of a step.
+
+    After the earlier ones, with --grad-accum, accelerate lets the optimizer do nothing.
+    """
+    if accelerator.sync_gradients:
+        clip_gradients(accelerator, optimizer, parameters, max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def clip_gradients(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], limit: float
 ) -> None:

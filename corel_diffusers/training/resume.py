@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, and compare its settings with those of this run."""
+"""Begin a run, or resume it: find its checkpoint and compare the settings."""
 
 import json
 from functools import partial
@@ -8,11 +8,16 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 
 from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.data.cache import digest
-from corel_diffusers.files import UserError, read_json, write_json
+from corel_diffusers.files import UserError, read_json
 from corel_diffusers.models.configs import load_config
-from corel_diffusers.runtime.processes import run_on_main
-from corel_diffusers.training.checkpoints import find_checkpoints
+from corel_diffusers.runtime.processes import broadcast_from_main, run_on_main
+from corel_diffusers.training.checkpoints import find_checkpoints, read_state
+from corel_diffusers.training.length import RunLength
+from corel_diffusers.training.run import Run
+from corel_diffusers.training.running_mean import RunningMean
+from corel_diffusers.training.state import RunState
 
 DIFFERENCES = {  # messages for settings that are not flags, and for files that are compared by content
     "global_batch": "the global batch (batch size x accumulation x devices; "
@@ -25,30 +30,38 @@ DIFFERENCES = {  # messages for settings that are not flags, and for files that 
 }
 
 
-def run_settings(args: TrainingArguments, photos: DatasetDict, model: str, **more: object) -> dict:
+def begin_or_resume(
+    args: TrainingArguments, accelerator: Accelerator, photos: DatasetDict, began: float, **more: object
+) -> Run:
+    """Return the run, at its beginning or in the state of the checkpoint of --resume.
+
+    The weights are not loaded: see `checkpoints.load`.
+
+    Args:
+        began: time.monotonic() at the start of this process.
+        more: settings that must not change when the run is resumed, in addition to those of `run_settings`.
+
+    Raises:
+        UserError: see `resumed_checkpoint`.
+    """
+    plan = BatchPlan.of(args, accelerator, len(photos["train"]))
+    settings = run_settings(args, photos, global_batch=plan.global_batch, **more)
+    # the main process searches for the checkpoint, because the files may be on its machine only
+    checkpoint = run_on_main(accelerator, partial(resumed_checkpoint, args, settings))
+    saved = read_state(checkpoint) if checkpoint and accelerator.is_main_process else RunState()
+    state = broadcast_from_main(accelerator, saved)
+    length, means = RunLength.of(args, plan, state, began), RunningMean(state, accelerator.device)
+    return Run(args, accelerator, plan, settings, checkpoint, state, length, means)
+
+
+def run_settings(args: TrainingArguments, photos: DatasetDict, **more: object) -> dict:
     """Return the settings that must not change on resume: the flags that affect the weights, and the photos.
 
     The photos are compared by name, label and split, but not by folder, so the data may move to another folder. A
     config is compared by its content.
     """
     rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
-    return args.settings() | {"photos": digest(rows), "config": digest(load_config(model, args.config))} | more
-
-
-def mark_finished(args: TrainingArguments) -> None:
-    """Record in run.json that the run has finished.
-
-    Without this, `--resume latest` would restart a finished run that has no checkpoints, and overwrite its model.
-    """
-    write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
-
-
-def find_resume(accelerator: Accelerator, args: TrainingArguments, settings: dict) -> Path | None:
-    """Return the checkpoint of --resume on every rank.
-
-    The main process searches for it, because the files may be on its machine only.
-    """
-    return run_on_main(accelerator, partial(resumed_checkpoint, args, settings))
+    return args.settings() | {"photos": digest(rows), "config": digest(load_config(args.MODEL, args.config))} | more
 
 
 def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:

@@ -1,128 +1,51 @@
-"""Start a training run: device, precision, processes and trackers. Explain an out-of-memory error."""
+"""What a training run is, apart from its models and its photos."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-    parse_flag_from_env,
-)
-from datasets import DatasetDict
+from tqdm import tqdm
 
 from corel_diffusers.config.training import TrainingArguments
-from corel_diffusers.files import ENTRY_FILES, UserError, is_out_of_memory, read_metrics, require_writable
-from corel_diffusers.runtime.compilation import require_compiler
-from corel_diffusers.runtime.devices import device_name
-from corel_diffusers.runtime.precision import resolve_precision
-from corel_diffusers.training.checkpoints import find_checkpoints
+from corel_diffusers.data.batches import BatchPlan
+from corel_diffusers.training.length import RunLength
+from corel_diffusers.training.running_mean import RunningMean
+from corel_diffusers.training.state import RunState
+from corel_diffusers.training.stopping import StopSignal
 
 
-def start_run(args: TrainingArguments) -> Accelerator:
-    """Check the arguments and return the Accelerator: device, precision, processes and trackers.
+@dataclass
+class Run:
+    """The settings and the progress of a training run. It owns no model and calls nothing.
 
-    Raises:
-        UserError: the run cannot start. Nothing has been built or written then.
+    The scripts read and update it in plain sight. The functions of `training/` take it when they need several of its
+    values.
     """
-    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    precision = resolve_precision(args.mixed_precision, "cuda" if gpu else "cpu")
-    if not args.plan and os.environ.get("RANK", "0") == "0":  # only the main process writes
-        require_writable(args.run_dir, "--output-dir")
-    begun = read_metrics(args.run_dir / "metrics.jsonl") or find_checkpoints(args.run_dir)
-    if begun and not args.resume and not args.plan:
-        hint = "give --resume latest to continue it, or another --output-dir"
-        raise UserError(f"--output-dir {args.run_dir} already holds a run: {hint}")
-    entry_file = next((name for name in ENTRY_FILES if (args.run_dir / name).exists()), None)
-    # for example a downloaded model, which the run would overwrite
-    if entry_file and not (args.run_dir / "run.json").is_file() and not args.plan:
-        raise UserError(
-            f"--output-dir {args.run_dir} holds a {entry_file} that was not written by a run: give another folder"
-        )
-    if args.compile:
-        require_compiler("cuda" if gpu else "cpu")
-    refuse_other_launchers()
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        # a plugin, because the environment of `accelerate launch` overrides a plain number
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.grad_accum),
-        # the other ranks wait while photos are encoded or samples are generated
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(args.run_dir), logging_dir=str(args.run_dir / "logs")),
-    )
-    if len(precisions := set(gather_object([precision]))) > 1:
-        raise UserError(
-            f"--mixed-precision {precision}: the machines of this run support different precisions "
-            f"({' and '.join(sorted(precisions))}): give --mixed-precision no"
-        )
-    launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if launcher_steps not in ("1", "auto", str(args.grad_accum)):
-        accelerator.print(
-            f"notice: accelerate launch asks for {launcher_steps} gradient accumulation steps, "
-            f"but the run uses --grad-accum {args.grad_accum}"
-        )
-    # on a CPU with bf16, planning.resolve_timed_flags decides later
-    is_known = gpu or precision != "bf16"
-    accelerator.print(f"running on {device_name(accelerator)}" + (f", mixed precision {precision}" if is_known else ""))
-    return accelerator
 
+    args: TrainingArguments  # the flags, with a value for each flag that the user left unset
+    accelerator: Accelerator
+    plan: BatchPlan  # the division of the photos into steps
+    settings: dict  # what must not change when the run is resumed, see `resume.run_settings`
+    checkpoint: Path | None  # where the run is resumed from
+    state: RunState  # what a checkpoint stores, apart from the weights
+    length: RunLength
+    means: RunningMean  # the training metrics of the current epoch
+    stop: StopSignal = field(default_factory=StopSignal)
+    history: list[dict] = field(default_factory=list)  # the records of metrics.jsonl
+    validate_every: int = 1  # epochs between validations
+    bar: tqdm | None = None
 
-def refuse_other_launchers() -> None:
-    """Raise an error if `accelerate launch` asks for a kind of distributed training that the scripts do not support.
+    @property
+    def epoch(self) -> int:
+        """The number of the current epoch, from 1."""
+        return self.plan.epoch(self.state.step)
 
-    Raises:
-        UserError: DeepSpeed or Megatron-LM is requested.
-    """
-    for name, kind in {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}.items():
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise UserError(
-                f"accelerate launch: {kind} is not supported: "
-                "launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2"
-            )
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the full run. If the run ends by time, it is estimated from the speed so far."""
+        return self.length.total_steps(self.state)
 
-
-def print_data_and_model(accelerator: Accelerator, photos: DatasetDict, size_px: tuple[int, int], model: str) -> None:
-    """Print the data and the model before the first step."""
-    classes = photos["train"].features["label"].names
-    counts = (
-        f"{len(photos['train'])} training photos, {len(photos['validation'])} held-out photos, {len(classes)} classes"
-    )
-    accelerator.print(f"{counts}, {size_px[0]}x{size_px[1]} px; {model}")
-
-
-@contextmanager
-def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
-    """Turn an out-of-memory error into a UserError: one line with the settings of the run and the flags that help."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        peak_memory = (
-            f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak"
-            if torch.cuda.is_available()
-            else ""
-        )
-        size = f"{'x'.join(map(str, args.size_px))} px" if args.size_px else "the VAE's size"
-        hint = "a smaller --image-size or --config"
-        if not args.batch_size:  # the batch size has not been planned yet
-            raise UserError(
-                f"out of memory before training began{peak_memory}: end other programs that use memory, or give {hint}"
-            ) from None
-        if not args.gradient_checkpointing:
-            hint = f"--gradient-checkpointing, or {hint}"
-        divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
-        if divisors:
-            accumulated = args.grad_accum * args.batch_size // divisors[-1]
-            hint = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {hint}"
-        raise UserError(
-            f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}"
-        ) from None
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has reached its length."""
+        return self.length.reached(self.state)

@@ -1,0 +1,209 @@
+"""The overfitting gauge: the loss of held-out photos divided by that of training photos, at the same noise."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DModel
+
+from corel_diffusers.data.latents import scale_latents
+from corel_diffusers.data.pixels import evenly_spaced
+from corel_diffusers.losses.diffusion import Diffusion
+from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.training.run import Run
+from corel_diffusers.training.stopping import update_best_loss, update_early_stopping
+
+BANDS = 4  # equal ranges of timesteps; the first one has the least noise
+EVALUATED_SAMPLES = 48  # samples for --evaluate-every
+MAX_MEASURED = 2048  # maximum number of held-out photos, evenly spaced, on which the denoising loss is measured
+FIXED_NOISE_PAIRS = 128  # minimum number of pairs of noise and timestep for them; each photo has at least one pair
+GAUGE = "overfitting gauge: held-out / training loss"
+# gauge / its minimum when the first copy in pixels was found, in two measurements on 60 Corel photos:
+# benchmarks/results/overfitting.md
+COPIES_BEGAN = {
+    1.11: "first copy in pixels, run 1",
+    1.46: "first copy in pixels, run 2",
+}
+# A model is saved as best if its gauge is below this multiple of the minimum, or if its held-out loss is the lowest so
+# far. Recall and diversity of the samples are higher after the held-out loss has begun to rise. The limit was chosen by
+# an earlier search for copies, and it was not measured again (benchmarks/results/choices.md, "How strong, and until
+# when").
+SAVE_UP_TO_GAUGE = 1.05
+PANEL = {
+    "gauge": "all timesteps",
+    **{f"gauge_{band + 1}": f"t {1000 * band // BANDS} to {1000 * (band + 1) // BANDS}" for band in range(BANDS)},
+}
+
+
+class FixedNoiseSet(NamedTuple):
+    """Fixed inputs of the UNet for measuring the loss. The labels are None for an unconditional model."""
+
+    latents: torch.Tensor  # (N, C, h, w)
+    noise: torch.Tensor  # (N, C, h, w)
+    timesteps: torch.Tensor  # (N,)
+    labels: torch.Tensor | None  # (N,)
+
+
+@dataclass
+class OverfittingGauge:
+    """Measures the losses of training photos and of held-out photos at fixed noise and timesteps."""
+
+    training_set: FixedNoiseSet
+    held_out_set: FixedNoiseSet
+
+    @classmethod
+    def of(
+        cls,
+        vae: AutoencoderKL,
+        moments: dict[str, np.ndarray],
+        labels: dict[str, np.ndarray],
+        has_classes: bool,
+        diffusion: Diffusion,
+    ) -> "OverfittingGauge":
+        """Choose the photos: at most MAX_MEASURED held-out photos, and as many training photos of the same classes.
+
+        Args:
+            moments: the posteriors of all versions of the photos, by split, see `cache_moments`.
+            labels: the label of each photo, by split.
+            has_classes: whether the UNet is conditioned on the labels.
+        """
+        held_out_rows = evenly_spaced(len(labels["validation"]), MAX_MEASURED)
+        rows = {
+            "train": matching_photos(labels["train"], labels["validation"][held_out_rows]),
+            "validation": held_out_rows,
+        }
+        return cls(
+            *(
+                fixed_noise_set(
+                    vae, moments[split][chosen, 0], labels[split][chosen] if has_classes else None, diffusion
+                )
+                for split, chosen in rows.items()
+            )
+        )
+
+    @property
+    def forward_passes(self) -> int:
+        """The number of photos that one measurement runs through the UNet."""
+        return len(self.training_set.latents) + len(self.held_out_set.latents)
+
+    def measure(self, unet: UNet2DModel, diffusion: Diffusion, accelerator: Accelerator) -> dict[str, float]:
+        """Return the losses and the gauge of `overfitting_gauge`, the same on all ranks."""
+        with accelerator.autocast():
+            values = overfitting_gauge(unet, diffusion, self.training_set, self.held_out_set)
+        return broadcast_from_main(accelerator, values)
+
+
+def update_best(run: Run, values: dict[str, float]) -> bool:
+    """Update the early stopping of the run with the values of a measurement. Return whether to save the model as best.
+
+    Below the limit of the gauge, a lower loss of training photos counts as progress. Above it, only a lower loss of
+    held-out photos does.
+    """
+    limit = SAVE_UP_TO_GAUGE * lowest_gauge([*run.history, values])
+    is_healthy = values["gauge"] < limit
+    # the division keeps the watched loss from jumping at the limit
+    watched_loss = values["seen_loss"] if is_healthy else values["val_loss"] / limit
+    update_early_stopping(run.state, watched_loss, run.args.early_stopping_delta, run.args.oscillation_window)
+    return update_best_loss(run.state, values["val_loss"]) or is_healthy
+
+
+def copy_lines(history: list[dict]) -> dict[str, list[tuple[float, str]]]:
+    """Return the horizontal lines of the plot: the values of the gauge at which the first copies were found."""
+    lowest = lowest_gauge(history) if history else 0.0
+    return {GAUGE: [(multiple * lowest, f"{event}, of 60 photos") for multiple, event in COPIES_BEGAN.items()]}
+
+
+def fixed_noise_set(
+    vae: AutoencoderKL,
+    moments: np.ndarray,
+    labels: np.ndarray | None,
+    diffusion: Diffusion,
+) -> FixedNoiseSet:
+    """Return latents, noise, timesteps and labels on which the loss of a set of photos is measured.
+
+    They are the same in each validation, so that chance does not change the loss. Each photo is used equally often, as
+    the mean of its posterior. The timesteps are evenly spaced. Two sets with the same number of photos have the same
+    noise and timesteps.
+
+    Args:
+        moments: (N, 2C, h, w), the mean and log-variance of each photo's posterior.
+        labels: (N,), or None for an unconditional model.
+    """
+    device, repeats = vae.device, -(-FIXED_NOISE_PAIRS // len(moments))
+    generator = torch.Generator().manual_seed(0)
+    means = torch.tensor(moments).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
+    noise = torch.randn(means.shape, generator=generator)
+    order = torch.randperm(len(means), generator=generator)
+    timesteps = (order + 0.5) / len(means) * diffusion.num_timesteps
+    repeated_labels = None if labels is None else torch.from_numpy(labels).repeat(repeats).to(device)
+    return FixedNoiseSet(
+        scale_latents(means, vae).to(device), noise.to(device), timesteps.long().to(device), repeated_labels
+    )
+
+
+def matching_photos(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the indices of photos with the same number per class as in `wanted`, evenly spaced in each class.
+
+    If a class has too few photos, its photos are repeated. If it has none, photos of any class are used instead.
+
+    Args:
+        labels: the label of each photo.
+        wanted: one label for each photo to choose.
+    """
+    chosen = []
+    for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
+        candidates = np.flatnonzero(labels == label) if label in labels else np.arange(len(labels))
+        chosen.append(np.resize(candidates[evenly_spaced(len(candidates), count)], count))
+    return np.sort(np.concatenate(chosen))
+
+
+@torch.no_grad()
+def denoising_losses(unet: UNet2DModel, diffusion: Diffusion, fixed_set: FixedNoiseSet) -> dict[str, float]:
+    """Return the mean denoising loss on the fixed inputs: "loss" for all, "loss_1" to "loss_4" for bands of timesteps.
+
+    The first band has the least noise.
+    """
+    losses = []
+    for rows in torch.arange(len(fixed_set.latents)).split(64):
+        part = fixed_set.latents[rows], fixed_set.noise[rows], fixed_set.timesteps[rows]
+        model_pred = unet(
+            diffusion.add_noise(*part), part[2], None if fixed_set.labels is None else fixed_set.labels[rows]
+        ).sample
+        losses.append(diffusion.losses(model_pred, *part))
+    losses = torch.cat(losses)
+    bands = fixed_set.timesteps * BANDS // diffusion.num_timesteps
+    return {"loss": float(losses.mean())} | {
+        f"loss_{band + 1}": float(losses[bands == band].mean()) for band in range(BANDS)
+    }
+
+
+def overfitting_gauge(
+    unet: UNet2DModel, diffusion: Diffusion, training_set: FixedNoiseSet, held_out_set: FixedNoiseSet
+) -> dict[str, float]:
+    """Return the losses of held-out photos ("val_…") and training photos ("seen_…"), and their ratios ("gauge…").
+
+    Both losses are measured at the same noise. The gauge is the loss of held-out photos divided by that of training
+    photos. It stays level while the model learns what photos have in common. It rises when the model memorises the
+    training photos.
+    """
+    training_photo_losses = denoising_losses(unet, diffusion, training_set)
+    held_out_photo_losses = denoising_losses(unet, diffusion, held_out_set)
+    values = {f"val_{name}": value for name, value in held_out_photo_losses.items()} | {
+        f"seen_{name}": value for name, value in training_photo_losses.items()
+    }
+    return values | {
+        name.replace("loss", "gauge"): held_out_photo_losses[name] / training_photo_losses[name]
+        for name in training_photo_losses
+    }
+
+
+def lowest_gauge(history: list[dict]) -> float:
+    """Return the minimum of the gauge over the validations whose held-out loss is within 5 % of the lowest one.
+
+    The gauge of the first validations has no meaning: the errors of a model that has learned nothing yet depend on how
+    bright the photos are.
+    """
+    lowest = min(record["val_loss"] for record in history)
+    return min(record["gauge"] for record in history if record["val_loss"] <= 1.05 * lowest)

@@ -1,0 +1,187 @@
+"""Start and end a training run: device, precision, processes and trackers. Explain an out-of-memory error."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+)
+from datasets import DatasetDict
+from diffusers import AutoencoderKL, UNet2DModel
+
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.data.photos import load_numbered_photos
+from corel_diffusers.files import (
+    ENTRY_FILES,
+    UserError,
+    is_out_of_memory,
+    read_json,
+    read_metrics,
+    require_writable,
+    write_json,
+)
+from corel_diffusers.models.configs import latent_shape, parameter_count
+from corel_diffusers.runtime.compilation import require_compiler
+from corel_diffusers.runtime.devices import device_name
+from corel_diffusers.runtime.precision import resolve_precision
+from corel_diffusers.runtime.sharding import is_sharded, set_sharding
+from corel_diffusers.training.checkpoints import find_checkpoints
+from corel_diffusers.training.run import Run
+
+NAMES = {"vae": "VAE", "unet": "UNet"}
+
+
+def start_run(flags: TrainingArguments) -> Accelerator:
+    """Check the flags and return the Accelerator: device, precision, processes and trackers.
+
+    Raises:
+        UserError: the run cannot start. Nothing has been built or written then.
+    """
+    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    precision = resolve_precision(flags.mixed_precision, "cuda" if gpu else "cpu")
+    if not flags.plan and os.environ.get("RANK", "0") == "0":  # only the main process writes
+        require_writable(flags.run_dir, "--output-dir")
+    begun = read_metrics(flags.run_dir / "metrics.jsonl") or find_checkpoints(flags.run_dir)
+    if begun and not flags.resume and not flags.plan:
+        hint = "give --resume latest to continue it, or another --output-dir"
+        raise UserError(f"--output-dir {flags.run_dir} already holds a run: {hint}")
+    entry_file = next((name for name in ENTRY_FILES if (flags.run_dir / name).exists()), None)
+    # for example a downloaded model, which the run would overwrite
+    if entry_file and not (flags.run_dir / "run.json").is_file() and not flags.plan:
+        raise UserError(
+            f"--output-dir {flags.run_dir} holds a {entry_file} that was not written by a run: give another folder"
+        )
+    if flags.compile:
+        require_compiler("cuda" if gpu else "cpu")
+    refuse_other_launchers()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # a plugin, because the environment of `accelerate launch` overrides a plain number
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=flags.grad_accum),
+        # the other ranks wait while photos are encoded or samples are generated
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        log_with=None if flags.report_to == "none" else flags.report_to,
+        project_config=ProjectConfiguration(project_dir=str(flags.run_dir), logging_dir=str(flags.run_dir / "logs")),
+    )
+    if len(precisions := set(gather_object([precision]))) > 1:
+        raise UserError(
+            f"--mixed-precision {precision}: the machines of this run support different precisions "
+            f"({' and '.join(sorted(precisions))}): give --mixed-precision no"
+        )
+    launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launcher_steps not in ("1", "auto", str(flags.grad_accum)):
+        accelerator.print(
+            f"notice: accelerate launch asks for {launcher_steps} gradient accumulation steps, "
+            f"but the run uses --grad-accum {flags.grad_accum}"
+        )
+    # on a CPU with bf16, planning.resolve_timed_flags decides later
+    is_known = gpu or precision != "bf16"
+    if is_sharded(accelerator):
+        if flags.MODEL == "vae":
+            hint = "launch train_vae.py without it"
+            raise UserError(f"--use_fsdp is for a UNet that is too large to train on one GPU: {hint}")
+        set_sharding(accelerator, flags.optimizer)
+    accelerator.print(f"running on {device_name(accelerator)}" + (f", mixed precision {precision}" if is_known else ""))
+    return accelerator
+
+
+def refuse_other_launchers() -> None:
+    """Raise an error if `accelerate launch` asks for a kind of distributed training that the scripts do not support.
+
+    Raises:
+        UserError: DeepSpeed or Megatron-LM is requested.
+    """
+    for name, kind in {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"accelerate launch: {kind} is not supported: "
+                "launch with --multi_gpu (DDP) or --use_fsdp --fsdp_version 2"
+            )
+
+
+def load_training_photos(flags: TrainingArguments, accelerator: Accelerator) -> tuple[DatasetDict, dict[str, int]]:
+    """Return the photos of the splits train and validation, and the numbers of their classes by name.
+
+    Training never sees the test split, which `evaluate` reports on.
+    """
+    with accelerator.local_main_process_first():
+        photos, class_numbers = load_numbered_photos(
+            flags.photo_source, classes=flags.classes, max_train_samples=flags.max_train_samples
+        )
+    photos.pop("test", None)
+    return photos, class_numbers
+
+
+def print_data_and_model(
+    run: Run, photos: DatasetDict, model: AutoencoderKL | UNet2DModel, size_px: tuple[int, int], vae: AutoencoderKL
+) -> None:
+    """Print the data and the model before the first step."""
+    train, held_out = photos["train"], photos["validation"]
+    classes = train.features["label"].names
+    latents = "x".join(map(str, latent_shape(vae, size_px)))
+    run.accelerator.print(
+        f"{len(train)} training photos, {len(held_out)} held-out photos, {len(classes)} classes, "
+        f"{size_px[0]}x{size_px[1]} px; {NAMES[run.args.MODEL]} of {parameter_count(model)}, latents {latents}"
+    )
+
+
+def print_notices(accelerator: Accelerator, lines: list[str]) -> None:
+    """Print one notice per line."""
+    for line in lines:
+        accelerator.print(f"notice: {line}")
+
+
+@contextmanager
+def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
+    """Turn an out-of-memory error into a UserError: one line with the settings of the run and the flags that help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        peak_memory = (
+            f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at the peak"
+            if torch.cuda.is_available()
+            else ""
+        )
+        size = f"{'x'.join(map(str, args.size_px))} px" if args.size_px else "the VAE's size"
+        hint = "a smaller --image-size or --config"
+        if not args.batch_size:  # the batch size has not been planned yet
+            raise UserError(f"out of memory{peak_memory}: end other programs that use memory, or give {hint}") from None
+        if not args.gradient_checkpointing:
+            hint = f"--gradient-checkpointing, or {hint}"
+        divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
+        if divisors:
+            accumulated = args.grad_accum * args.batch_size // divisors[-1]
+            hint = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {hint}"
+        raise UserError(
+            f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}"
+        ) from None
+
+
+def mark_finished(args: TrainingArguments) -> None:
+    """Record in run.json that the run has finished.
+
+    Without this, `--resume latest` would restart a finished run that has no checkpoints, and overwrite its model.
+    """
+    write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
+
+
+def end_run(run: Run) -> None:
+    """Wait for all ranks, end the trackers and, after a stop signal, exit with its exit code.
+
+    If one rank exits first, the launcher may kill the main process while it is writing.
+    """
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    run.stop.exit(run.state)

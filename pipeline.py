@@ -91,23 +91,40 @@ class CorelPipeline(DiffusionPipeline):
             ValueError: an unknown class, or class_labels, generator or latents that do not fit num_images.
         """
         labels = self.label_ids(num_images, class_labels)
+        latents = self.initial_latents(num_images, generator, latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self.warn_about_timesteps(num_inference_steps)
+        interval = guidance_interval or self.default_guidance_interval
+        options = {"eta": eta, "generator": generator}
+        latents = self.denoise(latents, labels, guidance_scale, interval, options, callback_on_step_end)
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def initial_latents(
+        self,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the noise that denoising begins with: (num_images, C, h, w), in the scale of the scheduler.
+
+        Raises:
+            ValueError: the generators or the given latents do not fit num_images.
+        """
         if isinstance(generator, list) and len(generator) not in (1, num_images):
             raise ValueError(f"{len(generator)} generators for num_images={num_images}: give one, or one per image")
-        has_class = labels is not None and bool((labels != self.null_label).any())
-        guided = guidance_scale != 1 and (self.guide is not None or has_class)
-        device, dtype = self._execution_device, self.unet.dtype
-        size = self.unet.config.sample_size
+        device, dtype, size = self._execution_device, self.unet.dtype, self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (num_images, self.unet.config.in_channels, height, width)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
-        latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
-        low, high = guidance_interval or self.default_guidance_interval
-        guide_at_all_levels = low <= 0 and high >= 1
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+    def warn_about_timesteps(self, num_inference_steps: int) -> None:
+        """Warn if the scheduler of diffusers leaves noise in the images with this number of steps."""
         trained_steps = self.scheduler.config.num_train_timesteps
         if type(self.scheduler) is DDIMScheduler and trained_steps % num_inference_steps:
             divisors = [steps for steps in range(1, trained_steps + 1) if trained_steps % steps == 0]
@@ -115,16 +132,35 @@ class CorelPipeline(DiffusionPipeline):
             warnings.warn(
                 f"DDIMScheduler leaves noise in the images if num_inference_steps does not divide {trained_steps}: "
                 f"use {nearest}",
-                stacklevel=2,
+                stacklevel=3,
             )
         if (self.scheduler.timesteps < 0).any():
             warnings.warn(
                 f"{type(self.scheduler).__name__} uses a timestep below 0 at {num_inference_steps} steps, which brings "
                 "the noise back: use another number of steps",
-                stacklevel=2,
+                stacklevel=3,
             )
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        labels: torch.Tensor | None,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        options: dict[str, object],
+        callback_on_step_end: Callable[["CorelPipeline", int, torch.Tensor, dict], dict] | None,
+    ) -> torch.Tensor:
+        """Denoise latents (N, C, h, w) in the timesteps of the scheduler.
+
+        Args:
+            options: arguments for the steps of the scheduler. A scheduler gets only those that it accepts.
+        """
+        has_class = labels is not None and bool((labels != self.null_label).any())
+        guided = guidance_scale != 1 and (self.guide is not None or has_class)
+        low, high = guidance_interval
+        guide_at_all_levels = low <= 0 and high >= 1
         accepted = inspect.signature(self.scheduler.step).parameters
-        step_options = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in accepted}
+        options = {name: value for name, value in options.items() if name in accepted}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 inputs = self.scheduler.scale_model_input(latents, timestep)
@@ -137,23 +173,19 @@ class CorelPipeline(DiffusionPipeline):
                     model_pred = weak_pred + guidance_scale * (model_pred - weak_pred)
                 else:
                     model_pred = self.unet(inputs, timestep, labels).sample.to(latents.dtype)
-                with torch.autocast(device.type, enabled=False):  # only the networks run in the autocast precision
-                    latents = self.scheduler.step(model_pred, timestep, latents, **step_options).prev_sample
+                with torch.autocast(latents.device.type, enabled=False):  # only the networks run in half precision
+                    latents = self.scheduler.step(model_pred, timestep, latents, **options).prev_sample
                 if callback_on_step_end is not None:
-                    latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get(
-                        "latents", latents
-                    )
+                    changed = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
+                    latents = changed.get("latents", latents)
                 progress.update()
-
         if not latents.isfinite().all():
             warnings.warn(
                 "the images contain NaN or infinite values: half precision is not accurate enough: "
                 "use another precision",
-                stacklevel=2,
+                stacklevel=3,
             )
-        images = latents if output_type == "latent" else self.decode(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return latents
 
     def weak_and_full(
         self, inputs: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None

@@ -64,44 +64,69 @@ def find_photos(folder: Path, layout: str = "auto") -> FolderContents:
         raise UserError(f"No images found in {folder}: looked for {' '.join(PHOTO_ENDINGS)}; check --data-dir")
     captions = read_captions(folder / "captions.json")
     class_names = read_classes(folder / "classes.txt")
-
     if layout == "folders":
-        if not_utf8 := [d for d in class_folders if not is_utf8(d.name)]:
-            raise UserError(
-                f"--data-dir {folder}: the name of the folder {printable(not_utf8[0].name)} is not UTF-8: rename it"
-            )
-        class_numbers, found.classes = folder_classes([d.name for d in class_folders], class_names)
-        # A folder in which no name is UTF-8 is not a class folder. Report its files: no class may disappear silently.
-        for directory, all_files in files_in.items():
-            invalid = [
-                f for f in all_files if not is_named_photo(f) and (directory in class_folders or not is_utf8(f.name))
-            ]
-            found.left_out |= {f"{printable(directory.name)}/{printable(f.name)}": why_left_out(f) for f in invalid}
-        for directory, inside in class_folders.items():
-            folder_captions = read_captions(directory / "captions.json")
-            for file in inside:
-                name = f"{directory.name}/{file.name}"
-                caption = captions.get(name) or folder_captions.get(file.name)
-                found.photos.append(Photo(file, name, class_numbers[directory.name], caption))
+        add_class_folders(found, folder, files_in, class_folders, captions, class_names)
         if photo_files:
             found.notices.append(f"{len(photo_files)} photos outside the class folders are left out")
-        nested = (inside for d in folders for inside in visible_folders(d))
-        if example := next((d for d in nested if any(is_named_photo(f) for f in d.rglob("*"))), None):
-            found.notices.append(
-                f"photos in nested folders are left out, for example in {printable(str(example.relative_to(folder)))}/"
-            )
         return found
+    add_files(found, photo_files, captions, class_names)
+    if class_folders:
+        found.notices.append(f"{len(class_folders)} folders with photos inside {folder.name} are left out")
+    return found
 
+
+def add_class_folders(
+    found: FolderContents,
+    folder: Path,
+    files_in: dict[Path, list[Path]],
+    class_folders: dict[Path, list[Path]],
+    captions: dict[str, str],
+    class_names: dict[int, str],
+) -> None:
+    """Add the photos of class folders, and the reasons for the files that are left out.
+
+    Args:
+        files_in: all files of each subfolder.
+        class_folders: the photos of each subfolder that has some.
+    """
+    if not_utf8 := [d for d in class_folders if not is_utf8(d.name)]:
+        raise UserError(
+            f"--data-dir {folder}: the name of the folder {printable(not_utf8[0].name)} is not UTF-8: rename it"
+        )
+    class_numbers, found.classes = folder_classes([d.name for d in class_folders], class_names)
+    # A folder in which no name is UTF-8 is not a class folder. Report its files: no class may disappear silently.
+    for directory, all_files in files_in.items():
+        invalid = [
+            f for f in all_files if not is_named_photo(f) and (directory in class_folders or not is_utf8(f.name))
+        ]
+        found.left_out |= {f"{printable(directory.name)}/{printable(f.name)}": why_left_out(f) for f in invalid}
+    for directory, inside in class_folders.items():
+        folder_captions = read_captions(directory / "captions.json")
+        for file in inside:
+            name = f"{directory.name}/{file.name}"
+            caption = captions.get(name) or folder_captions.get(file.name)
+            found.photos.append(Photo(file, name, class_numbers[directory.name], caption))
+    nested = (inside for d in files_in for inside in visible_folders(d))
+    if example := next((d for d in nested if any(is_named_photo(f) for f in d.rglob("*"))), None):
+        found.notices.append(
+            f"photos in nested folders are left out, for example in {printable(str(example.relative_to(folder)))}/"
+        )
+
+
+def add_files(
+    found: FolderContents, photo_files: list[Path], captions: dict[str, str], class_names: dict[int, str]
+) -> None:
+    """Add photos that lie in one folder. In the layouts corel and corel-1k, their names contain the class."""
     for file in photo_files:
         class_number = None
-        if layout != "flat":
-            match = re.fullmatch(r"(\d+)_\d+" if layout == "corel" else r"(\d{1,3})", file.stem)
+        if found.layout != "flat":
+            match = re.fullmatch(r"(\d+)_\d+" if found.layout == "corel" else r"(\d{1,3})", file.stem)
             if not match:
-                found.left_out[file.name] = f"its name does not match the {layout} layout"
+                found.left_out[file.name] = f"its name does not match the {found.layout} layout"
                 continue
-            class_number = int(match[1]) // (1 if layout == "corel" else 100)
+            class_number = int(match[1]) // (1 if found.layout == "corel" else 100)
         found.photos.append(Photo(file, file.name, class_number, captions.get(file.name)))
-    if layout == "corel-1k":
+    if found.layout == "corel-1k":
         found.notices.append(
             "file names are numbers from 0 to 999: read as Corel-1K, class = number // 100 "
             "(if the photos have no classes: corel-diffusers prepare --layout flat)"
@@ -110,9 +135,6 @@ def find_photos(folder: Path, layout: str = "auto") -> FolderContents:
     found.classes = {n: class_names.get(n, str(n)) for n in present}
     if unnamed := [str(n) for n in present if n not in class_names]:
         found.notices.append(f"classes.txt has no name for class {', '.join(unnamed)}: the number is used as the name")
-    if class_folders:
-        found.notices.append(f"{len(class_folders)} folders with photos inside {folder.name} are left out")
-    return found
 
 
 def is_named_photo(file: Path) -> bool:

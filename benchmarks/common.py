@@ -134,6 +134,8 @@ def machine_name(device: str = "auto") -> str:
 
     It names the GPU if there is one and `device` is not "cpu". Otherwise it names the CPU.
     """
+    from corel_diffusers.internals import has_bf16_in_hardware
+
     cpuinfo = Path("/proc/cpuinfo")
     cpu_model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     name = (
@@ -143,7 +145,7 @@ def machine_name(device: str = "auto") -> str:
         if cpu_model
         else platform.processor()
     )
-    bf16 = " with bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    bf16 = " with bf16" if has_bf16_in_hardware() else ""
     return (
         f"{name}, {torch.backends.cpu.get_cpu_capability()}{bf16}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"

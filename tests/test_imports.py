@@ -9,7 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "corel_diffusers"
 # A folder may import from itself and from the folders of earlier rows.
-LAYERS = [["files"], ["config", "plots"], ["models"], ["runtime"], ["losses", "data"], ["training", "sampling"]]
+LAYERS = [
+    ["files"],
+    ["config", "plots", "internals"],
+    ["models"],
+    ["runtime"],
+    ["losses", "data"],
+    ["training", "sampling"],
+]
 LAYERS += [["evaluation"], ["hub"], ["cli"]]
 
 

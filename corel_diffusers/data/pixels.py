@@ -15,6 +15,7 @@ from datasets import Image as ImageFeature
 from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, cache_folder, cached_array, digest
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo, unreadable_file
 from corel_diffusers.files import UserError, read_json, write_json
+from corel_diffusers.internals import fingerprint
 
 SAMPLE_BYTES = 2**14  # bytes hashed in each of three places of a file: see `file_sample`
 CROP_SCALE = 2.5  # random crops are cut from photos of at most this many times the training size
@@ -164,7 +165,7 @@ def content_key(part: Dataset, rows: Sequence[dict]) -> object:
     computes. The photos are not read for it: reading a million photos would take longer than the step that waits for
     the key.
     """
-    return part._fingerprint if part.cache_files and rows[0]["bytes"] is not None else [file_key(row) for row in rows]
+    return fingerprint(part) if part.cache_files and rows[0]["bytes"] is not None else [file_key(row) for row in rows]
 
 
 def file_key(row: dict) -> tuple:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from corel_diffusers.internals import set_class
+
 # Number of channels that the CPU kernels of GroupNorm process at once. They process the channels of a smaller group,
 # and the remaining channels of a larger group, one by one.
 BF16_LANES = 16
@@ -27,11 +29,11 @@ def use_fast_layers(model: nn.Module, attention: str) -> None:
     """
     for module in model.modules():
         if type(module) is resnet.ResnetBlock2D:
-            module.__class__ = ResnetBlock2D
+            set_class(module, ResnetBlock2D)
         elif type(module) is upsampling.Upsample2D and module.use_conv and torch.backends.mkldnn.is_available():
-            module.__class__ = Upsample2D
+            set_class(module, Upsample2D)
         elif type(module) is nn.GroupNorm:
-            module.__class__ = GroupNorm
+            set_class(module, GroupNorm)
         # AttnProcessor computes the same as the math kernel of torch, which also looks for rows that are completely
         # masked. That takes extra time.
         elif type(module) is Attention and attention == "math":

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import UserError, first_line
+from corel_diffusers.internals import undo_compile
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.runtime.sharding import is_sharded
 
@@ -74,7 +75,7 @@ class Compilation:
         cosine = broadcast_from_main(self.accelerator, cosine)
         if cosine > self.MIN_COSINE or not plain_gradient.isfinite().all():
             return True
-        self.model._compiled_call_impl = None  # the attribute that Module.compile sets
+        undo_compile(self.model)
         reason = f"a compiler bug changes the gradients of the model (cosine similarity {cosine:.2f})"
         self.accelerator.print(f"--compile: {reason}: the run continues uncompiled")
         return False

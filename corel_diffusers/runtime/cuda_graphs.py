@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import UserError, first_line, is_out_of_memory
+from corel_diffusers.internals import tensors_in, undo_graph_capture
 from corel_diffusers.runtime.timing import MIN_SPEEDUP
 
 Forward = TypeVar("Forward", bound=Callable)
@@ -71,7 +71,7 @@ def capture_if_faster(
     if faster:
         return replayed
     del replayed
-    vars(forward).pop("forward", None)
+    undo_graph_capture(forward)
     gc.collect()  # the graphs are in a reference cycle, so only the garbage collector frees their memory
     torch.cuda.empty_cache()
     return forward
@@ -87,7 +87,7 @@ def seconds_per_pass(
             torch.cuda.synchronize()
             began = time.perf_counter()
         with accelerator.autocast():
-            outputs = [values for values in tree_leaves(forward(*inputs)) if values.requires_grad]
+            outputs = [values for values in tensors_in(forward(*inputs)) if values.requires_grad]
         torch.autograd.grad(outputs, differentiable, [torch.ones_like(values) for values in outputs], allow_unused=True)
     torch.cuda.synchronize()
     return (time.perf_counter() - began) / TIMED_PASSES

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as torch_state
 
 from corel_diffusers.files import fsync_folder, read_json, remove_folder, write_json
+from corel_diffusers.internals import prepared_optimizers
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
 from corel_diffusers.training.learning_rate import LearningRate
@@ -173,10 +174,8 @@ def load(run: Run, parts: Parts) -> None:
             accelerator.scaler.load_state_dict(saved["scaler"])
     else:
         # older versions saved accelerate's own files, and prepared each optimizer separately
-        prepared = accelerator._optimizers
-        accelerator._optimizers = [part.optimizer for part in parts.trained]
-        accelerator.load_state(str(checkpoint))
-        accelerator._optimizers = prepared
+        with prepared_optimizers(accelerator, [part.optimizer for part in parts.trained]):
+            accelerator.load_state(str(checkpoint))
     parts.rate.load_state_dict(saved["learning_rate"])
     if ema:
         values = load_file(checkpoint / "ema.safetensors") if is_main else {}

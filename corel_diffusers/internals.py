@@ -1,0 +1,63 @@
+"""Every use of a private part of another library, which a new version of the library may change without notice.
+
+All functions were tested with torch 2.6 and 2.13, diffusers 0.36 and 0.42, accelerate 1.10 and 1.15, and datasets 4.0
+and 5.2. tests/test_internals.py has one test for each of them. If it fails after an upgrade, it says what changed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+from datasets import Dataset
+from torch import nn
+from torch.utils import _pytree
+
+
+def has_bf16_in_hardware() -> bool:
+    """Return whether the CPU computes matrix products in bfloat16. torch has no public function for this."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
+    """Give a module another class with the same weights and attributes, such as a subclass with a faster forward."""
+    module.__class__ = module_class
+
+
+def undo_compile(module: nn.Module) -> None:
+    """Undo `module.compile()`. torch can only set this attribute."""
+    module._compiled_call_impl = None
+
+
+def undo_graph_capture(forward: object) -> None:
+    """Undo `torch.cuda.make_graphed_callables`. It replaces the method `forward` of a module in place."""
+    vars(forward).pop("forward", None)
+
+
+def tensors_in(outputs: object) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and dicts, in order."""
+    return [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+class FastAutocast(AutocastKwargs):
+    """AutocastKwargs with a fast `to_kwargs`. accelerate's own copies the environment in each call: 0.7 ms per step."""
+
+    def to_kwargs(self) -> dict[str, bool]:
+        return {"enabled": self.enabled, "cache_enabled": self.cache_enabled}
+
+
+@contextmanager
+def prepared_optimizers(accelerator: Accelerator, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Let `accelerator.load_state` load these optimizers instead of the prepared ones, inside this context."""
+    prepared = accelerator._optimizers
+    accelerator._optimizers = optimizers
+    try:
+        yield
+    finally:
+        accelerator._optimizers = prepared
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Return the hash that `datasets` keeps of the content of a dataset and of all its transforms."""
+    return dataset._fingerprint

@@ -94,8 +94,11 @@ def test_output_and_gradients_equal_those_of_diffusers(name, attention, min_posi
     processors = [module.processor for module in model.modules() if isinstance(module, Attention)]
     assert processors
     assert all(isinstance(processor, AttnProcessor) == (attention == "math") for processor in processors)
+    try:
+        expected, expected_gradients = output_and_gradients(plain)
+    except RuntimeError as error:
+        pytest.skip(f"this version of diffusers cannot run the model in float64 ({error})")
     output, gradients = output_and_gradients(model)
-    expected, expected_gradients = output_and_gradients(plain)
     # not closer, because AttnProcessor of diffusers computes the softmax in float32
     assert (output - expected).norm() < 1e-6 * expected.norm()
     assert gradients.keys() == expected_gradients.keys()

@@ -3,6 +3,7 @@
 #   make demo DATA=photos   the same on your own photos
 #   make test               lint and tests
 #   make test-fast          lint and the tests that run no script, within 90 seconds on two cores
+#   make test-oldest        all tests with the oldest versions that setup.cfg allows, in .venv-oldest
 #   make bench              what a step, a batch and a picture cost here, as ratios: benchmarks/results/<machine>.md
 PYTHON ?= python3
 BIN = .venv/bin
@@ -12,7 +13,7 @@ OUT ?= $(if $(DATA),demo/$(notdir $(abspath $(DATA))),demo/scenes)
 PREPARED = $(if $(filter-out scenes,$(DATA)),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
 SIZE = --image-size 64 --config tiny --resume latest
 
-.PHONY: demo test test-fast lint install bench
+.PHONY: demo test test-fast test-oldest lint install bench
 
 install: .venv/installed
 
@@ -42,6 +43,14 @@ test-fast: lint
 test: lint
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m gpu -n 0
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest
+
+.venv-oldest/installed: constraints-oldest.txt setup.cfg
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test,tensorboard]"
+	touch $@
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/all.py

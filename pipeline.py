@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -35,16 +35,19 @@ class CorelPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components: ClassVar = ["guide"]
-    _exclude_from_cpu_offload: ClassVar = ["guide"]  # each step runs it in turn with the UNet
+    _exclude_from_cpu_offload: ClassVar = [
+        "guide"
+    ]  # each step runs both, and moving them to the CPU and back would be slow
 
     def __init__(
         self,
         vae: AutoencoderKL,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        class_names: dict[str, str] | None = None,
-        guide: UNet2DModel | None = None,
-        class_numbers: dict[str, int] | None = None,
+        # Optional, because diffusers 0.36 reads the types of these parameters and does not know "X | None"
+        class_names: Optional[dict[str, str]] = None,  # noqa: UP045
+        guide: Optional[UNet2DModel] = None,  # noqa: UP045
+        class_numbers: Optional[dict[str, int]] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
@@ -70,7 +73,8 @@ class CorelPipeline(DiffusionPipeline):
 
         Args:
             num_images: number of images.
-            class_labels: one class for all images or one class per image, each a name or an id. None means no class:
+            class_labels: one class for all images or one class per image, each a name or a label (its position in
+                class_names, from 0). None means no class:
                 the null label.
             guidance_scale: w in e = e_weak + w (e_unet - e_weak). e_weak is the prediction of the guide model. Without
                 a guide model, it is the UNet's prediction for the null label (Ho & Salimans 2022, arXiv:2207.12598).
@@ -91,8 +95,8 @@ class CorelPipeline(DiffusionPipeline):
             ValueError: an unknown class, or class_labels, generator or latents that do not fit num_images.
         """
         labels = self.label_ids(num_images, class_labels)
-        latents = self.initial_latents(num_images, generator, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        latents = self.initial_latents(num_images, generator, latents)
         self.warn_about_timesteps(num_inference_steps)
         interval = guidance_interval or self.default_guidance_interval
         options = {"eta": eta, "generator": generator}
@@ -107,7 +111,7 @@ class CorelPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the noise that denoising begins with: (num_images, C, h, w), in the scale of the scheduler.
+        """Return the noise that denoising begins with, multiplied by the scheduler's init_noise_sigma: (N, C, h, w).
 
         Raises:
             ValueError: the generators or the given latents do not fit num_images.
@@ -121,7 +125,7 @@ class CorelPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def warn_about_timesteps(self, num_inference_steps: int) -> None:
         """Warn if the scheduler of diffusers leaves noise in the images with this number of steps."""
@@ -159,11 +163,13 @@ class CorelPipeline(DiffusionPipeline):
         guided = guidance_scale != 1 and (self.guide is not None or has_class)
         low, high = guidance_interval
         guide_at_all_levels = low <= 0 and high >= 1
+        # schedulers of flow matching have no such method: their inputs are not scaled
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda latents, timestep: latents)
         accepted = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in options.items() if name in accepted}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
-                inputs = self.scheduler.scale_model_input(latents, timestep)
+                inputs = scale_model_input(latents, timestep)
                 if guided and (
                     guide_at_all_levels or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
                 ):
@@ -220,8 +226,8 @@ class CorelPipeline(DiffusionPipeline):
     def default_guidance_interval(self) -> tuple[float, float]:
         """The noise levels at which guidance acts by default: up to 0.6 with a guide model, all levels without one.
 
-        At high noise, where the layout of an image forms, a guide model leads away from what many photos have in
-        common and towards the layout of a single photo.
+        At high noise, the layout of an image forms. Guidance with a guide model would there push the samples towards
+        the layout of one photo.
         """
         return (0.0, 0.6) if self.guide is not None else (0.0, 1.0)
 

@@ -35,6 +35,7 @@ from corel_diffusers.models.configs import trained_size_px
 from corel_diffusers.models.unet import build_unet
 from corel_diffusers.runtime import compilation, devices, randomness
 from corel_diffusers.sampling import previews
+from corel_diffusers.sampling.samplers import AUTO, build_sampler
 from corel_diffusers.training import advice, checkpoints, history, intervals, metrics, planning, presets, resume, start
 from corel_diffusers.training.ema import ema_weights
 from corel_diffusers.training.gauge import GAUGE, PANEL, OverfittingGauge, copy_lines, update_best
@@ -187,12 +188,13 @@ def build_validation(
 ) -> Validation:
     """Build what a validation uses. Call it after the models are built.
 
-    Loading a network uses the global random generator, and an evaluation must not change the weights of the models.
+    Loading a network draws random numbers. If this came first, --evaluate-every would change the initial weights.
 
     Args:
         class_names: in the order of the labels. Empty for a model without classes.
     """
     vae, labels = models.vae, latent_set.labels
+    build_sampler(AUTO, diffusion.scheduler)  # if this is not possible, fail now and not at the first samples
     judge = None
     if run.args.evaluate_every and run.accelerator.is_main_process:
         judge = SampleJudge.of(vae, fitted, torch.from_numpy(labels["validation"]), run.args.mixed_precision)
@@ -254,7 +256,7 @@ def validate_and_save(run: Run, models: UNetModels, diffusion: Diffusion, valida
             if is_sample_step:
                 with accelerator.autocast():
                     grid = previews.sample_grid(pipe, args.seed, num_samples=12)
-                plots.save_image(grid, args.run_dir / "samples" / f"epoch_{run.epoch:04d}.png")
+                metrics.save_grid(run, "samples", grid)
         if judge and run.epoch % args.evaluate_every < run.validate_every:
             with accelerator.autocast():
                 values |= judge_samples(judge, pipe, args.seed)
@@ -274,7 +276,7 @@ def judge_samples(judge: SampleJudge, pipe: CorelPipeline, seed: int) -> dict[st
 
 
 def write_samples_and_card(run: Run) -> None:
-    """Write a grid of samples of the pipeline that is saved as best, and the model card. Print its quality."""
+    """Write a grid of samples of the pipeline that is saved as best, and the model card. Print its held-out loss."""
     args, best = run.args, files.best_record(run.history)
     epochs = f"epoch {best['epoch']} of {run.history[-1]['epoch']}"
     epochs += f" ({run.state.stop_reason})" if run.state.stop_reason else ""

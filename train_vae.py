@@ -43,17 +43,19 @@ PANELS = {
     # measured on full photos, with the posterior mean and the EMA weights
     "held-out photos": {"val_reconstruction": "reconstruction", "val_perceptual": "perceptual"},
     "PSNR (dB)": {"val_psnr": "held-out photos"},
+    "SSIM": {"val_ssim": "held-out photos"},
     "KL (nats per photo)": {"val_kl": "held-out photos"},
     # measured on augmented photos, with drawn latents and the weights of each step: not comparable with those above
     "in training": {"reconstruction": "reconstruction", "perceptual": "perceptual"},
     "KL in training": {"kl": "augmented photos"},
     "adversarial": {"adversarial": "decoder", "discriminator": "discriminator"},
+    "learning rate": {"learning_rate": "learning rate"},
 }
-# shown in the progress bar and in panels of their own
+# shown in the progress bar and in panels of their own, but not printed beside the values of a validation
 TRAINING_METRICS = ("loss", "reconstruction", "perceptual", "kl")
 # fraction of the run for which the discriminator trains before the adversarial loss starts
 DISCRIMINATOR_LEAD = 0.1
-# for a run that received a stop signal and has only seconds left; the statistics are measured again when the run ends
+# for a run that received a stop signal and has only seconds left; the resumed run measures them again on more photos
 STATISTICS_PHOTOS_WHEN_STOPPED = 256
 
 
@@ -93,7 +95,7 @@ def main(flags: VAEArguments) -> None:
             models.parts.rate.set(run.state.step, run.total_steps)
             if not args.kl_target:
                 kl_weight.fill_(warmed_up_kl_weight(run))
-            # fraction of the run until the adversarial loss starts; not above 0 once it has started
+            # fraction of the run that is left before the adversarial loss starts; 0 or less after its start
             until_adversarial = args.adversarial_start - run.length.fraction_done(run.state)
             is_adversarial = bool(models.discriminator) and until_adversarial <= 0
             kl = 0.0
@@ -142,7 +144,7 @@ def main(flags: VAEArguments) -> None:
 def warmed_up_kl_weight(run: Run) -> float:
     """Return the weight of the KL term in this step: it rises to --kl-weight in --kl-warmup epochs."""
     warmup_steps = run.args.kl_warmup * run.plan.steps_per_epoch
-    # the second value ends the warm-up after a third of the run at the latest
+    # with the second value, the warm-up takes at most a third of the run
     step = max(run.state.step, 3 * run.length.fraction_done(run.state) * warmup_steps)
     return losses.kl_warmup(run.args.kl_weight, step, warmup_steps)
 
@@ -170,7 +172,7 @@ def autoencoder_step(
         reconstruction, mean, logvar, last_layer_input = models.model(images, noise)
     terms = losses.loss_terms(args, accelerator, models.perceptual_pass, images, reconstruction, mean, logvar)
     loss = backward_loss = losses.weighted_sum(terms, args)
-    if is_adversarial:  # these gradients reach only the VAE
+    if is_adversarial:  # its gradients must not reach the discriminator
         discriminator = accelerator.unwrap_model(models.discriminator).requires_grad_(False)
         terms["adversarial"] = -discriminator(reconstruction).mean()
         discriminator.requires_grad_(True)
@@ -218,7 +220,7 @@ def validate_and_save(
         if accelerator.is_main_process and is_sample_step:
             grids = previews.vae_grids(accelerator, models.vae, held_out, args.seed)
             for name, grid in zip(("reconstructions", "samples"), grids, strict=True):
-                plots.save_image(grid, args.run_dir / name / f"epoch_{run.epoch:04d}.png")
+                metrics.save_grid(run, name, grid)
     rate = models.parts.rate
     rate.validated(values["val_loss"])
     more = {"kl_weight": float(kl_weight), "learning_rate": rate.now, "published": save_as_best}
@@ -237,8 +239,8 @@ def validate(
     """Return the mean losses and metrics over the held-out photos, reconstructed from the posterior's mean.
 
     `val_loss` decides which epoch is the best. It is the loss with the final KL weight. With --kl-target, the KL term
-    is log(KL / target) if the KL is above the target, and 0 otherwise. Without this rule, an epoch before the KL has
-    come down to its target could look like the best.
+    is log(KL / target) if the KL is above the target, and 0 otherwise. Otherwise an early epoch, whose KL is still
+    too high, could have the lowest loss.
     """
     sums: dict[str, float] = {}
     for first in range(0, len(held_out), args.batch_size):

@@ -99,7 +99,7 @@ def test_a_run_begun_without_guide_models_can_be_finished(unet_flags, tmp_path):
     shutil.rmtree(tmp_path / "snapshots", ignore_errors=True)
     code, index = tmp_path / "pipeline.py", tmp_path / "model_index.json"
     for new, old in {
-        "        guide: UNet2DModel | None = None,\n": "",
+        "        guide: Optional[UNet2DModel] = None,  # noqa: UP045\n": "",
         ", guide=guide)": ")",
         "self.guide is not None": "False",
     }.items():

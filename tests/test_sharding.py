@@ -92,6 +92,7 @@ def train_and_resume(folder: Path, sharded: list[str]) -> None:
     accelerator.end_training()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot shard on a CPU: its streams have no events")
 @pytest.mark.parametrize("sharded", [["ResnetBlock2D"], ["ResnetBlock2D", "Conv2d"]])
 def test_two_sharded_processes_are_equal_to_one_process(tmp_path, sharded):
     env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}

@@ -161,7 +161,8 @@ class Evaluate(Sampling):
     """Evaluate the images in this folder, from any program, instead of samples from --pipeline."""
     features: Literal["efficientnet-lite0", "inception", "dinov2"] = "efficientnet-lite0"
     """Network whose features are compared.
-    efficientnet-lite0 is installed with the package. The other networks are downloaded once."""
+    efficientnet-lite0 is installed with the package. The other networks are downloaded once.
+    The quality of the VAE during training and --evaluate-every always use efficientnet-lite0."""
     output_dir: str | None = None
     """Folder for evaluation.json and evaluation.html.
     Default: the folder of the pipeline, or evaluation/ for --pictures and Hub ids."""

@@ -14,6 +14,7 @@ import tyro
 from corel_diffusers.config.checks import SCENES, flag, flag_name, parse_size, require, require_data_dir
 from corel_diffusers.files import UserError
 
+OUR_LR_SCHEDULES = ("cosine", "cosine_warm_restarts", "plateau", "none")  # see training/learning_rate.py
 LR_SCHEDULERS = Literal[
     "cosine", "cosine_warm_restarts", "plateau", "none",
     "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",

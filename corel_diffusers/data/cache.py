@@ -143,6 +143,8 @@ def cached_array(
         ):
             first, last = shard * photos_per_shard, min((shard + 1) * photos_per_shard, shape[0])
             parts = [compute(slice(start, min(start + at_once, last))) for start in range(first, last, at_once)]
+            if parts[0].shape[1:] != tuple(shape[1:]):
+                raise ValueError(f"{key}: values of shape {parts[0].shape[1:]} instead of {tuple(shape[1:])}")
             with atomic_file(shard_path(folder, shard)) as temporary:
                 save_file({"values": np.concatenate(parts).astype(dtype, copy=False)}, temporary)
 

@@ -1,4 +1,7 @@
-"""Everything that the UNet is trained on, for each version of each photo."""
+"""Everything that the UNet is trained on.
+
+A version of a photo is the photo, its mirror image, one of its V augmented crops, or the mirror image of a crop.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +26,10 @@ from corel_diffusers.models.unet import inner_grid
 class LatentSet:
     """The photos as posteriors of the VAE, with labels, crop parameters and features."""
 
-    moments: dict[str, Array]  # by split, (N, 2 + 2V, 2C, h, w), see `cache_moments`
+    moments: dict[str, Array]  # by split, (N, 2 + 2V, 2C, h, w): C means, then C log-variances, of each version
     labels: dict[str, np.ndarray]  # by split, (N,)
     crop_params: np.ndarray  # of the training photos, (N, 2 + 2V, P); P is 0 without augmented crops
-    features: Array  # of the training photos, (N, 2 + 2V, F, h', w'); F is 0 without --align-weight
+    features: Array  # of the training photos, (N, 2 + 2V, F, h', w'), or (N, 2 + 2V, 0) without --align-weight
     feature_mean: torch.Tensor | None = None  # (1, F, 1, 1)
     feature_std: torch.Tensor | None = None  # (1, F, 1, 1)
 
@@ -42,7 +45,7 @@ class LatentSet:
     ) -> "LatentSet":
         """Encode the photos and, for the training photos, their augmented crops. Everything is cached.
 
-        The features have the size of the inner features of `unet`.
+        The features of the frozen network have the height and width of the UNet's inner features.
         """
         height_px, width_px = pixels["train"].values.shape[1:3]
         crops = None

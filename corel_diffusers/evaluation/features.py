@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from corel_diffusers.data.cache import cached_array
 from corel_diffusers.data.pixels import Pixels
-from corel_diffusers.files import UserError, first_line, is_out_of_memory
+from corel_diffusers.files import UserError, first_line
 from corel_diffusers.models.efficientnet import load_efficientnet
 from corel_diffusers.runtime.precision import arithmetic
 
@@ -45,9 +45,7 @@ def load_network(name: str, device: torch.device) -> Network:
     loaders = {"efficientnet-lite0": efficientnet, "inception": inception, "dinov2": dinov2}
     try:
         return loaders[name](device)
-    except Exception as error:  # not installed, no network connection, or not on the Hub
-        if is_out_of_memory(error):
-            raise
+    except (ImportError, OSError, ValueError) as error:  # not installed, no network connection, or not on the Hub
         hint = "install it and go online once to download its weights, or use --features efficientnet-lite0"
         raise UserError(f"--features {name} cannot be loaded ({first_line(error)}): {hint}") from None
 
@@ -162,7 +160,7 @@ def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> 
     They are computed once and cached. The key depends on the network, on the arithmetic of its device and on the
     content of the photos.
     """
-    network_key = f"features-{network.name}-{arithmetic(network.device)}"
+    network_key = f"features-{network.name}-{network.width}-{arithmetic(network.device)}"
     key = f"{network_key}-{pixels.key.removeprefix('pixels-')}-{len(pixels)}{'-mirrored' * mirrored}"
 
     def make(photos: slice) -> np.ndarray:

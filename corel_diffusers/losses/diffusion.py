@@ -28,7 +28,7 @@ class Diffusion:
 
     @classmethod
     def of(cls, args: UNetArguments) -> "Diffusion":
-        """Return the process of the flags."""
+        """Return the diffusion process that the flags describe."""
         scheduler = DDPMScheduler(
             beta_schedule="squaredcos_cap_v2" if args.schedule == "cosine" else "linear",
             prediction_type=args.prediction_type,
@@ -97,9 +97,9 @@ def signal_to_noise(scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.
 def min_snr_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return the weight of each photo's denoising loss: (B,) -> (B,) (Hang et al. 2023, arXiv:2303.09556).
 
-    The weight is min(SNR, gamma) for a loss on x_0. To weight a loss on the noise in the same way, it is divided by
-    SNR, and for a loss on the velocity by SNR + 1 (section 3.4). Timesteps with very little noise, or with almost only
-    noise, then no longer conflict with the timesteps at which the image takes shape.
+    The weight is min(SNR, gamma) for a loss on x_0. For a loss on the noise, the weight is divided by SNR, and for
+    a loss on the velocity by SNR + 1 (section 3.4). Without these weights, the gradients of different timesteps pull
+    the model in different directions.
 
     With zero terminal SNR, sampling begins at pure noise, whose weight would be 0. The weight on x_0 is therefore
     min(SNR, gamma) + 1. For a loss on the velocity, all timesteps with an SNR of at most gamma then have the same

@@ -22,6 +22,7 @@ def loss_terms(
     logvar: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Return the unweighted terms of the loss by name, each a scalar: reconstruction, perceptual and KL."""
+    reconstruction = reconstruction.float()  # a trial step of planning gives it in half precision
     terms = {"reconstruction": reconstruction_loss(reconstruction, photos, args.reconstruction)}
     if perceptual:
         with accelerator.autocast():
@@ -30,7 +31,11 @@ def loss_terms(
 
 
 def weighted_sum(terms: dict[str, torch.Tensor | float], args: VAEArguments) -> torch.Tensor | float:
-    """Return the weighted sum of the terms whose weights are fixed: all except the KL and the adversarial loss."""
+    """Return the weighted sum of the terms that depend on the reconstruction only: not the KL.
+
+    With the adversarial loss, the gradient of this sum passes through the reconstruction alone. A term that depends on
+    the posterior must be added as the KL is added in train_vae.py.
+    """
     return terms["reconstruction"] + args.perceptual_weight * terms.get("perceptual", 0)
 
 
@@ -68,18 +73,17 @@ def add_adversarial_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the total loss, and a second scalar to call backward on.
 
-    The total loss is loss + adversarial_weight * `adaptive_weight` * adversarial_loss, detached. The second scalar has
-    the same gradient with respect to the reconstruction.
+    The total loss is loss + adversarial_weight * `adaptive_weight` * adversarial_loss, detached. The second scalar
+    has the same gradient as the total loss, with respect to the reconstruction.
 
     `adaptive_weight` needs the gradients of both losses with respect to the reconstruction, so they are computed here.
-    The backward pass then starts at the reconstruction: it runs through the VAE once, and does not run through the
-    perceptual network and the discriminator a second time.
+    The backward pass then starts at the reconstruction and runs through the VAE only.
 
     Args:
         last_layer, last_layer_input: see `adaptive_weight`.
         loss_scale: the factor of the fp16 gradient scaler. The gradients are computed with it, so that they do not
-            underflow, and then divided by it. If they overflow, so does the gradient of the second scalar, and the
-            scaler skips the step.
+            underflow, and then divided by it. If they overflow, the gradient of the second scalar is infinite
+            too. The scaler sees this and skips the step.
     """
     gradients = [
         torch.autograd.grad(loss_scale * term, reconstruction)[0] / loss_scale for term in (loss, adversarial_loss)
@@ -132,9 +136,9 @@ def kl_warmup(weight: float, step: float, warmup_steps: int) -> float:
 def controlled_kl_weight(weight: torch.Tensor, kl: torch.Tensor, target: float, gain: float = 0.05) -> torch.Tensor:
     """Return the KL weight of the next step: w (kl / target)^gain. It brings the KL per photo to `target` nats.
 
-    This is an integral controller on log w, after Shao et al. 2020 (ControlVAE, arXiv:2004.05988), who also control the
-    weight. The ratio kl / target is clamped to [1/3, 3] in each step, and w to [1e-9, 10]. All values stay on the
-    device, so there is no synchronisation.
+    The weight w rises while the KL is above the target, and falls while it is below (similar to ControlVAE, Shao et al.
+    2020, arXiv:2004.05988). The ratio kl / target is clamped to [1/3, 3] in each step, and w to [1e-9, 10]. All values
+    stay on the device, so there is no synchronisation.
     """
     ratio = (kl.detach().float() / target).clamp(1 / 3, 3)
     return (weight * ratio**gain).clamp(1e-9, 10.0)

@@ -19,12 +19,15 @@ def load_config(kind: str, config: str) -> dict:
         kind: "vae" or "unet".
 
     Raises:
-        UserError: the file does not contain a JSON object.
+        UserError: the file does not contain a JSON object, or it is the config of another model class.
     """
     path = Path(config) if config.endswith(".json") else CONFIG_DIR / f"{kind}-{config}.json"
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected one JSON object, as in a diffusers config.json")
+    model_class = {"vae": "AutoencoderKL", "unet": "UNet2DModel"}[kind]
+    if values.get("_class_name", model_class) != model_class:
+        raise UserError(f"--config {path} is the config of {values['_class_name']}: give one of {model_class}")
     return {name: value for name, value in values.items() if not name.startswith("_")}
 
 

@@ -8,6 +8,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -69,12 +70,25 @@ def capture_if_faster(
     if name:
         accelerator.print(f"CUDA graphs: {'used' if faster else 'not used'} for the passes of the {name} ({result})")
     if faster:
+        if isinstance(replayed, nn.Module):
+            replayed.register_forward_pre_hook(partial(check_inputs, captured=inputs))
         return replayed
     del replayed
     undo_graph_capture(forward)
     gc.collect()  # the graphs are in a reference cycle, so only the garbage collector frees their memory
     torch.cuda.empty_cache()
     return forward
+
+
+def check_inputs(module: nn.Module, inputs: tuple[torch.Tensor, ...], captured: tuple[torch.Tensor, ...]) -> None:
+    """Raise TypeError if inputs in training do not have the shapes and types of the captured ones.
+
+    A graph copies its inputs into the memory of the captured ones. It would silently round 0.5 to the integer 0.
+    """
+    if module.training:
+        given, expected = ([(tuple(v.shape), v.dtype) for v in values] for values in (inputs, captured))
+        if given != expected:
+            raise TypeError(f"CUDA graphs were captured for inputs {expected}, not for {given}")
 
 
 def seconds_per_pass(

@@ -52,8 +52,10 @@ class DDIM(DDIMScheduler):
             x_0, noise_pred = signal_t * sample - noise_t * model_output, signal_t * model_output + noise_t * sample
         elif prediction_type == "epsilon":
             x_0, noise_pred = (sample - noise_t * model_output) / signal_t, model_output
-        else:
+        elif prediction_type == "sample":
             x_0, noise_pred = model_output, (sample - signal_t * model_output) / noise_t
+        else:
+            raise ValueError(f"DDIM does not know the prediction type {prediction_type}")
         sigma = eta * ((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s)).clamp_min(0).sqrt()
         x_s = alpha_s.sqrt() * x_0 + (1 - alpha_s - sigma**2).clamp_min(0).sqrt() * noise_pred
         if eta:

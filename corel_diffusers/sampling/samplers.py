@@ -70,7 +70,7 @@ def dpm_solver_options(config: dict) -> dict[str, object]:
     timesteps the predicted noise would have to be divided by almost 0. A schedule with zero terminal SNR keeps all
     timesteps, because its model was trained to begin at pure noise.
     """
-    keeps_all = config.get("rescale_betas_zero_snr") or config["beta_schedule"] == "linear"
+    keeps_all = config.get("rescale_betas_zero_snr") or config.get("beta_schedule", "linear") == "linear"
     return {} if keeps_all else {"lambda_min_clipped": -5.1}
 
 

@@ -31,7 +31,7 @@ class Trained(NamedTuple):
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """The optimizer without accelerate's wrapper, as a tuple; for a CombinedOptimizer, its parts."""
+        """The optimizer without accelerate's wrapper. A CombinedOptimizer has several: Muon and AdamW."""
         plain = getattr(self.optimizer, "optimizer", self.optimizer)
         return getattr(plain, "parts", (plain,))
 
@@ -43,7 +43,7 @@ class Trained(NamedTuple):
         options = torch_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = torch_state.get_model_state_dict(self.model, options=options)
         optimizer_state = {}
-        # skipped before the first step: get_optimizer_state_dict would make a step to create the state
+        # Before the first step there is no state. get_optimizer_state_dict would make a step to create it.
         if any(optimizer.state for optimizer in self.optimizers):
             # only the main process receives a "state"
             optimizer_state = torch_state.get_optimizer_state_dict(self.model, self.optimizers, options=options).get(
@@ -122,8 +122,8 @@ def save(run: Run, parts: Parts) -> None:
     The files are written to a temporary folder. That folder is renamed when it is complete, so an incomplete checkpoint
     is never found. Call it on every rank. Only the main process writes.
 
-    All files are safetensors or JSON. accelerate would pickle them, and loading would unpickle any file that a user
-    names. No state of a random generator is saved, because every random value is derived from the step.
+    All files are safetensors or JSON. accelerate uses pickle, and a pickle file from a stranger can run code when
+    it is loaded. No state of a random generator is saved, because every random value is derived from the step.
     """
     accelerator, ema = run.accelerator, parts.ema
     run.means.store(run.state, accelerator)

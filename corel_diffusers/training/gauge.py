@@ -16,9 +16,9 @@ from corel_diffusers.training.run import Run
 from corel_diffusers.training.stopping import update_best_loss, update_early_stopping
 
 BANDS = 4  # equal ranges of timesteps; the first one has the least noise
-EVALUATED_SAMPLES = 48  # samples for --evaluate-every
+
 MAX_MEASURED = 2048  # maximum number of held-out photos, evenly spaced, on which the denoising loss is measured
-FIXED_NOISE_PAIRS = 128  # minimum number of pairs of noise and timestep for them; each photo has at least one pair
+FIXED_NOISE_PAIRS = 128  # minimum number of pairs of noise and timestep; each photo has at least one pair
 GAUGE = "overfitting gauge: held-out / training loss"
 # gauge / its minimum when the first copy in pixels was found, in two measurements on 60 Corel photos:
 # benchmarks/results/overfitting.md
@@ -27,9 +27,9 @@ COPIES_BEGAN = {
     1.46: "first copy in pixels, run 2",
 }
 # A model is saved as best if its gauge is below this multiple of the minimum, or if its held-out loss is the lowest so
-# far. Recall and diversity of the samples are higher after the held-out loss has begun to rise. The limit was chosen by
-# an earlier search for copies, and it was not measured again (benchmarks/results/choices.md, "How strong, and until
-# when").
+# far. Saving does not stop at the lowest held-out loss, because recall and diversity still improve after it. The limit
+# was chosen with an older version of the search for copies, and it was not measured again
+# (benchmarks/results/choices.md, "How strong, and until when").
 SAVE_UP_TO_GAUGE = 1.05
 PANEL = {
     "gauge": "all timesteps",
@@ -103,7 +103,7 @@ def update_best(run: Run, values: dict[str, float]) -> bool:
     """
     limit = SAVE_UP_TO_GAUGE * lowest_gauge([*run.history, values])
     is_healthy = values["gauge"] < limit
-    # the division keeps the watched loss from jumping at the limit
+    # at the limit, val_loss / limit is seen_loss, so the watched loss does not jump
     watched_loss = values["seen_loss"] if is_healthy else values["val_loss"] / limit
     update_early_stopping(run.state, watched_loss, run.args.early_stopping_delta, run.args.oscillation_window)
     return update_best_loss(run.state, values["val_loss"]) or is_healthy
@@ -152,6 +152,8 @@ def matching_photos(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         labels: the label of each photo.
         wanted: one label for each photo to choose.
     """
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"the gauge compares photos per class: labels must be integers, not {labels.dtype}")
     chosen = []
     for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
         candidates = np.flatnonzero(labels == label) if label in labels else np.arange(len(labels))
@@ -202,8 +204,8 @@ def overfitting_gauge(
 def lowest_gauge(history: list[dict]) -> float:
     """Return the minimum of the gauge over the validations whose held-out loss is within 5 % of the lowest one.
 
-    The gauge of the first validations has no meaning: the errors of a model that has learned nothing yet depend on how
-    bright the photos are.
+    The gauge of the first validations has no meaning: the loss of a model that has learned nothing yet depends on how
+    bright the photos are, so its ratio compares the photos only.
     """
     lowest = min(record["val_loss"] for record in history)
     return min(record["gauge"] for record in history if record["val_loss"] <= 1.05 * lowest)

@@ -68,7 +68,7 @@ class Guide:
         if step < self.guided_from or not file.is_file():
             return None
         if self.loaded is None or self.loaded[0] != guide_step(step):
-            model = UNet2DModel.from_config(self.unet.config).eval()
+            model = type(self.unet).from_config(self.unet.config).eval()
             model.load_state_dict(load_file(file))
             self.loaded = guide_step(step), model
         return self.loaded[1]

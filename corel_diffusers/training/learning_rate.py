@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from diffusers.optimization import get_scheduler
 
-from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.config.training import OUR_LR_SCHEDULES, TrainingArguments
 
 
 def lr_factor(args: TrainingArguments, step: int, total_steps: int) -> float:
@@ -20,7 +20,7 @@ def lr_factor(args: TrainingArguments, step: int, total_steps: int) -> float:
     All other names are schedules of diffusers: the value of diffusers.optimization.get_scheduler.
     """
     name, warmup, min_factor = args.lr_scheduler, args.lr_warmup_steps, args.lr_min / args.learning_rate
-    if name not in ("cosine", "cosine_warm_restarts", "none", "plateau"):
+    if name not in OUR_LR_SCHEDULES:
         dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
         return get_scheduler(name, dummy, num_warmup_steps=warmup, num_training_steps=total_steps).lr_lambdas[0](step)
     if step < warmup:

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from corel_diffusers.files import UserError
+from corel_diffusers.plots import save_image
 from corel_diffusers.training.run import Run
 
 
@@ -18,6 +20,11 @@ def append_metrics(path: Path, record: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def save_grid(run: Run, name: str, grid: Image.Image) -> None:
+    """Save a grid of images of the current epoch in the folder `name` of the run."""
+    save_image(grid, run.args.run_dir / name / f"epoch_{run.epoch:04d}.png")
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -71,7 +78,7 @@ def log_validation(run: Run, values: dict[str, float], is_printed: bool, not_pri
             printed = {
                 name: value
                 for name, value in values.items()
-                if not re.search(r"_\d$", name) and name not in not_printed
+                if not re.search(r"(loss|gauge)_\d$", name) and name not in not_printed
             }
             run.bar.write(
                 f"epoch {run.epoch}: "

@@ -30,11 +30,11 @@ from corel_diffusers.training.presets import SPEED_WITH_DISCRIMINATOR, Preset, P
 # augmented crops of each photo; a run uses them if it sees each photo more often than CROPS_FROM_REPEATS times;
 # benchmarks/overfitting.py
 NUM_CROPS, CROPS_FROM_REPEATS = 16, 300
-# Minimum batch size on a GPU. There, launching the kernels dominates the step of a small model, so a run makes as many
-# steps with this batch as with a smaller one (benchmarks/results/choices.md, "The presets for GPUs").
+# Minimum batch size on a GPU. A small model's step takes about the same time there with 16 photos as with 2, because
+# starting the kernels takes most of it (benchmarks/results/choices.md, "The presets for GPUs").
 GPU_BATCH = 16
-# On a CPU, each preset is at least this many times slower than the one below it. A preset that is too slow by this rule
-# is not timed.
+# On a CPU, each preset is assumed to be at least this many times slower than the one below it. If a preset would then
+# be too slow, it is not timed.
 CPU_SLOWDOWN = 3
 # (config, size (height, width), batch size, attention kernel) -> a function that makes one training step of such a
 # model, on zeros
@@ -72,10 +72,12 @@ def plan_run(
             accelerator, fastest_precision(args, accelerator, step, args.batch_size)
         )
         args = replace(args, mixed_precision=precision, attention=attention)
-    # raises UserError if a run from a GPU, in fp16, is resumed without one
+    # raises UserError if a run that began in fp16 on a GPU is resumed on a machine without a GPU
     resolve_precision(args.mixed_precision, accelerator.device.type)
     set_precision(accelerator, args.mixed_precision)
-    if accelerator.device.type == "cuda":  # free the memory of the trials, and leave it out of the peak of the run
+    if (
+        accelerator.device.type == "cuda"
+    ):  # free the memory of the trials, so that the peak memory of the run does not include it
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -86,9 +88,10 @@ def plan_run(
 
 
 def resolve_timed_flags(flags: TrainingArguments, device_type: str) -> TrainingArguments:
-    """Return the flags with the precision and the attention kernel of the run, unless timed steps have to choose them.
+    """Return the flags with the precision and the attention kernel of the run.
 
-    They choose on a CPU with bf16 only. There, the fastest combination depends on the machine and on the model.
+    On a CPU with bf16, "auto" stays: the fastest combination depends on the machine and on the model, so a few steps
+    are timed later.
     """
     precision = resolve_precision(flags.mixed_precision, device_type)
     if precision != "bf16" or device_type == "cuda":
@@ -189,7 +192,7 @@ def largest_useful_preset(
     chosen, rate, timed = presets[0], None, {}
     for preset in presets:
         is_larger = preset is not presets[0]
-        # Only on a CPU: on a GPU, a small model waits for the CPU, so a larger model with larger batches can be faster.
+        # This is for training on a CPU. On a GPU, a larger model with larger batches can process more photos/s.
         too_slow = (
             is_larger and accelerator.device.type == "cpu" and seconds * rate < CPU_SLOWDOWN * preset.min_images_seen
         )
@@ -239,7 +242,8 @@ def fastest_precision(
             rates[precision, attention] = photos_per_second(trial_step(attention), batch_size)
     if len(rates) > 1:
         timings = ", ".join(
-            f"{name} with {kernel} attention {1e3 * batch_size / rate:.3g}" for (name, kernel), rate in rates.items()
+            f"{'float32' if name == 'no' else name} with {kernel} attention {1e3 * batch_size / rate:.3g}"
+            for (name, kernel), rate in rates.items()
         )
         accelerator.print(f"ms per step: {timings}")
     best = next(iter(rates))

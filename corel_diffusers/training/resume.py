@@ -57,8 +57,8 @@ def begin_or_resume(
 def run_settings(args: TrainingArguments, photos: DatasetDict, **more: object) -> dict:
     """Return the settings that must not change on resume: the flags that affect the weights, and the photos.
 
-    The photos are compared by name, label and split, but not by folder, so the data may move to another folder. A
-    config is compared by its content.
+    The photos are compared by name, label and split. Captions and folders are not compared, so the data may move to
+    another folder. A config is compared by its content.
     """
     rows = [(split, part["file_name"][:], part["label"][:]) for split, part in photos.items()]
     return args.settings() | {"photos": digest(rows), "config": digest(load_config(args.MODEL, args.config))} | more

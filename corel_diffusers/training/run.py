@@ -16,7 +16,7 @@ from corel_diffusers.training.stopping import StopSignal
 
 @dataclass
 class Run:
-    """The settings and the progress of a training run. It owns no model and calls nothing.
+    """The settings and the progress of a training run. It has no model and does no work.
 
     The scripts read and update it in plain sight. The functions of `training/` take it when they need several of its
     values.
@@ -29,7 +29,7 @@ class Run:
     checkpoint: Path | None  # where the run is resumed from
     state: RunState  # what a checkpoint stores, apart from the weights
     length: RunLength
-    means: RunningMean  # the training metrics of the current epoch
+    means: RunningMean  # the training metrics since the last validation
     stop: StopSignal = field(default_factory=StopSignal)
     history: list[dict] = field(default_factory=list)  # the records of metrics.jsonl
     validate_every: int = 1  # epochs between validations
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """The number of steps of the full run. If the run ends by time, it is estimated from the speed so far."""
+        """The number of steps of the full run. If its length is in minutes, this is an estimate from the speed."""
         return self.length.total_steps(self.state)
 
     @property

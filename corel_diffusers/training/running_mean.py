@@ -1,4 +1,4 @@
-"""The mean of each training metric over an epoch."""
+"""The mean of each training metric since the last validation."""
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ class RunningMean:
     def store(self, state: RunState, accelerator: Accelerator) -> None:
         """Store the sums so far, averaged over the ranks, in the state. A checkpoint in mid-epoch needs them."""
         state.sums = {
-            name: (float(accelerator.reduce(total, "mean")), passes) for name, (total, passes) in self.sums.items()
+            name: [float(accelerator.reduce(total, "mean")), passes] for name, (total, passes) in self.sums.items()
         }
 
     def means(self) -> dict[str, float]:

@@ -51,6 +51,10 @@ class CorelPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
+        class_names, class_numbers = (  # in the order of the labels: a config file sorts its keys as text
+            values and dict(sorted(values.items(), key=lambda item: int(item[0])))
+            for values in (class_names, class_numbers)
+        )
         self.register_to_config(class_names=class_names, class_numbers=class_numbers)
         self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
 
@@ -74,7 +78,7 @@ class CorelPipeline(DiffusionPipeline):
         Args:
             num_images: number of images.
             class_labels: one class for all images or one class per image, each a name or a label (its position in
-                class_names, from 0). None means no class:
+                class_names, from 0). A number that is the name of a class means this class. None means no class:
                 the null label.
             guidance_scale: w in e = e_weak + w (e_unet - e_weak). e_weak is the prediction of the guide model. Without
                 a guide model, it is the UNet's prediction for the null label (Ho & Salimans 2022, arXiv:2207.12598).
@@ -254,7 +258,8 @@ class CorelPipeline(DiffusionPipeline):
         labels = [label.item() if hasattr(label, "item") else label for label in labels]
         if len(labels) != num_images:
             raise ValueError(f"{len(labels)} class_labels for num_images={num_images}: give one, or one per image")
-        found = [self.null_label if label is None else ids.get(label, label) for label in labels]
+        # a number can be the name of a class: class 2 of the folders 0, 1, 2
+        found = [self.null_label if label is None else ids.get(str(label), label) for label in labels]
         for label in found:
             if not isinstance(label, int) or not 0 <= label <= self.null_label:
                 raise ValueError(

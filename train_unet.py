@@ -19,6 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from datasets import DatasetDict
 from diffusers import AutoencoderKL, DiffusionPipeline
 
@@ -38,18 +39,17 @@ from corel_diffusers.sampling import previews
 from corel_diffusers.sampling.samplers import AUTO, build_sampler
 from corel_diffusers.training import advice, checkpoints, history, intervals, metrics, planning, presets, resume, start
 from corel_diffusers.training.ema import ema_weights
-from corel_diffusers.training.gauge import GAUGE, PANEL, OverfittingGauge, copy_lines, update_best
+from corel_diffusers.training.gauge import GAUGE, PANEL, OverfittingGauge, first_copy_lines, record_validation
 from corel_diffusers.training.guide import Guide
 from corel_diffusers.training.optimizers import optimizer_step
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.stopping import stop_reason
-from corel_diffusers.training.unet_models import UNetModels, build_models, trial_step
+from corel_diffusers.training.unet_models import UNetModels, build_models, names_of_classes, trial_step
 from pipeline import CorelPipeline
 
-EVALUATED_SAMPLES = 48  # samples for --evaluate-every
 PANELS = {
     "denoising loss at fixed noise": {"seen_loss": "training photos", "val_loss": "held-out photos"},
-    "denoising loss in training": {"loss": "sampled latents, weights of each step"},
+    "denoising loss in training": {"loss": "sampled latents, without EMA"},
     GAUGE: PANEL,
     "copies of training photos": {"copies_pixels": "in pixels", "copies_features": "in features"},
     "KID x1000 of a few samples": {"kid_e3": "against held-out photos"},
@@ -70,6 +70,7 @@ class Validation(NamedTuple):
 
 
 def main(flags: UNetArguments) -> None:
+    """Train a UNet as the flags say."""
     # start
     if flags.push_to_hub:
         hub.require_token()
@@ -77,15 +78,35 @@ def main(flags: UNetArguments) -> None:
     accelerator = start.start_run(flags)
     vae = latents.load_vae(flags.vae_location).to(accelerator.device)
     size_px = flags.size_px or trained_size_px(vae)
-
-    # data
     photos, class_numbers = start.load_training_photos(flags, accelerator)
     class_names = names_of_classes(flags, photos)
     trial = partial(trial_step, flags, accelerator, vae)
     args = planning.plan_run(flags, accelerator, photos, presets.UNET_PRESETS, trial, size_px)
+    numbers = {name: class_numbers[name] for name in class_names}
+    with start.explain_out_of_memory(args):
+        train(*set_up(args, accelerator, vae, photos, numbers, size_px, began))
+
+
+def set_up(
+    args: UNetArguments,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    photos: DatasetDict,
+    classes: dict[str, int],
+    size_px: tuple[int, int],
+    began: float,
+) -> tuple[Run, UNetModels, Diffusion, LatentSet, Validation]:
+    """Return the run, at its beginning or resumed, its models, and what its steps and its validations use.
+
+    Args:
+        classes: class name -> number of the class in the data, in the order of the labels. Empty without classes.
+        size_px: the image size (height, width).
+        began: time.monotonic() at the start of the script.
+    """
+    # data
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
-    unet = build_unet(args.config, size_px, vae, len(class_names) or None, args.dropout, args.attention)
+    unet = build_unet(args.config, size_px, vae, len(classes) or None, args.dropout, args.attention)
     photos, fitted = pixels.cache_pixels(photos, size_px, process_share(accelerator))
     run = resume.begin_or_resume(args, accelerator, photos, began, size_px=size_px, **latents.vae_keys(vae))
     latent_set = LatentSet.of(args, vae, photos, fitted, unet, process_share(accelerator))
@@ -94,18 +115,24 @@ def main(flags: UNetArguments) -> None:
     # models
     diffusion = Diffusion.of(args)
     models = build_models(args, accelerator, vae, unet, latent_set)
-    validation = build_validation(run, models, diffusion, latent_set, fitted, class_names, class_numbers)
-    start.print_data_and_model(run, photos, models.unet, size_px, vae)
+    validation = build_validation(run, models, diffusion, latent_set, fitted, classes)
+    start.print_data_and_model(run, photos, models.unet, size_px, latent_set.latent_shape)
     checkpoints.load(run, models.parts)
     history.open_run_dir(run, photos, training_photos(args.vae_location), vae=hub.describe_vae(args.vae_location))
     run.state.stop_reason = stop_reason(args, run.state, run.history)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, validation.overfitting.forward_passes)
+    return run, models, diffusion, latent_set, validation
+
+
+def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: LatentSet, validation: Validation) -> None:
+    """Train until the run is over or stopped, then complete the pipeline in the run's folder."""
+    args, accelerator = run.args, run.accelerator
     compiler = compilation.Compilation(args, accelerator, models.model, run.state.step)
+    run.stop.listen()
     training_batches = latent_set.batches(args, run.plan, run.state.step, run.length.steps, accelerator.device)
 
     # loop
-    run.stop.listen()
-    with start.explain_out_of_memory(args), metrics.progress_bar(run) as run.bar:
+    with metrics.progress_bar(run) as run.bar:
         while not run.is_over and not run.state.stop_reason:
             models.parts.rate.set(run.state.step, run.total_steps)
             for micro_step in range(args.grad_accum):
@@ -135,7 +162,7 @@ def main(flags: UNetArguments) -> None:
             if is_stopping or is_last_step or run.state.stop_reason or intervals.checkpoint_due(run):
                 checkpoints.save(run, models.parts)
                 if accelerator.is_main_process:
-                    lines = copy_lines(run.history)
+                    lines = first_copy_lines(run.history)
                     plots.plot_history(run.history, PANELS, args.run_dir / "loss_history.png", lines)
                     hub.write_card(args.run_dir)
             if is_stopping:
@@ -144,28 +171,9 @@ def main(flags: UNetArguments) -> None:
     # save
     if accelerator.is_main_process and run.history:
         write_samples_and_card(run)
-        if not run.stop.number:
-            start.mark_finished(args)
-            if args.push_to_hub:
-                hub.push(args.run_dir, args.hub_model_id)
+        if args.push_to_hub and run.is_complete:
+            hub.push(args.run_dir, args.hub_model_id)
     start.end_run(run)
-
-
-def names_of_classes(flags: UNetArguments, photos: DatasetDict) -> list[str]:
-    """Return the names of the classes, in the order of their labels. The list is empty for a model without classes.
-
-    Raises:
-        UserError: the null label would never be trained.
-    """
-    names = photos["train"].features["label"].names
-    if flags.unconditional or len(names) < 2:
-        return []
-    if not flags.label_dropout:
-        hint = "give --label-dropout 0.1, or --unconditional for a model without classes"
-        raise files.UserError(
-            f"--label-dropout 0: guidance needs the null label, but it would never be trained: {hint}"
-        )
-    return names
 
 
 def print_vae_quality(run: Run, vae: AutoencoderKL, photos: DatasetDict, held_out: pixels.Pixels) -> None:
@@ -183,25 +191,25 @@ def build_validation(
     diffusion: Diffusion,
     latent_set: LatentSet,
     fitted: dict[str, pixels.Pixels],
-    class_names: list[str],
-    class_numbers: dict[str, int],
+    classes: dict[str, int],
 ) -> Validation:
     """Build what a validation uses. Call it after the models are built.
 
-    Loading a network draws random numbers. If this came first, --evaluate-every would change the initial weights.
+    Loading the judge's network draws from the global random generator. Before the models are built, this would change
+    their initial weights.
 
     Args:
-        class_names: in the order of the labels. Empty for a model without classes.
+        classes: see `set_up`.
     """
     vae, labels = models.vae, latent_set.labels
     build_sampler(AUTO, diffusion.scheduler)  # if this is not possible, fail now and not at the first samples
     judge = None
     if run.args.evaluate_every and run.accelerator.is_main_process:
         judge = SampleJudge.of(vae, fitted, torch.from_numpy(labels["validation"]), run.args.mixed_precision)
-    names = {str(label): name for label, name in enumerate(class_names)} or None
-    numbers = {str(label): class_numbers[name] for label, name in enumerate(class_names)} or None
+    names = {str(label): name for label, name in enumerate(classes)} or None
+    numbers = {str(label): number for label, number in enumerate(classes.values())} or None
     return Validation(
-        OverfittingGauge.of(vae, latent_set.moments, labels, bool(class_names), diffusion),
+        OverfittingGauge.of(vae, latent_set.moments, labels, bool(classes), diffusion),
         CorelPipeline(vae, models.unet, diffusion.scheduler, names, class_numbers=numbers),
         Guide(run.args.run_dir, models.unet, run.plan.global_batch),
         judge,
@@ -247,7 +255,7 @@ def validate_and_save(run: Run, models: UNetModels, diffusion: Diffusion, valida
     args, accelerator, is_sample_step = run.args, run.accelerator, intervals.samples_due(run)
     with ema_weights(models.parts.ema, models.model, models.full_model):
         values = validation.overfitting.measure(models.unet, diffusion, accelerator)
-        save_as_best = update_best(run, values)
+        save_as_best = record_validation(run, values)
         if accelerator.is_main_process:
             pipe.register_modules(guide=validation.guide.of(run.state.step))
             if save_as_best:
@@ -258,21 +266,11 @@ def validate_and_save(run: Run, models: UNetModels, diffusion: Diffusion, valida
                     grid = previews.sample_grid(pipe, args.seed, num_samples=12)
                 metrics.save_grid(run, "samples", grid)
         if judge and run.epoch % args.evaluate_every < run.validate_every:
-            with accelerator.autocast():
-                values |= judge_samples(judge, pipe, args.seed)
+            values |= judge.judge(pipe, args.seed, accelerator)
     rate = models.parts.rate
     rate.validated(values["val_loss"])
     values = run.means.close(accelerator) | values | {"learning_rate": rate.now, "published": save_as_best}
     metrics.log_validation(run, values, is_sample_step, not_printed=TRAINING_METRICS)
-
-
-def judge_samples(judge: SampleJudge, pipe: CorelPipeline, seed: int) -> dict[str, float]:
-    """Generate EVALUATED_SAMPLES samples, and return their KID and their fractions of copies."""
-    labels, names = None, [None] * EVALUATED_SAMPLES
-    if pipe.config.class_names:
-        labels = judge.labels_to_draw(EVALUATED_SAMPLES)
-        names = [pipe.config.class_names[str(int(label))] for label in labels]
-    return judge.scores(previews.samples(pipe, seed, names), labels)
 
 
 def write_samples_and_card(run: Run) -> None:

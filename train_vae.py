@@ -14,23 +14,21 @@ if __name__ == "__main__":
     with one_line_errors():
         arguments = parse(VAEArguments)
 
-import math
 import time
 from functools import partial
 
 import torch
 from accelerate import Accelerator
+from datasets import DatasetDict
 from diffusers import AutoencoderKL
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from corel_diffusers import files, plots
 from corel_diffusers.data import augmented_crops, batches, latents, pixels, versions
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.losses import vae as losses
-from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.models.configs import latent_shape
 from corel_diffusers.models.vae import build_vae
-from corel_diffusers.runtime import compilation, devices, processes
+from corel_diffusers.runtime import compilation, devices
 from corel_diffusers.sampling import previews
 from corel_diffusers.training import advice, checkpoints, history, intervals, metrics, planning, presets, resume, start
 from corel_diffusers.training.ema import ema_weights
@@ -38,6 +36,7 @@ from corel_diffusers.training.optimizers import optimizer_step
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.stopping import update_best_loss
 from corel_diffusers.training.vae_models import VAEModels, build_models, trial_step
+from corel_diffusers.training.vae_validation import validate
 
 PANELS = {
     # measured on full photos, with the posterior mean and the EMA weights
@@ -45,29 +44,42 @@ PANELS = {
     "PSNR (dB)": {"val_psnr": "held-out photos"},
     "SSIM": {"val_ssim": "held-out photos"},
     "KL (nats per photo)": {"val_kl": "held-out photos"},
-    # measured on augmented photos, with drawn latents and the weights of each step: not comparable with those above
+    # measured on augmented photos, with sampled latents and without the EMA: not comparable with those above
     "in training": {"reconstruction": "reconstruction", "perceptual": "perceptual"},
     "KL in training": {"kl": "augmented photos"},
     "adversarial": {"adversarial": "decoder", "discriminator": "discriminator"},
     "learning rate": {"learning_rate": "learning rate"},
 }
-# shown in the progress bar and in panels of their own, but not printed beside the values of a validation
+# Not printed with a validation, because they are measured differently. They are in the bar and in their own panels.
 TRAINING_METRICS = ("loss", "reconstruction", "perceptual", "kl")
 # fraction of the run for which the discriminator trains before the adversarial loss starts
 DISCRIMINATOR_LEAD = 0.1
-# for a run that received a stop signal and has only seconds left; the resumed run measures them again on more photos
+# A stopped run may have only seconds left, so it measures the latent scale on this many photos. A resumed run measures
+# it again on more photos when it ends.
 STATISTICS_PHOTOS_WHEN_STOPPED = 256
 
 
 def main(flags: VAEArguments) -> None:
+    """Train a VAE as the flags say."""
     # start
     began = time.monotonic()
     accelerator = start.start_run(flags)
-
-    # data
     photos, _ = start.load_training_photos(flags, accelerator)
     trial = partial(trial_step, flags, accelerator)
     args = planning.plan_run(flags, accelerator, photos, presets.VAE_PRESETS, trial, flags.size_px)
+    with start.explain_out_of_memory(args):
+        train(*set_up(args, accelerator, photos, began))
+
+
+def set_up(
+    args: VAEArguments, accelerator: Accelerator, photos: DatasetDict, began: float
+) -> tuple[Run, VAEModels, dict[str, pixels.Pixels], pixels.Pixels]:
+    """Return the run, at its beginning or resumed, its models, the photos, and the training photos with more pixels.
+
+    Args:
+        began: time.monotonic() at the start of the script.
+    """
+    # data
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
     vae = build_vae(args.config, args.size_px, args.latent_dim, args.downsample, args.attention)
@@ -78,31 +90,38 @@ def main(flags: VAEArguments) -> None:
 
     # models
     models = build_models(args, accelerator, vae)
-    start.print_data_and_model(run, photos, vae, args.size_px, vae)
+    start.print_data_and_model(run, photos, vae, args.size_px, latent_shape(vae, args.size_px))
     start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px))
     checkpoints.load(run, models.parts)
     history.open_run_dir(run, photos)
-    kl_weight = torch.tensor(run.state.kl_weight or args.kl_weight, device=accelerator.device)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, len(fitted["validation"]))
+    return run, models, fitted, large
+
+
+def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: pixels.Pixels) -> None:
+    """Train until the run is over or stopped, on photos at the training size and with more pixels (`large`)."""
+    args, accelerator, device = run.args, run.accelerator, run.accelerator.device
+    noise_shape = latent_shape(models.vae, args.size_px)
+    kl_weight = torch.tensor(run.state.kl_weight or args.kl_weight, device=device)
     compiler = compilation.Compilation(args, accelerator, models.model, run.state.step)
-    arrays = batches.preload((fitted["train"].values, large.values), accelerator.device)
+    run.stop.listen()
+    arrays = batches.preload((fitted["train"].values, large.values), device)
     training_batches = batches.training_batches(run.plan, run.state.step, run.length.steps, args.num_workers, *arrays)
 
     # loop
-    run.stop.listen()
-    with start.explain_out_of_memory(args), metrics.progress_bar(run) as run.bar:
+    with metrics.progress_bar(run) as run.bar:
         while not run.is_over:
             models.parts.rate.set(run.state.step, run.total_steps)
             if not args.kl_target:
-                kl_weight.fill_(warmed_up_kl_weight(run))
+                kl_weight.fill_(kl_weight_of_step(run))
             # fraction of the run that is left before the adversarial loss starts; 0 or less after its start
             until_adversarial = args.adversarial_start - run.length.fraction_done(run.state)
             is_adversarial = bool(models.discriminator) and until_adversarial <= 0
             kl = 0.0
             for micro_step in range(args.grad_accum):
                 rng = run.plan.random(run.state.step, micro_step)
-                images = augmented_crops.augmented_photos(args, next(training_batches), rng, accelerator.device)
-                noise = devices.to_device(rng.normal(*latent_shape(vae, args.size_px)), accelerator.device)
+                images = augmented_crops.augmented_photos(args, next(training_batches), rng, device)
+                noise = devices.to_device(rng.normal(*noise_shape), device)
                 with accelerator.accumulate(*(part.model for part in models.parts.trained)):
                     terms, reconstruction = autoencoder_step(run, models, images, noise, kl_weight, is_adversarial)
                     if models.discriminator and until_adversarial <= DISCRIMINATOR_LEAD:
@@ -136,12 +155,10 @@ def main(flags: VAEArguments) -> None:
     # save
     if accelerator.is_main_process and run.history:
         add_latent_scale(run, fitted)
-        if not run.stop.number:
-            start.mark_finished(args)
     start.end_run(run)
 
 
-def warmed_up_kl_weight(run: Run) -> float:
+def kl_weight_of_step(run: Run) -> float:
     """Return the weight of the KL term in this step: it rises to --kl-weight in --kl-warmup epochs."""
     warmup_steps = run.args.kl_warmup * run.plan.steps_per_epoch
     # with the second value, the warm-up takes at most a third of the run
@@ -176,7 +193,7 @@ def autoencoder_step(
         discriminator = accelerator.unwrap_model(models.discriminator).requires_grad_(False)
         terms["adversarial"] = -discriminator(reconstruction).mean()
         discriminator.requires_grad_(True)
-        one = torch.ones((), device=images.device)
+        scale = accelerator.scaler.scale(torch.ones((), device=images.device)) if accelerator.scaler else 1.0
         loss, backward_loss = losses.add_adversarial_loss(
             loss,
             terms["adversarial"],
@@ -184,7 +201,7 @@ def autoencoder_step(
             reconstruction,
             models.vae.decoder.conv_out,
             last_layer_input,
-            accelerator.scaler.scale(one) if accelerator.scaler else 1.0,
+            scale,
         )
     accelerator.backward(backward_loss + kl_weight * terms["kl"])
     return {"loss": loss + kl_weight * terms["kl"]} | terms, reconstruction
@@ -228,46 +245,11 @@ def validate_and_save(
     metrics.log_validation(run, values, is_sample_step, not_printed=TRAINING_METRICS)
 
 
-@torch.no_grad()
-def validate(
-    args: VAEArguments,
-    accelerator: Accelerator,
-    perceptual: PerceptualLoss | None,
-    vae: AutoencoderKL,
-    held_out: pixels.Pixels,
-) -> dict[str, float]:
-    """Return the mean losses and metrics over the held-out photos, reconstructed from the posterior's mean.
-
-    `val_loss` decides which epoch is the best. It is the loss with the final KL weight. With --kl-target, the KL term
-    is log(KL / target) if the KL is above the target, and 0 otherwise. Otherwise an early epoch, whose KL is still
-    too high, could have the lowest loss.
-    """
-    sums: dict[str, float] = {}
-    for first in range(0, len(held_out), args.batch_size):
-        photos = held_out.batch(slice(first, first + args.batch_size)).to(accelerator.device)
-        with accelerator.autocast():
-            posterior = vae.encode(photos).latent_dist
-            outputs = [
-                values.float() for values in (vae.decode(posterior.mean).sample, posterior.mean, posterior.logvar)
-            ]
-        terms = losses.loss_terms(args, accelerator, perceptual, photos, *outputs)
-        image_pairs = (outputs[0].clamp(-1, 1) + 1) / 2, (photos + 1) / 2
-        terms["psnr"] = peak_signal_noise_ratio(*image_pairs, data_range=1.0, dim=(1, 2, 3))
-        terms["ssim"] = structural_similarity_index_measure(*image_pairs, data_range=1.0)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(photos)
-    means = {name: value / len(held_out) for name, value in sums.items()}
-    kl_term = max(0.0, math.log(means["kl"] / args.kl_target)) if args.kl_target else args.kl_weight * means["kl"]
-    loss = losses.weighted_sum(means, args) + kl_term
-    values = {"val_loss": loss} | {f"val_{name}": value for name, value in means.items()}
-    return processes.broadcast_from_main(accelerator, values)
-
-
 def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
     """Measure the scale of the latents of the saved VAE, write it to its config, and print the quality of the VAE."""
     args, device = run.args, run.accelerator.device
     vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)
-    num_photos = STATISTICS_PHOTOS_WHEN_STOPPED if run.stop.number else versions.STATISTICS_PHOTOS
+    num_photos = versions.STATISTICS_PHOTOS if run.is_complete else STATISTICS_PHOTOS_WHEN_STOPPED
     photos = fitted["train"].evenly_spaced(num_photos)
     mean, std = latents.measure_latent_scale(latents.cache_moments(vae, photos, device, batch_size=args.batch_size))
     config = args.run_dir / "config.json"
@@ -277,9 +259,10 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
         f"{args.run_dir} holds the VAE of epoch {best['epoch']}: "
         f"held-out PSNR {best['val_psnr']:.2f} dB, SSIM {best['val_ssim']:.3f}"
     )
-    shape, lowest_psnr = latent_shape(vae, args.size_px), advice.mean_photo_psnr(fitted["train"], fitted["validation"])
+    shape = latent_shape(vae, args.size_px)
+    mean_photo_psnr = advice.mean_photo_psnr(fitted["train"], fitted["validation"])
     start.print_notices(run.accelerator, advice.on_loss(run.history, "reconstruction", args))
-    start.print_notices(run.accelerator, advice.on_kl(run.history, args, shape, lowest_psnr))
+    start.print_notices(run.accelerator, advice.on_kl(run.history, args, shape, mean_photo_psnr))
 
 
 if __name__ == "__main__":

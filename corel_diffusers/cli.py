@@ -3,10 +3,9 @@
 The flags are checked before heavy modules such as torch are imported, so an error in a flag appears at once.
 """
 
-from pathlib import Path
-
 import tyro
 
+from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
 from corel_diffusers.files import one_line_errors
 
@@ -14,16 +13,16 @@ from corel_diffusers.files import one_line_errors
 def run_prepare(args: Prepare) -> None:
     from corel_diffusers.data.prepare import prepare
 
-    base = Path(args.base_dir)
-    figs_dir = base / args.figs_dir if args.visualize else None
-    folders = base / args.data_dir, base / args.output_dir, figs_dir
-    prepare(*folders, args.layout, args.trim_borders, args.strict, args.test_fraction)
+    names = args.data_dir, args.output_dir, args.figs_dir
+    data_dir, output_dir, figs_dir = (user_path(args.base_dir, name) for name in names)
+    figs_dir = figs_dir if args.visualize else None
+    prepare(data_dir, output_dir, figs_dir, args.layout, args.trim_borders, args.strict, args.test_fraction)
 
 
 def run_generate(args: Generate) -> None:
     from corel_diffusers.sampling.generate import generate
 
-    generate(args, Path(args.base_dir) / args.output)
+    generate(args, user_path(args.base_dir, args.output))
 
 
 def run_evaluate(args: Evaluate) -> None:

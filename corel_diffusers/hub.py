@@ -45,7 +45,7 @@ def write_card(folder: Path, repo_id: str = "user/name") -> None:
 def card_text(folder: Path, repo_id: str) -> str:
     """Return the model card: how to load the model, its training data, its commands and its measured numbers."""
     index = read_json(folder / "model_index.json")
-    names = list((index.get("class_names") or {}).values())
+    names = [name for _, name in sorted((index.get("class_names") or {}).items(), key=lambda item: int(item[0]))]
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset
+from PIL import Image
 from torch import nn
 from torch.utils import _pytree
 
@@ -61,3 +62,22 @@ def prepared_optimizers(accelerator: Accelerator, optimizers: list[torch.optim.O
 def fingerprint(dataset: Dataset) -> str:
     """Return the hash that `datasets` keeps of the content of a dataset and of all its transforms."""
     return dataset._fingerprint
+
+
+def raw_mode_of_low_bytes(photo: Image.Image) -> str | None:
+    """Return the decoder mode that reads the low bytes of 16-bit colours, or None for other photos. Pillow 11 to 13."""
+    modes = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGB;16N": "RGB;16B"}
+    modes |= {name.replace("RGB", "RGBA"): other.replace("RGB", "RGBA") for name, other in modes.items()}
+    if not getattr(photo, "tile", None):
+        return None
+    arguments = photo.tile[0][3]
+    return modes.get(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def read_with(photo: Image.Image, raw_mode: str) -> None:
+    """Let the decoder of a photo that is open, but not loaded, use another mode."""
+    tiles = []
+    for name, extents, offset, arguments in photo.tile:
+        arguments = (raw_mode, *arguments[1:]) if isinstance(arguments, tuple) else raw_mode
+        tiles.append(type(photo.tile[0])(name, extents, offset, arguments))
+    photo.tile = tiles

@@ -8,6 +8,7 @@ from corel_diffusers.files import UserError
 
 SCENES = "scenes"
 HUB_ID = r"[\w.-]+/[\w.-]+"  # user/name
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 DATA_DIR_HINT = "check the path (relative paths start at --base-dir)"
 
 
@@ -33,8 +34,15 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def user_path(base_dir: str, path: str) -> Path:
+    """Return a path that the user gave. A relative path starts at --base-dir, and ~ is the home folder."""
+    return Path(base_dir).expanduser() / Path(path).expanduser()
+
+
 def require_data_dir(folder: Path) -> None:
     """Raise UserError if --data-dir is not a folder."""
+    if folder.is_file() and folder.suffix.lower() in ARCHIVE_ENDINGS:
+        raise UserError(f"--data-dir {folder} is an archive: unpack it, and give the folder with the photos")
     if not folder.is_dir():
         raise UserError(f"--data-dir {folder} is not a folder: {DATA_DIR_HINT}")
 
@@ -53,7 +61,7 @@ def check_repo_id(repo_id: str, flag: str) -> None:
         raise UserError(f"{flag} {repo_id}: give user/name")
 
 
-def model_location(location: str, base_dir: Path, flag: str) -> Path | str:
+def model_location(location: str, base_dir: str, flag: str) -> Path | str:
     """Return the folder of a model as a Path, or its Hub id as a string.
 
     The path of a file in the folder of a model means that folder: users of older scripts give
@@ -62,7 +70,7 @@ def model_location(location: str, base_dir: Path, flag: str) -> Path | str:
     Raises:
         UserError: there is no such folder, and the name cannot be a Hub id.
     """
-    folder = base_dir / location
+    folder = user_path(base_dir, location)
     if folder.is_dir():
         return folder
     is_file_name = Path(location).suffix in {".pt", ".pth", ".safetensors", ".json"}

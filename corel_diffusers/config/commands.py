@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 import tyro
 
-from corel_diffusers.config.checks import SCENES, check_repo_id, model_location, require, require_data_dir
+from corel_diffusers.config.checks import SCENES, check_repo_id, model_location, require, require_data_dir, user_path
 from corel_diffusers.files import UserError, require_writable
 
 
@@ -30,17 +30,16 @@ class Prepare:
     """Stop at the first photo that cannot be used, instead of leaving it out."""
     test_fraction: float = 0.0
     """Fraction of each class for the split `test`. Training never reads it, and `evaluate` reports on it."""
-    layout: Literal["auto", "corel", "corel-1k", "folders", "flat"] = "auto"
+    layout: Literal["auto", "corel", "corel-1k", "corel-5k", "folders", "names", "flat"] = "auto"
     """How the folder names the classes of its photos."""
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
-        base = Path(self.base_dir)
-        require_data_dir(base / self.data_dir)
+        require_data_dir(user_path(self.base_dir, self.data_dir))
         require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a fraction from 0 to 0.5")
-        require_writable(base / self.output_dir, "--output-dir")
+        require_writable(user_path(self.base_dir, self.output_dir), "--output-dir")
         if self.visualize:
-            require_writable(base / self.figs_dir, "--figs-dir")
+            require_writable(user_path(self.base_dir, self.figs_dir), "--figs-dir")
         return self
 
 
@@ -80,7 +79,7 @@ class Sampling:
     @property
     def pipeline_location(self) -> Path | str:
         """The folder of the pipeline as a Path, or its Hub id as a string."""
-        return model_location(self.pipeline, Path(self.base_dir), "--pipeline")
+        return model_location(self.pipeline, self.base_dir, "--pipeline")
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
@@ -125,7 +124,7 @@ class Generate(Sampling):
     @property
     def vae_location(self) -> Path | str | None:
         """The folder of --vae-checkpoint as a Path, its Hub id as a string, or None for the pipeline's own VAE."""
-        return self.vae_checkpoint and model_location(self.vae_checkpoint, Path(self.base_dir), "--vae-checkpoint")
+        return self.vae_checkpoint and model_location(self.vae_checkpoint, self.base_dir, "--vae-checkpoint")
 
     def checked(self) -> Self:
         """Return the flags with --ddim-steps resolved, or raise UserError for values that cannot be used."""
@@ -138,7 +137,7 @@ class Generate(Sampling):
                 raise UserError("--ddim-steps is short for --sampler ddim --steps: give only one of the two")
             return replace(self, sampler="ddim", steps=self.ddim_steps, ddim_steps=None).checked()
         _ = self.vae_location  # raises UserError if there is no such folder
-        output = Path(self.base_dir) / self.output
+        output = user_path(self.base_dir, self.output)
         if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
         require_writable(output.parent, "--output")
@@ -174,20 +173,20 @@ class Evaluate(Sampling):
     @property
     def photo_source(self) -> str | Path:
         """The folder of photos as a Path, "scenes", or the id of a Hub dataset."""
-        return self.dataset_name or (SCENES if self.data_dir == SCENES else Path(self.base_dir) / self.data_dir)
+        return self.dataset_name or (SCENES if self.data_dir == SCENES else user_path(self.base_dir, self.data_dir))
 
     @property
     def results_dir(self) -> Path:
         """The folder of evaluation.json and evaluation.html."""
         if self.output_dir:
-            return Path(self.base_dir) / self.output_dir
+            return user_path(self.base_dir, self.output_dir)
         is_folder = not self.pictures and isinstance(self.pipeline_location, Path)
-        return self.pipeline_location if is_folder else Path(self.base_dir) / "evaluation"
+        return self.pipeline_location if is_folder else user_path(self.base_dir, "evaluation")
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
         if self.pictures:
-            folder = Path(self.base_dir) / self.pictures
+            folder = user_path(self.base_dir, self.pictures)
             require(folder.is_dir(), "pictures", folder, "this is not a folder: check the path")
         else:
             super().checked()
@@ -221,7 +220,7 @@ class Push:
     @property
     def folder(self) -> Path:
         """The pipeline's folder."""
-        return Path(self.base_dir) / self.pipeline
+        return user_path(self.base_dir, self.pipeline)
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""

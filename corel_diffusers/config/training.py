@@ -11,7 +11,15 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import tyro
 
-from corel_diffusers.config.checks import SCENES, flag, flag_name, parse_size, require, require_data_dir
+from corel_diffusers.config.checks import (
+    SCENES,
+    flag,
+    flag_name,
+    parse_size,
+    require,
+    require_data_dir,
+    user_path,
+)
 from corel_diffusers.files import UserError
 
 OUR_LR_SCHEDULES = ("cosine", "cosine_warm_restarts", "plateau", "none")  # see training/learning_rate.py
@@ -129,8 +137,8 @@ class TrainingArguments:
     """Also send the metrics to this tracker."""
 
     def path(self, value: str) -> Path:
-        """Return a path that the user gave. A relative path starts at --base-dir."""
-        return Path(self.base_dir) / value
+        """Return a path that the user gave. A relative path starts at --base-dir, and ~ is the home folder."""
+        return user_path(self.base_dir, value)
 
     @property
     def size_px(self) -> tuple[int, int] | None:

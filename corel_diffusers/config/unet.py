@@ -133,4 +133,4 @@ class UNetArguments(TrainingArguments):
     @property
     def vae_location(self) -> Path | str:
         """The folder of the VAE as a Path, or its Hub id as a string."""
-        return model_location(self.vae_checkpoint, Path(self.base_dir), "--vae-checkpoint")
+        return model_location(self.vae_checkpoint, self.base_dir, "--vae-checkpoint")

@@ -8,6 +8,7 @@ own masks.
 
 import gc
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -168,4 +169,13 @@ def training_batches(
         return map(dataset.__getitem__, order)
     # A worker inherits the garbage of this process. If it collects garbage that holds GPU memory, it is aborted.
     gc.collect()
-    return iter(DataLoader(dataset, sampler=order, batch_size=None, num_workers=num_workers))
+    loader = DataLoader(
+        dataset, sampler=order, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_stop_signals
+    )
+    return iter(loader)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal. Workers go on: the run needs their batches until it has stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -11,8 +11,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from corel_diffusers import internals
+from corel_diffusers.data.tree import register_heif
 from corel_diffusers.files import UserError
 
 # Pillow warns from about 90 megapixels, but 100-megapixel cameras exist. It still raises an error at twice its limit.
@@ -32,16 +34,18 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         UserError: the system cannot read the file (disk, permissions). The photo itself may be good, so later runs must
             not treat it as damaged.
     """
+    register_heif()
     try:
         photo = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         frames = getattr(photo, "n_frames", 1)
-        if frames > 1 and photo.format != "MPO":  # an MPO is a JPEG of a phone, followed by a preview
+        # an MPO is a JPEG of a phone, followed by a preview; a HEIC file of a phone can hold a burst
+        if frames > 1 and photo.format not in ("MPO", "HEIF"):
             raise PhotoError(f"animated or multi-page ({frames} frames)")
-        photo.load()
+        photo = load_deep_colours(photo, file)
         if orientation(photo) != 1:
             photo = ImageOps.exif_transpose(photo)
     except UnidentifiedImageError:
-        raise PhotoError("not an image") from None
+        raise PhotoError("a pointer of git lfs: run git lfs pull" if is_lfs_pointer(file) else "not an image") from None
     except Image.DecompressionBombError:
         raise PhotoError("too many pixels to open safely") from None
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error) as error:
@@ -52,10 +56,71 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         raise PhotoError(f"tiny ({photo.width}x{photo.height} px)")
     if photo.mode.startswith("I") or photo.mode == "F":
         photo = to_eight_bits(photo)
+    photo = to_srgb(photo)
     if photo.has_transparency_data:
         photo = photo.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
     return photo.convert("RGB")
+
+
+def to_srgb(photo: Image.Image) -> Image.Image:
+    """Convert the colours of a photo to sRGB with its own colour profile, as a viewer does.
+
+    A photo without a profile, or with a damaged one, is returned unchanged.
+    """
+    profile = photo.info.get("icc_profile")
+    if not profile or photo.mode not in ("RGB", "RGBA", "L", "CMYK"):
+        return photo
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if photo.mode == "RGBA":  # the transform knows no alpha channel
+            converted = to_srgb_of(photo.convert("RGB"), source)
+            converted.putalpha(photo.getchannel("A"))
+            return converted
+        return to_srgb_of(photo, source)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return photo
+
+
+def to_srgb_of(photo: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+    """Return a photo (RGB, L or CMYK) in sRGB. source: its colour profile."""
+    return ImageCms.profileToProfile(photo, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+
+
+def load_deep_colours(photo: Image.Image, file: Path | str | bytes) -> Image.Image:
+    """Load a photo. If its 16-bit colours use only 10 or 12 bits, as cameras and scanners write them, scale them.
+
+    Pillow keeps the high byte of 16-bit colours. With 12 bits that byte is at most 15, so the photo would be black.
+    """
+    low_bytes = internals.raw_mode_of_low_bytes(photo)
+    photo.load()
+    if low_bytes is None:
+        return photo
+    high = np.asarray(photo)
+    if high.max() > 15:  # all 16 bits are used
+        return photo
+    other = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    internals.read_with(other, low_bytes)
+    values = 256 * high.astype(np.uint16) + np.asarray(other)
+    scaled = Image.fromarray(np.rint(values * (255 / largest_value(values))).astype(np.uint8), photo.mode)
+    scaled.info = photo.info
+    return scaled
+
+
+def largest_value(values: np.ndarray) -> int:
+    """Return the largest value of the number of bits that 16-bit values seem to have: 10, 12 or 16 bits."""
+    return next(limit for limit in (1023, 4095, 65535) if values.max() <= limit)
+
+
+def is_lfs_pointer(file: Path | str | bytes) -> bool:
+    """Return whether a file is a pointer of git lfs: a text that stands for a photo that was not fetched."""
+    if isinstance(file, bytes):
+        return file.startswith(b"version https://git-lfs")
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(24).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def unreadable_file(file: Path | str | bytes, error: OSError) -> UserError:
@@ -74,10 +139,10 @@ def orientation(photo: Image.Image) -> int:
 
 
 def to_eight_bits(photo: Image.Image) -> Image.Image:
-    """Convert a 16-bit, 32-bit or float greyscale image to 8 bits. 16-bit values are divided by 257: 65535 becomes 255.
+    """Convert a 16-bit, 32-bit or float greyscale image to 8 bits. The largest value of its bits becomes 255.
 
     A float image has the range 0 to 1 if its maximum is at most 1, and 0 to 255 otherwise. A 32-bit image has 8-bit
-    values if its maximum is at most 255, and 16-bit values otherwise.
+    values if its maximum is at most 255. Otherwise the number of bits is that of `largest_value`.
     """
     values = np.asarray(photo).astype(np.float64)
     if photo.mode == "F":
@@ -85,7 +150,7 @@ def to_eight_bits(photo: Image.Image) -> Image.Image:
     elif photo.mode == "I" and values.max() <= 255:
         scale = 1
     else:
-        scale = 1 / 257
+        scale = 255 / largest_value(values)
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 

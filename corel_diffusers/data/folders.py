@@ -1,244 +1,152 @@
-"""Read a folder of photos: its layout, its classes and its captions. No photo is opened."""
+"""Read a folder of photos: its layout, its classes, its splits and its captions. No photo is opened."""
 
-import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
-from corel_diffusers.files import UserError, read_json
+from corel_diffusers.data import corel5k
+from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, FolderContents, Photo
+from corel_diffusers.data.folder_files import read_captions, read_classes, read_split
+from corel_diffusers.data.layouts import classes_of_folders, classes_of_names, label_numbers, layout_by_names
+from corel_diffusers.data.metadata import Row, read_metadata
+from corel_diffusers.data.tree import Tree, list_tree, most_common_reasons, printable
+from corel_diffusers.files import UserError
 
-PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FOLDER_FILES = {"classes.txt", "captions.json", "metadata.jsonl", "split.json", "skipped.json"}
-SHEET = "corel_dataset_samples.png"  # the contact sheet that `prepare` draws
-
-
-@dataclass
-class Photo:
-    """One photo of a folder. `class_number` is None if the layout of the folder has no classes."""
-
-    path: Path
-    file_name: str
-    class_number: int | None = None
-    caption: str | None = None
-
-
-@dataclass
-class FolderContents:
-    """The contents of a photo folder.
-
-    `photos` is sorted by file name. `classes` maps class number -> name. `left_out` maps file name -> reason. `notices`
-    are messages for the user.
-    """
-
-    layout: str
-    photos: list[Photo]
-    classes: dict[int, str]
-    left_out: dict[str, str] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
+CAMERA_FOLDER = r"\d{3}[A-Z0-9_]{5}"  # 100CANON: cameras begin a new folder after some photos, which is no class
 
 
 def find_photos(folder: Path, layout: str = "auto") -> FolderContents:
-    """List the photos of a folder without opening them.
+    """List the photos of a folder, and of the folders inside it, without opening them.
 
     Args:
         layout: `corel` (0002_0017.png belongs to class 2; classes.txt has the class names), `corel-1k` (0.jpg to
-            999.jpg, class = number // 100), `folders` (one folder per class), `flat` (no classes). `auto` chooses by
-            the file names.
+            999.jpg, class = number // 100), `corel-5k` (1000.jpeg to 384096.jpeg, class = number // 1000), `folders`
+            (one folder per class), `names` (cat_01.jpg belongs to class cat), `flat` (no classes). `auto` chooses by
+            the names, and reads metadata files if there are any. Each layout can lie in the folders train, val and
+            test.
 
     Raises:
-        UserError: the folder has no photo, or classes.txt or captions.json cannot be read.
+        UserError: the folder has no photo, or classes.txt, captions.json or a metadata file cannot be read.
     """
-    files, folders = visible_files(folder), [d for d in visible_folders(folder) if not is_toolkit_output(d)]
-    photo_files = [f for f in files if is_named_photo(f)]
-    files_in = {d: visible_files(d) for d in folders}
-    class_folders = {
-        d: inside for d, all_files in files_in.items() if (inside := [f for f in all_files if is_named_photo(f)])
-    }
+    prepared = prepared_folder_inside(folder)
+    tree = list_tree(prepared or folder)
+    if prepared:
+        tree.notices.append(f"{folder} was written by `prepare`: the photos are read from {prepared}")
+    if layout == "auto" and tree.metadata:
+        return read_rows_of_photos(tree)
+    if not tree.photos:
+        seen = f"; it has {most_common_reasons(tree.others)}" if tree.others else ""
+        raise UserError(
+            f"No images found in {folder}: looked for .png .jpg .jpeg .webp .tif .gif and other endings that Pillow "
+            f"opens{seen}; check --data-dir"
+        )
+    base, splits, places = split_and_place(tree)
+    found = FolderContents(layout, [], {}, dict(tree.others), tree.notices)
+    if base:
+        found.notices.append(f"the photos are read from {printable(base)}")
+    root = tree.folder / base
+    in_folders = [file for file, parts in places.items() if len(parts) > 1]
+    loose = [file for file in places if file not in set(in_folders)]
+    names_of_folders = {places[file][0] for file in in_folders}
+    from_camera = names_of_folders and all(re.fullmatch(CAMERA_FOLDER, name) for name in names_of_folders)
     if layout == "auto":
-        layout = layout_by_names([f.stem for f in photo_files], folder)
-        if layout == "flat" and sum(map(len, class_folders.values())) > len(photo_files):
-            layout = "folders"
-    found = FolderContents(layout, [], {}, {printable(f.name): why_left_out(f) for f in files if not is_named_photo(f)})
-    if not (class_folders if layout == "folders" else photo_files):
-        raise UserError(f"No images found in {folder}: looked for {' '.join(PHOTO_ENDINGS)}; check --data-dir")
-    captions = read_captions(folder / "captions.json")
-    class_names = read_classes(folder / "classes.txt")
-    if layout == "folders":
-        add_class_folders(found, folder, files_in, class_folders, captions, class_names)
-        if photo_files:
-            found.notices.append(f"{len(photo_files)} photos outside the class folders are left out")
-        return found
-    add_files(found, photo_files, captions, class_names)
-    if class_folders:
-        found.notices.append(f"{len(class_folders)} folders with photos inside {folder.name} are left out")
+        found.layout = layout_by_names([Path(file).stem for file in loose], root)
+        if found.layout == "flat" and len(in_folders) > len(loose) and not from_camera:
+            found.layout = "folders"
+    class_names, captions = read_classes(root / "classes.txt", found), read_captions(root / "captions.json")
+    if found.layout == "folders":
+        class_of = classes_of_folders(found, tree, places, in_folders, class_names)
+        if loose:
+            found.notices.append(f"{len(loose)} photos outside the class folders are left out")
+    else:
+        class_of = classes_of_names(found, loose + (in_folders if from_camera else []), class_names, root)
+        if in_folders and not from_camera:
+            found.notices.append(f"{len(names_of_folders)} folders with photos inside {root.name} are left out")
+    words = corel5k.read_words(root) if found.layout == "corel-5k" else {}
+    captions_in = lru_cache(maxsize=None)(lambda folder: read_captions(folder / "captions.json"))
+    for file in sorted(class_of):
+        place = "/".join(places[file])
+        caption = captions.get(place) or captions_in(tree.photos[file].parent).get(Path(file).name)
+        caption = caption or ", ".join(words.get(Path(file).stem, [])) or None
+        found.photos.append(Photo(tree.photos[file], file, class_of[file], caption, splits.get(file)))
     return found
 
 
-def add_class_folders(
-    found: FolderContents,
-    folder: Path,
-    files_in: dict[Path, list[Path]],
-    class_folders: dict[Path, list[Path]],
-    captions: dict[str, str],
-    class_names: dict[int, str],
-) -> None:
-    """Add the photos of class folders, and the reasons for the files that are left out.
+def prepared_folder_inside(folder: Path) -> Path | None:
+    """Return corel_all/ of `prepare`, if the folder is training_data/ or training_data/corel/, otherwise None."""
+    for corel in (folder, folder / "corel"):
+        if (corel / "source.json").is_file() and (corel / "corel_all").is_dir():
+            return corel / "corel_all"
+    return None
 
-    Args:
-        files_in: all files of each subfolder.
-        class_folders: the photos of each subfolder that has some.
+
+def split_and_place(tree: Tree) -> tuple[str, dict[str, str], dict[str, tuple[str, ...]]]:
+    """Return the folder that contains all photos, the split of each photo, and its path without both.
+
+    Returns:
+        base: "" or a relative path. A folder with all photos in one folder is that folder: it may be their class.
+        splits: file -> split, empty without split folders.
+        places: file -> path after the base and the split folder, as parts.
     """
-    if not_utf8 := [d for d in class_folders if not is_utf8(d.name)]:
-        raise UserError(
-            f"--data-dir {folder}: the name of the folder {printable(not_utf8[0].name)} is not UTF-8: rename it"
-        )
-    class_numbers, found.classes = folder_classes([d.name for d in class_folders], class_names)
-    # A folder in which no name is UTF-8 is not a class folder. Report its files: no class may disappear silently.
-    for directory, all_files in files_in.items():
-        invalid = [
-            f for f in all_files if not is_named_photo(f) and (directory in class_folders or not is_utf8(f.name))
-        ]
-        found.left_out |= {f"{printable(directory.name)}/{printable(f.name)}": why_left_out(f) for f in invalid}
-    for directory, inside in class_folders.items():
-        folder_captions = read_captions(directory / "captions.json")
-        for file in inside:
-            name = f"{directory.name}/{file.name}"
-            caption = captions.get(name) or folder_captions.get(file.name)
-            found.photos.append(Photo(file, name, class_numbers[directory.name], caption))
-    nested = (inside for d in files_in for inside in visible_folders(d))
-    if example := next((d for d in nested if any(is_named_photo(f) for f in d.rglob("*"))), None):
+    parts = {file: tuple(file.split("/")) for file in tree.photos}
+    folders = {file_parts[:-1] for file_parts in parts.values()}
+    base = next(iter(folders))
+    for other in folders:
+        base = base[: next((i for i, (a, b) in enumerate(zip(base, other, strict=False)) if a != b), len(other))]
+    is_class = len(folders) == 1 and base and base[-1].lower() not in SPLIT_FOLDERS
+    if is_class and not re.fullmatch(CAMERA_FOLDER, base[-1]):
+        base = base[:-1]
+    if len(folders) > 1 and base and base[-1].lower() in SPLIT_FOLDERS:
+        base = base[:-1]
+    places = {file: file_parts[len(base) :] for file, file_parts in parts.items()}
+    first = {place[0].lower() for place in places.values() if len(place) > 1}
+    splits = {}
+    if first and first <= set(SPLIT_FOLDERS) and all(len(place) > 1 for place in places.values()):
+        splits = {file: SPLIT_FOLDERS[place[0].lower()] for file, place in places.items()}
+        if "train" not in splits.values():
+            splits = {}
+        places = {file: place[1:] for file, place in places.items()}
+    return "/".join(base), splits, places
+
+
+def read_rows_of_photos(tree: Tree) -> FolderContents:
+    """Return the photos with the labels, captions and splits of their metadata files.
+
+    Raises:
+        UserError: no photo has a row.
+    """
+    rows, found = read_metadata(tree.metadata), FolderContents("metadata", [], {}, dict(tree.others), tree.notices)
+    names = ", ".join(sorted({Path(name).name for name in tree.metadata}))
+    missing = [name for name in rows if name not in tree.photos]
+    if len(missing) == len(rows):
+        example = f" names {missing[0]}, which does not exist" if missing else " has no rows"
+        raise UserError(f"{tree.folder}: {names}{example}: write its file_name relative to the file, or delete it")
+    if missing:
         found.notices.append(
-            f"photos in nested folders are left out, for example in {printable(str(example.relative_to(folder)))}/"
+            f"{len(missing)} photos of {names} are missing, for example {missing[0]}: they are left out"
         )
-
-
-def add_files(
-    found: FolderContents, photo_files: list[Path], captions: dict[str, str], class_names: dict[int, str]
-) -> None:
-    """Add photos that lie in one folder. In the layouts corel and corel-1k, their names contain the class."""
-    for file in photo_files:
-        class_number = None
-        if found.layout != "flat":
-            match = re.fullmatch(r"(\d+)_\d+" if found.layout == "corel" else r"(\d{1,3})", file.stem)
-            if not match:
-                found.left_out[file.name] = f"its name does not match the {found.layout} layout"
-                continue
-            class_number = int(match[1]) // (1 if found.layout == "corel" else 100)
-        found.photos.append(Photo(file, file.name, class_number, captions.get(file.name)))
-    if found.layout == "corel-1k":
-        found.notices.append(
-            "file names are numbers from 0 to 999: read as Corel-1K, class = number // 100 "
-            "(if the photos have no classes: corel-diffusers prepare --layout flat)"
-        )
-    present = sorted({p.class_number for p in found.photos if p.class_number is not None})
-    found.classes = {n: class_names.get(n, str(n)) for n in present}
-    if unnamed := [str(n) for n in present if n not in class_names]:
-        found.notices.append(f"classes.txt has no name for class {', '.join(unnamed)}: the number is used as the name")
-
-
-def is_named_photo(file: Path) -> bool:
-    """Return whether a file has a photo's ending and a UTF-8 name."""
-    return file.suffix.lower() in PHOTO_ENDINGS and is_utf8(file.name)
-
-
-def is_utf8(name: str) -> bool:
-    """Return whether a file name is valid UTF-8. Linux allows other names; archives from other systems contain them."""
-    return printable(name) == name
-
-
-def printable(name: str) -> str:
-    """Return a file name with each byte that is not UTF-8 replaced by U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", name)
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """Return the files directly in a folder, sorted by name, without hidden files and FOLDER_FILES."""
-    return sorted(
-        f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name not in FOLDER_FILES
+    has_labels = any(row.label is not None for row in rows.values())
+    class_numbers, found.classes = label_numbers(
+        sorted({row.label for row in rows.values() if row.label is not None}),
+        read_classes(tree.folder / "classes.txt", found),
     )
-
-
-def visible_folders(folder: Path) -> list[Path]:
-    """Return the folders directly in a folder, sorted by name, without hidden folders."""
-    with os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-
-
-def is_toolkit_output(folder: Path) -> bool:
-    """Return whether this toolkit wrote the folder: a run, a contact sheet, or output of `prepare` or `generate`."""
-    markers = ("run.json", "model_index.json", SHEET, "corel/source.json")
-    return folder.name.endswith("_individual") or any((folder / marker).exists() for marker in markers)
-
-
-def why_left_out(file: Path) -> str:
-    return f"not an image ({file.suffix or 'no ending'})" if is_utf8(file.name) else "its name is not UTF-8: rename it"
-
-
-def layout_by_names(stems: Sequence[str], folder: Path) -> str:
-    """Return corel, corel-1k or flat, from the file names without their endings.
-
-    Names that are the numbers 1 to n without a gap are a user's own flat photos: the numbers of Corel-1K start at 0.
-    """
-    if stems and sum(bool(re.fullmatch(r"\d{4}_\d+", s)) for s in stems) >= 0.9 * len(stems):
-        return "corel"
-    if (folder / "classes.txt").is_file() and any(re.fullmatch(r"\d+_\d+", s) for s in stems):
-        return "corel"
-    if stems and all(re.fullmatch(r"\d{1,3}", s) for s in stems):
-        numbers = {int(s) for s in stems}
-        if numbers != set(range(1, len(numbers) + 1)):
-            return "corel-1k"
-    return "flat"
-
-
-def folder_classes(folders: Sequence[str], named: dict[int, str]) -> tuple[dict[str, int], dict[int, str]]:
-    """Return two mappings: class folder -> class number, and class number -> class name.
-
-    If all folders have names such as `class_0003`, the class number is the number in the name, here 3. The class name
-    comes from classes.txt, or is the name of the folder if classes.txt does not have the number.
-
-    Otherwise the name of the folder is the class name. Its number comes from classes.txt if classes.txt lists
-    all folders. Otherwise the sorted folders are numbered from 1.
-
-    Args:
-        named: class number -> class name, from classes.txt.
-    """
-    matches = {folder: re.fullmatch(r"class_(\d+)", folder) for folder in folders}
-    if all(matches.values()):
-        numbers = {folder: int(match[1]) for folder, match in matches.items()}
-        return numbers, {number: named.get(number, folder) for folder, number in numbers.items()}
-    number_of = {name: number for number, name in named.items()}
-    all_listed = set(folders) <= set(number_of)
-    numbers = {
-        folder: number_of[folder] if all_listed else position for position, folder in enumerate(sorted(folders), 1)
-    }
-    return numbers, {number: folder for folder, number in sorted(numbers.items(), key=lambda item: item[1])}
-
-
-def read_classes(file: Path) -> dict[int, str]:
-    """Read classes.txt (one `<number> <name>` per line) as class number -> name; empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    classes, lines = {}, file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
+    split_of = read_split(tree.folder / "split.json")
+    _, folder_splits, _ = split_and_place(tree)
+    without_row = [file for file in tree.photos if file not in rows]
+    if without_row:
+        effect = "they are left out" if has_labels else "they have no caption"
+        found.notices.append(
+            f"{len(without_row)} photos have no row in {names}, for example {without_row[0]}: {effect}"
+        )
+    for file, path in tree.photos.items():
+        row = rows.get(file, Row())
+        if has_labels and row.label is None:
+            found.left_out[file] = f"no row in {names}" if file not in rows else f"no label in {names}"
             continue
-        number, _, name = line.strip().partition(" ")
-        if not number.isdigit() or not name.strip():
-            raise UserError(f"{file} line {line_number}: {line.strip()!r} is not '<number> <name>'")
-        classes[int(number)] = name.strip()
-    if len(set(classes.values())) < len(classes):
-        raise UserError(f"{file}: two classes have the same name: give each class its own name")
-    return classes
-
-
-def read_captions(file: Path) -> dict[str, str]:
-    """Read captions.json, file name -> caption; empty if there is no such file."""
-    captions = read_json(file) if file.is_file() else {}
-    if not isinstance(captions, dict) or not all(isinstance(c, str) for c in captions.values()):
-        raise UserError(f"{file}: expected one object {{file name: caption}}")
-    return captions
-
-
-def default_caption(class_name: str | None) -> str:
-    return f"a photo of a {class_name}" if class_name else "a photo"
+        caption = row.captions[0] if row.captions else None
+        split = split_of.get(file, "train") if split_of else folder_splits.get(file)
+        found.photos.append(Photo(path, file, class_numbers.get(row.label), caption, split))
+    most = max(len(row.captions) for row in rows.values())
+    if most > 1:
+        found.notices.append(f"photos have up to {most} captions in {names}: the first one is used")
+    return found

@@ -2,21 +2,23 @@
 
 Its columns are `image`, `label`, `caption` and `file_name`. Its splits are `train`, `validation` and `test`.
 `load_photos` is the entry point of train_vae.py and of `evaluate`. train_unet.py calls `load_numbered_photos`, which
-also returns the numbers of the classes. folders.py lists the photos of a folder.
+also returns the numbers of the classes. folders.py lists the photos of a folder, and datasets_library.py reads what the
+library `datasets` has written.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import DatasetDict
 
 from corel_diffusers.config.checks import DATA_DIR_HINT, SCENES
 from corel_diffusers.data.columns import dataset_of, labelled
-from corel_diffusers.data.folders import default_caption, find_photos, read_classes
-from corel_diffusers.data.splits import with_split
-from corel_diffusers.files import UserError, first_line, read_json
+from corel_diffusers.data.datasets_library import is_dataset_folder, load_dataset_folder, load_from_hub
+from corel_diffusers.data.folder_contents import default_caption
+from corel_diffusers.data.folders import find_photos
+from corel_diffusers.data.splits import complete_split, with_split
+from corel_diffusers.files import UserError
 
 
 def load_photos(
@@ -42,8 +44,8 @@ def load_numbered_photos(
     (str) and `file_name` (str).
 
     Args:
-        source: a folder (output of `corel-diffusers prepare`, raw Corel, class folders, flat), a Hub dataset id, or
-            "scenes".
+        source: a folder (output of `corel-diffusers prepare`, raw Corel, class folders, flat, with metadata files, or
+            written by `datasets`), a Hub dataset id, or "scenes".
         classes: names or numbers of the classes to keep. By default all classes are kept.
         max_train_samples: keep at most this many training photos.
 
@@ -60,7 +62,7 @@ def load_numbered_photos(
         photos, numbers = with_split(draw_scenes()), dict(enumerate(CLASS_NAMES, 1))
     elif Path(source).is_dir():
         folder = Path(source)
-        photos, numbers = load_prepared(folder) if (folder / "metadata.jsonl").is_file() else load_folder(folder)
+        photos, numbers = load_dataset_folder(folder) if is_dataset_folder(folder) else load_folder(folder)
     elif isinstance(source, str):
         photos, numbers = load_from_hub(source)
     else:
@@ -82,7 +84,7 @@ def load_numbered_photos(
 
 
 def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
-    """Load a raw folder without changing its photos, split by `split_photos`."""
+    """Load a folder without changing its photos. Splits that it does not give are chosen by `split_photos`."""
     found = find_photos(folder)
     for notice in found.notices:
         print(notice)
@@ -91,106 +93,17 @@ def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
         print(f"{len(found.left_out)} files are left out: {examples}{' …' if len(found.left_out) > 3 else ''}")
     class_names = list(found.classes.values()) or ["photo"]
     label_of = {number: label for label, number in enumerate(found.classes)}
-    captions = [p.caption or default_caption(found.classes.get(p.class_number)) for p in found.photos]
+    labels = [label_of.get(photo.class_number, 0) for photo in found.photos]
+    names = [photo.file_name for photo in found.photos]
     photos = dataset_of(
-        [str(p.path) for p in found.photos],
-        [label_of.get(p.class_number, 0) for p in found.photos],
+        [str(photo.path) for photo in found.photos],
+        labels,
         class_names,
-        captions,
-        [p.file_name for p in found.photos],
+        [photo.caption or default_caption(found.classes.get(photo.class_number)) for photo in found.photos],
+        names,
     )
-    return with_split(photos), found.classes
-
-
-def load_prepared(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
-    """Load an imagefolder with metadata.jsonl. Its split.json and classes.txt are used if they exist."""
-    try:
-        # not splitlines(): it also splits at characters that JSON allows inside a line
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
-        file_names = [row["file_name"] for row in rows]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(
-            f"{folder / 'metadata.jsonl'}: each line must be a JSON object with file_name, in UTF-8"
-        ) from None
-    if missing := [name for name in file_names if not (folder / name).is_file()]:
-        raise UserError(f"{folder / 'metadata.jsonl'} names {missing[0]}, which does not exist: run prepare again")
-    named = read_classes(folder / "classes.txt")
-    row_classes = [str(row.get("label", "photo")) for row in rows]
-    numbers = named if set(row_classes) <= set(named.values()) else dict(enumerate(sorted(set(row_classes)), 1))
-    numbers = {number: name for number, name in numbers.items() if name in row_classes}
-    class_names = list(numbers.values())
-    captions = [row.get("caption") or row.get("text") or default_caption(row.get("label")) for row in rows]
-    paths = [str(folder / name) for name in file_names]
-    photos = dataset_of(paths, [class_names.index(name) for name in row_classes], class_names, captions, file_names)
-    split_names = None
-    if (folder / "split.json").is_file():
-        splits = read_json(folder / "split.json")
-        if not isinstance(splits, dict) or not isinstance(splits.get("validation"), list):
-            raise UserError(
-                f'{folder / "split.json"}: expected {{"train": [...], "validation": [...]}}; delete it for a new split'
-            )
-        split_of = {name: split for split in ("validation", "test") for name in splits.get(split, ())}
-        split_names = [split_of.get(name, "train") for name in file_names]
-    return with_split(photos, split_names), numbers
-
-
-def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
-    """Load a Hub dataset: its first Image column, its ClassLabel column or its column `label`, its captions and splits.
-
-    If it has no `validation` or `test` split with a label for every photo, `split_photos` splits the training photos.
-    """
-    try:
-        loaded = load_dataset(repo_id)
-    except Exception as error:  # the Hub client raises many types: offline, not found, gated, unknown format
-        raise UserError(f"--dataset-name {repo_id} cannot be loaded: {first_line(error)}") from None
-    features = next(iter(loaded.values())).features
-    image = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
-    if image is None:
-        raise UserError(f"--dataset-name {repo_id} has no image column: its columns are {', '.join(features)}")
-    label = next(
-        (n for n, f in features.items() if isinstance(f, ClassLabel)), "label" if "label" in features else None
-    )
-    caption = next((name for name in ("caption", "text") if name in features), None)
-
-    def class_names_of(part: Dataset) -> list[str]:
-        if label is None:
-            return ["photo"] * len(part)
-        values = part[label][:]
-        return features[label].int2str(values) if isinstance(features[label], ClassLabel) else [str(v) for v in values]
-
-    train = "train" if "train" in loaded else next(iter(loaded))
-    if not has_labels(loaded[train], label):
-        raise UserError(
-            f"--dataset-name {repo_id}: some photos of its {train} split have no {label}: "
-            "use a dataset in which every photo has one"
-        )
-    held_out = [
-        split
-        for split in ("validation", "test")
-        if split in loaded and split != train and has_labels(loaded[split], label)
-    ]
-    splits = {"train": train} | dict(zip(("validation", "test"), held_out, strict=False))
-    class_names = getattr(features.get(label), "names", None) or sorted(
-        {n for split in splits.values() for n in class_names_of(loaded[split])}
-    )
-
-    def with_our_columns(split: str) -> Dataset:
-        part = loaded[split]
-        names = class_names_of(part)
-        captions = part[caption][:] if caption else [default_caption(name if label else None) for name in names]
-        file_names = part["file_name"][:] if "file_name" in features else [f"{split}/{i:07d}" for i in range(len(part))]
-        part = part.select_columns([image])
-        part = (part if image == "image" else part.rename_column(image, "image")).add_column("caption", captions)
-        return labelled(part.add_column("file_name", file_names), names, class_names)
-
-    photos = DatasetDict({split: with_our_columns(name) for split, name in splits.items()})
-    return photos if held_out else with_split(photos["train"]), dict(enumerate(class_names, 1))
-
-
-def has_labels(part: Dataset, label: str | None) -> bool:
-    """Return whether every photo of a split has a label. Test splits on the Hub often have no labels, or only -1."""
-    return label is None or (label in part.features and not any(value in (None, -1) for value in part[label][:]))
+    split_names = complete_split(labels, names, [photo.split for photo in found.photos])
+    return with_split(photos, split_names), found.classes
 
 
 def keep_classes(photos: DatasetDict, numbers: dict[int, str], wanted: list[str]) -> DatasetDict:

@@ -76,9 +76,21 @@ def cache_pixels(
             raise UserError(f"no photo of the {split} split can be read: {'; '.join(bad[:3])}")
         kept[split] = part.select(good)
         pixels[split] = without_unreadable(all_pixels, good) if reasons else all_pixels
+    refuse_lost_classes(photos, kept, bad)
     if bad:
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     return DatasetDict(kept), pixels
+
+
+def refuse_lost_classes(photos: DatasetDict, kept: dict[str, Dataset], reasons: list[str]) -> None:
+    """Raise UserError if no photo of a class can be read. reasons: "name: reason" of the unreadable photos."""
+    before, after = ({label for part in parts.values() for label in part["label"][:]} for parts in (photos, kept))
+    if lost := before - after:
+        name = photos["train"].features["label"].int2str(min(lost))
+        raise UserError(
+            f"no photo of the class {name} can be read ({'; '.join(reasons[:3])}): "
+            "repair its photos, or train without this class (--classes)"
+        )
 
 
 def without_unreadable(pixels: Pixels, good: list[int]) -> Pixels:

@@ -22,9 +22,11 @@ from tqdm import tqdm
 from corel_diffusers.data.borders import black_borders
 from corel_diffusers.data.decoding import MIN_SIDE_PX, PhotoError, open_photo, orientation
 from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
-from corel_diffusers.data.folders import SHEET, FolderContents, Photo, find_photos
+from corel_diffusers.data.folder_contents import FolderContents, Photo
+from corel_diffusers.data.folders import find_photos
 from corel_diffusers.data.prepared_folders import Prepared, draw_sheet, read_prepared, write_duplicates, write_folders
-from corel_diffusers.data.splits import split_photos
+from corel_diffusers.data.splits import complete_split
+from corel_diffusers.data.tree import SHEET, most_common_reasons
 from corel_diffusers.files import UserError, atomic_file, read_json, write_json, write_text
 
 MAX_NAME_BYTES = 240  # file systems allow 255, and endings are added to names
@@ -45,8 +47,8 @@ def prepare(
     Raises:
         UserError: the photos cannot be prepared, or a file cannot be used and `strict` is set.
     """
-    if (data_dir / "metadata.jsonl").is_file():
-        raise UserError(f"--data-dir {data_dir} is already prepared (it has metadata.jsonl): train on it directly")
+    if (data_dir / "split.json").is_file() and (data_dir / "metadata.jsonl").is_file():
+        raise UserError(f"--data-dir {data_dir} is already prepared (it has split.json): train on it directly")
     found = find_photos(data_dir, layout)
     if len(found.photos) < 2:
         raise UserError(f"{data_dir} holds one photo: at least two are needed, one of them for validation")
@@ -67,15 +69,33 @@ def prepare(
             f"No images found in {data_dir} that can be used: "
             f"{'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:3])}"
         )
+    refuse_lost_classes(found, done, photos)
     groups = duplicate_groups([done[photo.file_name].phashes for photo in photos])
     num_duplicates = write_duplicates(corel, photos, groups)
-    split_names = split_photos(
-        [photo.class_number for photo in photos], [photo.file_name for photo in photos], groups, test_fraction
+    split_names = complete_split(
+        [photo.class_number for photo in photos],
+        [photo.file_name for photo in photos],
+        [photo.split for photo in photos],
+        groups,
+        test_fraction,
     )
     write_folders(corel, found, photos, [done[photo.file_name].file_name for photo in photos], split_names)
     if figs_dir:
         draw_sheet(figs_dir / SHEET, corel / "corel_all", found, photos, done)
 
+    print_summary(found, photos, split_names, done, num_duplicates, skipped, corel)
+
+
+def print_summary(
+    found: FolderContents,
+    photos: list[Photo],
+    split_names: list[str],
+    done: dict[str, Prepared],
+    num_duplicates: int,
+    skipped: dict[str, str],
+    corel: Path,
+) -> None:
+    """Print what was prepared. skipped: file name -> why it was left out."""
     for notice in found.notices:
         print(f"notice: {notice}")
     trimmed = sum(any(done[photo.file_name].borders) for photo in photos)
@@ -88,6 +108,17 @@ def prepare(
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped.values()).most_common(5))
         print(f"left out: {len(skipped)} ({reasons}), see {corel / 'skipped.json'}")
     print(f"prepared: {corel / 'corel_all'}")
+
+
+def refuse_lost_classes(found: FolderContents, done: dict[str, Prepared], photos: list[Photo]) -> None:
+    """Raise UserError if no photo of a class can be used. photos: those that can be used."""
+    lost = found.classes.keys() - {photo.class_number for photo in photos}
+    for number in sorted(lost):
+        reasons = {p.file_name: done[p.file_name].reason for p in found.photos if p.class_number == number}
+        raise UserError(
+            f"--data-dir: no photo of the class {found.classes[number]} can be used ({most_common_reasons(reasons)}): "
+            "repair its photos, or remove them to train without this class"
+        )
 
 
 def refuse_bad_photos(found: FolderContents) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from corel_diffusers.data.decoding import open_photo
-from corel_diffusers.data.folders import FolderContents, Photo, default_caption
+from corel_diffusers.data.folder_contents import FolderContents, Photo, default_caption
 from corel_diffusers.data.splits import SPLITS
 from corel_diffusers.files import atomic_file, write_json, write_text
 from corel_diffusers.plots import SHEET_PX, contact_sheet, save_image

@@ -22,7 +22,7 @@ def draw_scenes(count: int = 1200, seed: int = 0) -> Dataset:
     The images are PNG bytes. The Dataset has the same columns as the photos of any other source.
     """
     from corel_diffusers.data.columns import dataset_of
-    from corel_diffusers.data.folders import default_caption
+    from corel_diffusers.data.folder_contents import default_caption
 
     labels = [index % len(CLASS_NAMES) for index in range(count)]
     images = []

@@ -56,6 +56,35 @@ def split_photos(
     return split_names
 
 
+def complete_split(
+    labels: Sequence,
+    names: Sequence[str],
+    given: Sequence[str | None],
+    groups: Sequence | None = None,
+    test_fraction: float = 0.0,
+) -> list[str]:
+    """Return the split of each photo: the given ones, and those of `split_photos` for what is missing.
+
+    Without given splits, `split_photos` chooses all. If photos are given as train but none as validation, validation
+    photos are chosen among them. In the same way, test photos are chosen if none are given and `test_fraction` is set.
+
+    Args:
+        given: "train", "validation", "test" or None for each photo.
+    """
+    split_names = [split or "train" for split in given]
+    rows = [index for index, split in enumerate(split_names) if split == "train"]
+    chosen = split_photos(
+        [labels[index] for index in rows],
+        [names[index] for index in rows],
+        None if groups is None else [groups[index] for index in rows],
+        test_fraction,
+    )
+    for index, split in zip(rows, chosen, strict=True):
+        if split not in given:
+            split_names[index] = split
+    return split_names
+
+
 def with_split(photos: Dataset, split_names: Sequence[str] | None = None) -> DatasetDict:
     """Divide a Dataset into its splits. The split `test` exists only if it has a photo.
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.data.training_photos import count_trained_on
@@ -42,7 +43,7 @@ def evaluate(args: Evaluate) -> None:
     start_seconds, device = time.monotonic(), pick_device(args.device)
     args = replace(args, mixed_precision=resolve_precision(args.mixed_precision, device.type))
     pipe = None if args.pictures else load_pipeline(args.pipeline_location, device)
-    images = read_images(Path(args.base_dir) / args.pictures) if args.pictures else []
+    images = read_images(user_path(args.base_dir, args.pictures)) if args.pictures else []
     size_px = sample_size_px(pipe) if pipe else (images[0].height, images[0].width)
     photos = ComparedPhotos.load(args, pipe, size_px, device)
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}

@@ -12,9 +12,9 @@ from PIL import Image
 from corel_diffusers.config.commands import Evaluate
 from corel_diffusers.data.cache import digest
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
-from corel_diffusers.data.folders import PHOTO_ENDINGS
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import Pixels, cache_pixels, evenly_spaced
+from corel_diffusers.data.tree import photo_endings
 from corel_diffusers.evaluation.features import Network, load_network, photo_features
 from corel_diffusers.evaluation.metrics import MIN_PHOTOS
 from corel_diffusers.evaluation.reconstruction import MAX_COMPARED
@@ -88,9 +88,9 @@ def read_images(folder: Path) -> list[Image.Image]:
     Raises:
         UserError: an image cannot be read, or there are fewer than MIN_PHOTOS.
     """
-    images = []
+    images, endings = [], photo_endings()
     for file in sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith(".")
+        file for file in folder.rglob("*") if file.suffix.lower() in endings and not file.name.startswith(".")
     ):
         try:
             images.append(open_photo(file))

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from corel_diffusers.data.pixels import Pixels
@@ -12,6 +13,9 @@ from corel_diffusers.evaluation.kid import kernel_distance
 from corel_diffusers.evaluation.memorization import CopyFinder
 from corel_diffusers.evaluation.metrics import MIN_PHOTOS
 from corel_diffusers.evaluation.reconstruction import vae_rendering
+from corel_diffusers.sampling import previews
+
+NUM_SAMPLES = 48  # for --evaluate-every
 
 
 def stratified_labels(labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -41,6 +45,16 @@ class SampleJudge:
         network = load_network("efficientnet-lite0", vae.device)
         finder = CopyFinder.of(pixels["train"], vae_rendering(vae, pixels["train"], precision), vae.device)
         return cls(network, photo_features(network, pixels["validation"]), labels, finder)
+
+    def judge(self, pipe: DiffusionPipeline, seed: int, accelerator: Accelerator) -> dict[str, float]:
+        """Generate NUM_SAMPLES samples in the precision of the run, and return their scores."""
+        labels, names = None, [None] * NUM_SAMPLES
+        if pipe.config.class_names:
+            labels = self.labels_to_draw(NUM_SAMPLES)
+            names = [pipe.config.class_names[str(int(label))] for label in labels]
+        with accelerator.autocast():  # only the samples: their features are compared with features in float32
+            images = previews.samples(pipe, seed, names)
+        return self.scores(images, labels)
 
     def labels_to_draw(self, count: int) -> torch.Tensor:
         """Return a label for each sample, with the class fractions of the held-out photos: (count,)."""

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from corel_diffusers.files import UserError
-
 
 def broadcast_from_main(accelerator: Accelerator, value: object) -> object:
     """Return the main process's value on every rank.
@@ -21,15 +19,15 @@ def run_on_main(accelerator: Accelerator, work: Callable[[], object]) -> object:
     """Run `work` on the main process only, and return its result on every rank.
 
     Raises:
-        UserError: on every rank, also on other machines, if `work` raises it on the main process.
+        Exception: on every rank, also on other machines, what `work` raises on the main process.
     """
-    value, error = None, ""
+    value, error = None, None
     if accelerator.is_main_process:
         try:
             value = work()
-        except UserError as raised:
-            error = str(raised)
+        except Exception as raised:  # the other ranks would wait for the value for ever
+            error = raised
     value, error = broadcast_from_main(accelerator, (value, error))
     if error:
-        raise UserError(error)
+        raise error
     return value

@@ -25,6 +25,7 @@ def sample_images(
     Raises:
         UserError: there is not enough memory for a batch.
     """
+    names = {int(label): name for label, name in (pipe.config.class_names or {}).items()}
     pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
     for start in tqdm(
         range(0, args.num_images, args.batch_size),
@@ -37,7 +38,7 @@ def sample_images(
             with autocast(args.mixed_precision, pipe.device.type):
                 output = pipe(
                     len(indices),
-                    [labels[index] for index in indices] if labels else None,
+                    [names[labels[index]] for index in indices] if labels else None,
                     generator=[torch.Generator().manual_seed(seed + index) for index in indices],
                     guidance_scale=args.guidance_scale,
                     guidance_interval=guidance_interval(args, pipe),

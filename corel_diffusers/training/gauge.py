@@ -95,7 +95,7 @@ class OverfittingGauge:
         return broadcast_from_main(accelerator, values)
 
 
-def update_best(run: Run, values: dict[str, float]) -> bool:
+def record_validation(run: Run, values: dict[str, float]) -> bool:
     """Update the early stopping of the run with the values of a measurement. Return whether to save the model as best.
 
     Below the limit of the gauge, a lower loss of training photos counts as progress. Above it, only a lower loss of
@@ -109,7 +109,7 @@ def update_best(run: Run, values: dict[str, float]) -> bool:
     return update_best_loss(run.state, values["val_loss"]) or is_healthy
 
 
-def copy_lines(history: list[dict]) -> dict[str, list[tuple[float, str]]]:
+def first_copy_lines(history: list[dict]) -> dict[str, list[tuple[float, str]]]:
     """Return the horizontal lines of the plot: the values of the gauge at which the first copies were found."""
     lowest = lowest_gauge(history) if history else 0.0
     return {GAUGE: [(multiple * lowest, f"{event}, of 60 photos") for multiple, event in COPIES_BEGAN.items()]}

@@ -95,7 +95,8 @@ def resolve_timed_flags(flags: TrainingArguments, device_type: str) -> TrainingA
     """
     precision = resolve_precision(flags.mixed_precision, device_type)
     if precision != "bf16" or device_type == "cuda":
-        attention = "fused" if flags.attention == "auto" else flags.attention
+        # a GPU has its own kernels
+        attention = "fused" if flags.attention == "auto" or device_type != "cpu" else flags.attention
         return replace(flags, mixed_precision=precision, attention=attention)
     is_launched_in_bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == precision
     return replace(flags, mixed_precision=precision) if is_launched_in_bf16 else flags

@@ -6,7 +6,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.training.length import RunLength
 from corel_diffusers.training.running_mean import RunningMean
@@ -22,7 +23,7 @@ class Run:
     values.
     """
 
-    args: TrainingArguments  # the flags, with a value for each flag that the user left unset
+    args: VAEArguments | UNetArguments  # the flags, with a value for each flag that the user left unset
     accelerator: Accelerator
     plan: BatchPlan  # the division of the photos into steps
     settings: dict  # what must not change when the run is resumed, see `resume.run_settings`
@@ -44,6 +45,11 @@ class Run:
     def total_steps(self) -> int:
         """The number of steps of the full run. If its length is in minutes, this is an estimate from the speed."""
         return self.length.total_steps(self.state)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has ended as planned, or early by its own rules, and not by a signal."""
+        return self.is_over or bool(self.state.stop_reason)
 
     @property
     def is_over(self) -> bool:

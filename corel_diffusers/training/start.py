@@ -15,7 +15,6 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from datasets import DatasetDict
-from diffusers import AutoencoderKL, UNet2DModel
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.photos import load_numbered_photos
@@ -28,7 +27,7 @@ from corel_diffusers.files import (
     require_writable,
     write_json,
 )
-from corel_diffusers.models.configs import latent_shape, parameter_count
+from corel_diffusers.models.configs import parameter_count
 from corel_diffusers.runtime.compilation import require_compiler
 from corel_diffusers.runtime.devices import device_name
 from corel_diffusers.runtime.precision import resolve_precision
@@ -36,7 +35,7 @@ from corel_diffusers.runtime.sharding import is_sharded, set_sharding
 from corel_diffusers.training.checkpoints import find_checkpoints
 from corel_diffusers.training.run import Run
 
-NAMES = {"vae": "VAE", "unet": "UNet"}
+MODEL_NAMES = {"vae": "VAE", "unet": "UNet"}
 
 
 def start_run(flags: TrainingArguments) -> Accelerator:
@@ -84,7 +83,7 @@ def start_run(flags: TrainingArguments) -> Accelerator:
             f"notice: accelerate launch asks for {launcher_steps} gradient accumulation steps, "
             f"but the run uses --grad-accum {flags.grad_accum}"
         )
-    # on a CPU with bf16, planning.resolve_timed_flags decides later
+    # on a CPU with bf16, plan_run may choose another precision by timing steps
     is_known = gpu or precision != "bf16"
     if is_sharded(accelerator):
         if flags.MODEL == "vae":
@@ -123,15 +122,15 @@ def load_training_photos(flags: TrainingArguments, accelerator: Accelerator) -> 
 
 
 def print_data_and_model(
-    run: Run, photos: DatasetDict, model: AutoencoderKL | UNet2DModel, size_px: tuple[int, int], vae: AutoencoderKL
+    run: Run, photos: DatasetDict, model: torch.nn.Module, size_px: tuple[int, int], latent_shape: tuple[int, ...]
 ) -> None:
-    """Print the data and the model before the first step."""
+    """Print the data and the model before the first step. latent_shape: (C, h, w)."""
     train, held_out = photos["train"], photos["validation"]
     classes = train.features["label"].names
-    latents = "x".join(map(str, latent_shape(vae, size_px)))
     run.accelerator.print(
         f"{len(train)} training photos, {len(held_out)} held-out photos, {len(classes)} classes, "
-        f"{size_px[0]}x{size_px[1]} px; {NAMES[run.args.MODEL]} of {parameter_count(model)}, latents {latents}"
+        f"{size_px[0]}x{size_px[1]} px; {MODEL_NAMES[run.args.MODEL]} of {parameter_count(model)}, "
+        f"latents {'x'.join(map(str, latent_shape))}"
     )
 
 
@@ -169,19 +168,16 @@ def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
         ) from None
 
 
-def mark_finished(args: TrainingArguments) -> None:
-    """Record in run.json that the run has finished.
-
-    Without this, `--resume latest` would restart a finished run that has no checkpoints, and overwrite its model.
-    """
-    write_json(args.run_dir / "run.json", read_json(args.run_dir / "run.json") | {"finished": True})
-
-
 def end_run(run: Run) -> None:
-    """Wait for all ranks, end the trackers and, after a stop signal, exit with its exit code.
+    """Record in run.json whether the run is complete, wait for all ranks, and end the trackers.
 
-    If one rank exits first, the launcher may kill the main process while it is writing.
+    After a stop signal, exit with its exit code. If one rank exits first, the launcher may kill the main process while
+    it is writing. Without "finished", `--resume latest` would restart a run that has no checkpoints.
     """
+    if run.accelerator.is_main_process and run.history and run.is_complete:
+        file = run.args.run_dir / "run.json"
+        write_json(file, read_json(file) | {"finished": True})
+    run.stop.agree(run.accelerator)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
-    run.stop.exit(run.state)
+    run.stop.exit(run.state, run.is_complete)

@@ -55,14 +55,15 @@ def early_stop_reason(state: RunState, patience: int | None, window: int, thresh
 class StopSignal:
     """Lets the run save a checkpoint and end cleanly after the first SIGINT or SIGTERM.
 
-    A second signal ends the run at once. `number` is the number of the first signal, or 0.
+    A second signal ends the run at once.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = 0  # of the signal that this process has received; 0: none
+        self.agreed = 0  # of the signal that any rank has received; the same on all ranks
 
     def listen(self) -> None:
-        """From now on, wait for signals. Before that, a signal ends the process at once."""
+        """Install the signal handlers. Before that, a signal ends the process at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._received)
 
@@ -74,23 +75,25 @@ class StopSignal:
     def received(self, accelerator: Accelerator, state: RunState) -> bool:
         """Return whether any rank has received a signal. The answer is the same on all ranks.
 
-        Several ranks exchange the signal every SYNC_EVERY steps. At the other steps the answer is False. After the
-        exchange, every rank has the number of the signal.
+        Several ranks exchange the signal every SYNC_EVERY steps. At the other steps the answer is False.
         """
-        if accelerator.num_processes > 1:
-            if state.step % SYNC_EVERY:
-                return False
-            self.number = int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
-        return bool(self.number)
+        if accelerator.num_processes > 1 and state.step % SYNC_EVERY:
+            return False
+        self.agree(accelerator)
+        return bool(self.agreed)
 
-    def exit(self, state: RunState) -> None:
-        """If a signal was received, print how to continue and exit with the exit code of the signal."""
-        if self.number:
-            print(
-                f"stopped at step {state.step}, a checkpoint is saved: give --resume latest to continue",
-                file=sys.stderr,
-            )
-            sys.exit(128 + self.number)
+    def agree(self, accelerator: Accelerator) -> None:
+        """Exchange the signal among the ranks."""
+        self.agreed = self.number
+        if accelerator.num_processes > 1:
+            self.agreed = int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+    def exit(self, state: RunState, is_complete: bool) -> None:
+        """If a signal was received, print how to continue, and exit with the exit code of the signal."""
+        if self.agreed:
+            ending = "the run is complete" if is_complete else "a checkpoint is saved: give --resume latest to continue"
+            print(f"stopped at step {state.step}, {ending}", file=sys.stderr)
+            sys.exit(128 + self.agreed)
 
 
 def update_early_stopping(state: RunState, loss: float, delta: float = 0.0, window: int = 0) -> None:
@@ -104,5 +107,6 @@ def update_early_stopping(state: RunState, loss: float, delta: float = 0.0, wind
 def update_best_loss(state: RunState, loss: float) -> bool:
     """Record a held-out loss in the state, and return whether it is the lowest so far."""
     is_lowest = loss < state.best
-    state.best = min(loss, state.best)
+    if is_lowest:
+        state.best = loss
     return is_lowest

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from datasets import DatasetDict
 from diffusers import AutoencoderKL, UNet2DModel
 
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.data.latent_set import LatentSet
+from corel_diffusers.files import UserError
 from corel_diffusers.losses.diffusion import denoising_loss
 from corel_diffusers.models.configs import latent_shape
 from corel_diffusers.models.unet import UNetForTraining, build_unet
@@ -39,14 +41,14 @@ class UNetModels(NamedTuple):
 
 
 def build_models(
-    args: UNetArguments, accelerator: Accelerator, vae: AutoencoderKL, unet: UNet2DModel, photos: LatentSet
+    args: UNetArguments, accelerator: Accelerator, vae: AutoencoderKL, unet: UNet2DModel, latent_set: LatentSet
 ) -> UNetModels:
     """Build the model that trains the UNet, its optimizer and the EMA."""
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    num_crop_params, num_features = photos.crop_params.shape[2], photos.features.shape[2]
+    num_crop_params, num_features = latent_set.crop_params.shape[2], latent_set.features.shape[2]
     model = UNetForTraining(unet, num_crop_params, num_features)
-    inputs = zero_batch(args.batch_size, photos.latent_shape, num_crop_params)
+    inputs = zero_batch(args.batch_size, latent_set.latent_shape, num_crop_params)
     model = capture_if_faster(args, accelerator, "UNet", model, *inputs)
     full_model = unsharded_copy(model, accelerator.device) if is_sharded(accelerator) else None
     unet = (full_model or model).unet
@@ -105,3 +107,18 @@ def zero_batch(batch_size: int, latent_shape: tuple[int, int, int], num_crop_par
         timesteps.clone(),
         torch.zeros(batch_size, num_crop_params),
     )
+
+
+def names_of_classes(flags: UNetArguments, photos: DatasetDict) -> list[str]:
+    """Return the names of the classes, in the order of their labels. The list is empty for a model without classes.
+
+    Raises:
+        UserError: the null label would never be trained.
+    """
+    names = photos["train"].features["label"].names
+    if flags.unconditional or len(names) < 2:
+        return []
+    if not flags.label_dropout:
+        hint = "give --label-dropout 0.1, or --unconditional for a model without classes"
+        raise UserError(f"--label-dropout 0: guidance needs the null label, but it would never be trained: {hint}")
+    return names

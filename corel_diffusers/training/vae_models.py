@@ -128,7 +128,7 @@ def capture_training_passes(
         return model, None
 
     def perceptual_pass(reconstruction: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        return perceptual(reconstruction, reference)  # wrapped, so that `perceptual` itself still takes any batch size
+        return perceptual(reconstruction, reference)  # captured in its place: `perceptual` must take any batch size
 
     name = "" if trial else "perceptual loss"
     inputs = photos.clone().requires_grad_(), photos

@@ -1,0 +1,118 @@
+"""Load what the library `datasets` reads: datasets of the Hub, folders of `save_to_disk`, and files of tables."""
+
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+
+from corel_diffusers.data.columns import labelled
+from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, default_caption
+from corel_diffusers.data.layouts import label_numbers
+from corel_diffusers.data.metadata import CAPTION_KEYS, LABEL_KEYS
+from corel_diffusers.data.splits import with_split
+from corel_diffusers.files import UserError, first_line
+
+SAVED_TO_DISK = ("dataset_dict.json", "dataset_info.json")
+TABLE_ENDINGS = (".parquet", ".arrow", ".tar")
+
+
+def is_dataset_folder(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote the folder, or whether its photos lie in tables (TABLE_ENDINGS)."""
+    if any((folder / name).is_file() for name in SAVED_TO_DISK):
+        return True
+    tables = [file for ending in TABLE_ENDINGS for file in (*folder.glob(f"*{ending}"), *folder.glob(f"*/*{ending}"))]
+    return any(file.name != "metadata.parquet" for file in tables)
+
+
+def load_dataset_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
+    """Load a folder of `save_to_disk` or of tables, see `with_our_columns`.
+
+    Raises:
+        UserError: `datasets` cannot load it.
+    """
+    try:
+        if any((folder / name).is_file() for name in SAVED_TO_DISK):
+            loaded = load_from_disk(str(folder))
+            loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        else:
+            loaded = load_dataset(str(folder))
+    except Exception as error:  # `datasets` raises many types
+        raise UserError(
+            f"{folder} cannot be loaded with `datasets` ({first_line(error)}): give a folder of photos instead"
+        ) from None
+    return with_our_columns(loaded, str(folder))
+
+
+def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
+    """Load a dataset from the Hub, see `with_our_columns`."""
+    try:
+        loaded = load_dataset(repo_id)
+    except Exception as error:  # the Hub client raises many types: offline, not found, gated, unknown format
+        raise UserError(f"--dataset-name {repo_id} cannot be loaded: {first_line(error)}") from None
+    return with_our_columns(loaded, f"--dataset-name {repo_id}")
+
+
+def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dict[int, str]]:
+    """Return a dataset with our columns, and class number -> class name.
+
+    It is made of the first Image column, the first ClassLabel column or the column `label` or `cls`, the captions and
+    the splits. If there is no `validation` or `test` split with a label for every photo, validation photos are chosen
+    among the training photos.
+
+    Args:
+        source: the flag and its value, for messages.
+
+    Raises:
+        UserError: there are no images, or some training photos have no label.
+    """
+    splits = {SPLIT_FOLDERS.get(name.lower(), name): name for name in loaded}
+    train = splits.get("train", next(iter(loaded)))
+    features = loaded[train].features
+    image = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
+    if image is None:
+        raise UserError(f"{source} has no image column: its columns are {', '.join(features)}")
+    label = next(
+        (name for name, feature in features.items() if isinstance(feature, ClassLabel)),
+        next((name for name in LABEL_KEYS if name in features), None),
+    )
+    caption = next((name for name in CAPTION_KEYS if name in features), None)
+    if not has_labels(loaded[train], label):
+        raise UserError(
+            f"{source}: some photos of its {train} split have no {label}: use a dataset in which every photo has one"
+        )
+    kept = {"train": train}
+    for split in ("validation", "test"):
+        if splits.get(split, train) != train:
+            if has_labels(loaded[splits[split]], label):
+                kept[split] = splits[split]
+            else:
+                print(f"notice: the split {splits[split]} of {source} is not used: some of its photos have no {label}")
+    values = {split: loaded[name][label][:] if label else ["photo"] * len(loaded[name]) for split, name in kept.items()}
+    if isinstance(features.get(label), ClassLabel):
+        names = {split: features[label].int2str(part) for split, part in values.items()}
+        numbers = dict(enumerate(features[label].names, 1))
+    else:
+        names = {split: [str(value) for value in part] for split, part in values.items()}
+        _, numbers = label_numbers(sorted({name for part in names.values() for name in part}), {})
+    parts = []
+    for split, name in kept.items():
+        part = loaded[name]
+        captions = part[caption][:] if caption else [default_caption(each if label else None) for each in names[split]]
+        files = part["file_name"][:] if "file_name" in features else [f"{name}/{i:07d}" for i in range(len(part))]
+        part = part.select_columns([image])
+        part = part if image == "image" else part.rename_column(image, "image")
+        part = part.add_column("caption", list(map(first_caption, captions))).add_column("file_name", files)
+        parts.append(labelled(part, names[split], list(numbers.values())))
+    if "validation" in kept:
+        return DatasetDict(dict(zip(kept, parts, strict=True))), numbers
+    photos = DatasetDict(dict(zip(kept, parts, strict=True)))
+    return DatasetDict(photos | with_split(photos["train"])), numbers
+
+
+def first_caption(captions: str | list[str] | None) -> str:
+    """Return the caption of a photo, or the first one of several."""
+    return str(captions[0] if isinstance(captions, list) and captions else captions or "")
+
+
+def has_labels(part: Dataset, label: str | None) -> bool:
+    """Return whether every photo of a split has a label. Test splits on the Hub often have no labels, or only -1."""
+    return label is None or (label in part.features and not any(value in (None, -1) for value in part[label][:]))

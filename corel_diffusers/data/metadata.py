@@ -1,0 +1,74 @@
+"""Read metadata files: rows with the name, the label and the captions of each photo, as `datasets` reads them."""
+
+import csv
+import json
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from corel_diffusers.files import UserError
+
+FILE_KEYS = ("file_name", "filename", "file", "image", "path")
+LABEL_KEYS = ("label", "class", "category", "class_name", "cls")
+CAPTION_KEYS = ("caption", "text", "prompt", "description", "captions")
+
+
+@dataclass
+class Row:
+    """What the metadata files say about one photo."""
+
+    label: str | None = None
+    captions: list[str] = field(default_factory=list)
+
+
+def read_metadata(files: dict[str, Path]) -> dict[str, Row]:
+    """Return relative path of a photo -> Row. Several rows of one photo are joined: they are several captions.
+
+    Args:
+        files: relative path -> path on disk of the metadata files. The photos of a file are relative to its folder.
+
+    Raises:
+        UserError: a file cannot be read, or a row has no file name, or two rows give one photo two labels.
+    """
+    rows: dict[str, Row] = {}
+    for relative, path in files.items():
+        for values in read_rows(path):
+            name = next((values[key] for key in FILE_KEYS if values.get(key)), None)
+            if not isinstance(name, str):
+                raise UserError(f"{path}: each row must have file_name, the path of a photo relative to this file")
+            photo = unicodedata.normalize("NFC", str(PurePosixPath(relative).parent / name.replace("\\", "/")))
+            row = rows.setdefault(photo, Row())
+            label = next((values[key] for key in LABEL_KEYS if values.get(key) not in (None, "")), None)
+            label = None if label is None else unicodedata.normalize("NFC", str(label))
+            if None not in (label, row.label) and label != row.label:
+                raise UserError(f"{path}: {name} has two labels, {row.label} and {label}: keep one")
+            row.label = row.label if label is None else label
+            captions = next((values[key] for key in CAPTION_KEYS if values.get(key)), [])
+            row.captions += [str(text) for text in (captions if isinstance(captions, list) else [captions])]
+    return rows
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a .jsonl, .csv or .parquet file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        if path.suffix == ".parquet":
+            from datasets import Dataset
+
+            return Dataset.from_parquet(str(path)).to_list()
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".csv":
+            return list(csv.DictReader(text.splitlines()))
+        # not splitlines(): it also splits at characters that JSON allows inside a line
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error):
+        hint = "a table with a first line of column names" if path.suffix == ".csv" else "one JSON object per line"
+        raise UserError(f"{path} cannot be read: it must be {hint}, in UTF-8, with file_name") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): write it again") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} cannot be read: it must be one JSON object per line, in UTF-8, with file_name")
+    return rows

@@ -84,7 +84,9 @@ def main(flags: UNetArguments) -> None:
     args = planning.plan_run(flags, accelerator, photos, presets.UNET_PRESETS, trial, size_px)
     numbers = {name: class_numbers[name] for name in class_names}
     with start.explain_out_of_memory(args):
-        train(*set_up(args, accelerator, vae, photos, numbers, size_px, began))
+        run, *parts = set_up(args, accelerator, vae, photos, numbers, size_px, began)
+        with run.stop.listening():
+            train(run, *parts)
 
 
 def set_up(
@@ -128,7 +130,6 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
     """Train until the run is over or stopped, then complete the pipeline in the run's folder."""
     args, accelerator = run.args, run.accelerator
     compiler = compilation.Compilation(args, accelerator, models.model, run.state.step)
-    run.stop.listen()
     training_batches = latent_set.batches(args, run.plan, run.state.step, run.length.steps, accelerator.device)
 
     # loop

@@ -68,7 +68,9 @@ def main(flags: VAEArguments) -> None:
     trial = partial(trial_step, flags, accelerator)
     args = planning.plan_run(flags, accelerator, photos, presets.VAE_PRESETS, trial, flags.size_px)
     with start.explain_out_of_memory(args):
-        train(*set_up(args, accelerator, photos, began))
+        run, *data = set_up(args, accelerator, photos, began)
+        with run.stop.listening():
+            train(run, *data)
 
 
 def set_up(
@@ -104,7 +106,6 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
     noise_shape = latent_shape(models.vae, args.size_px)
     kl_weight = torch.tensor(run.state.kl_weight or args.kl_weight, device=device)
     compiler = compilation.Compilation(args, accelerator, models.model, run.state.step)
-    run.stop.listen()
     arrays = batches.preload((fitted["train"].values, large.values), device)
     training_batches = batches.training_batches(run.plan, run.state.step, run.length.steps, args.num_workers, *arrays)
 

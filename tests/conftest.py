@@ -22,7 +22,6 @@ os.environ.pop("HF_TOKEN", None)
 import importlib
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -41,6 +40,7 @@ from corel_diffusers.training.running_mean import RunningMean
 from corel_diffusers.training.state import RunState
 
 ROOT = Path(__file__).parent.parent
+COREL_5K = ROOT.parent / "shared" / "data" / "corel5k"
 sys.path.insert(0, str(ROOT))  # the scripts and pipeline.py are outside the package
 
 VAE_CONFIG = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
@@ -106,14 +106,11 @@ def run_here(name: str, flags: list) -> None:
     """Run the main function of a training script in this process, which saves the seconds of importing."""
     module = importlib.import_module(name)
     AcceleratorState._reset_state(True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
     try:
         module.main(parse(getattr(module, {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name])))
     finally:
         sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -54,3 +54,8 @@ def test_the_minimum_of_the_gauge_ignores_the_first_validations():
     history = [{"val_loss": loss, "gauge": gauge} for loss, gauge in ((0.9, 0.8), (0.72, 1.0), (0.7, 1.1), (0.75, 1.2))]
     assert gauge.lowest_gauge(history) == 1.0
     assert gauge.lowest_gauge(history[:1]) == 0.8
+
+
+def test_labels_that_are_no_classes_are_refused():
+    with pytest.raises(TypeError, match="labels must be integers"):
+        gauge.matching_photos(np.array([0.2, 0.5]), np.array([0.3]))

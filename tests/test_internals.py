@@ -1,5 +1,8 @@
 """The private parts of other libraries that internals.py uses. A failure names what an upgrade has changed."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,6 +10,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset, load_from_disk
 from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image
+from test_decoding import png_of_16_bits
 from torch import nn
 
 from corel_diffusers import internals
@@ -96,3 +101,14 @@ def test_the_fingerprint_of_a_dataset_depends_on_its_content(tmp_path):
     first, again, other = (internals.fingerprint(load_from_disk(str(tmp_path / name))) for name in "002")
     assert first == again, "`datasets` gives the same data a new fingerprint in each run: the caches are never used."
     assert first != other, "`datasets` gives other data the same fingerprint: the caches would be wrong."
+
+
+def test_both_bytes_of_16_bit_colours_can_be_read():
+    values = np.random.default_rng(0).integers(0, 2**16, (8, 9, 3)).astype(np.uint16)
+    high, low = Image.open(io.BytesIO(png_of_16_bits(values))), Image.open(io.BytesIO(png_of_16_bits(values)))
+    mode = internals.raw_mode_of_low_bytes(high)
+    assert mode, "Pillow names its decoders of 16-bit colours differently: 12-bit photos would be black."
+    internals.read_with(low, mode)
+    both = 256 * np.asarray(high).astype(int) + np.asarray(low)
+    assert np.array_equal(both, values), "Pillow's decoder gives other bytes of 16-bit colours."
+    assert internals.raw_mode_of_low_bytes(Image.new("RGB", (8, 8))) is None

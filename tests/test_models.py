@@ -201,3 +201,10 @@ def test_the_receptive_field_of_the_discriminator_is_that_of_its_docstring():
     rows = photo.grad.abs().sum((0, 1, 3)).nonzero().flatten()
     assert int(rows.max() - rows.min()) + 1 == 26
     assert "26 x 26 px" in build_discriminator.__doc__
+
+
+def test_the_config_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "dit.json"
+    path.write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
+    with pytest.raises(UserError, match="is the config of DiTTransformer2DModel: give one of UNet2DModel"):
+        load_config("unet", str(path))

@@ -436,3 +436,19 @@ def test_the_ddim_of_diffusers_gives_a_warning_at_other_numbers_of_steps():
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.warns(UserWarning, match="does not divide 1000: use 8"):
         pipe(1, 0, num_inference_steps=7, output_type="latent")
+
+
+def test_ddim_refuses_a_prediction_type_that_it_does_not_know():
+    scheduler = build_sampler("ddim", DDPMScheduler())
+    scheduler.register_to_config(prediction_type="flow_prediction")
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="flow_prediction"):
+        scheduler.step(torch.zeros(1, 1, 2, 2), 500, torch.zeros(1, 1, 2, 2))
+
+
+def test_classes_that_are_numbers_are_found_by_their_number_and_keep_their_order(tmp_path):
+    pipe = build(classes={str(label): str(3 * label) for label in range(12)})
+    assert pipe.label_ids(3, [3, "33", None]).tolist() == [1, 11, 12]
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert list(loaded.config.class_names.values()) == [str(3 * label) for label in range(12)]

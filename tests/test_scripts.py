@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -178,6 +179,56 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_run(
     assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted", weights)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_to_all_processes_of_a_terminal_saves_a_checkpoint(name, vae_flags, tmp_path):
+    """Ctrl-C reaches the workers that read batches too. The run needs their batches until it stops."""
+    flags = [*vae_flags, "--num-workers", 1, "--grad-accum", 4, "--epochs", 10**5, "--output-dir", tmp_path]
+    command = [sys.executable, ROOT / "train_vae.py", *map(str, flags)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").is_file() or not (tmp_path / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + getattr(signal, name), errors
+    assert "a checkpoint is saved: give --resume latest" in errors
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_run_in_a_thread_trains_and_leaves_the_signal_handlers_as_they_were(vae_flags, tmp_path):
+    before, errors = signal.getsignal(signal.SIGINT), []
+    flags = [*vae_flags, "--max-train-steps", 1, "--no-perceptual", "--output-dir"]
+
+    def button() -> None:
+        try:
+            run_here("train_vae", [*flags, tmp_path / "thread"])
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=button)
+    thread.start()
+    thread.join()
+    run_here("train_vae", [*flags, tmp_path / "main"])
+    assert not errors
+    assert (tmp_path / "thread" / "config.json").is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_at_the_last_step_leaves_a_finished_run(vae_flags, tmp_path, monkeypatch, capsys):
+    original = progress.show_progress
+
+    def show_progress_and_stop(run):
+        original(run)
+        if run.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(progress, "show_progress", show_progress_and_stop)
+    with pytest.raises(SystemExit):
+        run_here("train_vae", [*vae_flags, "--max-train-steps", 3, "--output-dir", tmp_path])
+    assert json.loads((tmp_path / "run.json").read_text())["finished"]
+    assert "stopped at step 3, the run is complete" in capsys.readouterr().err
+
+
 def test_with_a_discriminator_the_latest_model_is_saved_even_if_its_loss_is_higher(
     vae_flags, tmp_path, monkeypatch, capsys
 ):
@@ -275,9 +326,11 @@ def test_plan_prints_and_writes_nothing(vae_flags, tmp_path, capsys):
     assert metrics(tmp_path)[-1]["step"] == 2
 
 
-def test_evaluate_every_measures_samples_during_training(unet_flags, raw_photos, tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_evaluate_every_measures_samples_during_training(precision, unet_flags, raw_photos, tmp_path, capsys):
     four_held_out = make_photos(tmp_path / "photos", classes=4, each=4)
-    flags = [four_held_out if flag == raw_photos else flag for flag in unet_flags]
+    replaced = {raw_photos: four_held_out, "no": precision}
+    flags = [replaced.get(flag, flag) for flag in unet_flags]
     run_here(
         "train_unet", [*flags, "--epochs", 2, "--validate-every", 1, "--evaluate-every", 2, "--output-dir", tmp_path]
     )

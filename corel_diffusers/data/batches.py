@@ -177,5 +177,6 @@ def training_batches(
 
 def ignore_stop_signals(worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal. Workers go on: the run needs their batches until it has stopped."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import posixpath
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -36,7 +37,8 @@ def read_metadata(files: dict[str, Path]) -> dict[str, Row]:
             name = next((values[key] for key in FILE_KEYS if values.get(key)), None)
             if not isinstance(name, str):
                 raise UserError(f"{path}: each row must have file_name, the path of a photo relative to this file")
-            photo = unicodedata.normalize("NFC", str(PurePosixPath(relative).parent / name.replace("\\", "/")))
+            photo = posixpath.normpath(PurePosixPath(relative).parent / name.replace("\\", "/"))
+            photo = unicodedata.normalize("NFC", photo)
             row = rows.setdefault(photo, Row())
             label = next((values[key] for key in LABEL_KEYS if values.get(key) not in (None, "")), None)
             label = None if label is None else unicodedata.normalize("NFC", str(label))

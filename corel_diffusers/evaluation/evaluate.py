@@ -28,9 +28,10 @@ from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, pipel
 from corel_diffusers.sampling.samplers import set_sampler
 from corel_diffusers.sampling.samples import guidance_interval, labels_for_images, sample_images
 
-# Maximum number of held-out photos in the search for copies. This measures the false alarms.
+# Maximum number of held-out photos in the search for copies. The fraction that is found is the rate of false alarms.
 MAX_CONTROL_PHOTOS = 500
-# Maximum number of training photos that are mirrored, cropped and searched for. This measures the detection rate.
+# Maximum number of training photos that are mirrored, cropped and searched for. The fraction that is found is the
+# detection rate.
 MAX_PLANTED = 200
 
 
@@ -205,10 +206,10 @@ def make_samples(
 def photo_labels_for_kid(
     photo_labels: dict[str, torch.Tensor], held_out: str, sample_labels: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return the labels of the photos for KID, or None if the photos count as drawn at random.
+    """Return the labels of the photos for KID, or None if KID does not need them.
 
-    A split has a fixed number of photos per class, so KID needs their labels. If all photos are compared, KID needs
-    their labels only if the samples have labels too.
+    A split is stratified, so KID needs its labels. All photos together are a random sample: KID needs their labels only
+    if the samples have labels too.
     """
     return None if held_out == "all" and sample_labels is None else photo_labels[held_out]
 

@@ -29,7 +29,7 @@ class ComparedPhotos:
     network: Network
     held_out: str  # the split that the samples are compared with, or "all"
     training_splits: list[str]  # the splits whose photos the model may have seen
-    pixels: dict[str, Pixels]  # "all" only if it is held_out
+    pixels: dict[str, Pixels]  # it has the key "all" only if held_out is "all"
     files: dict[str, list[str]]
     labels: dict[str, torch.Tensor]  # (N,)
     features: dict[str, torch.Tensor]  # (N, D)
@@ -49,7 +49,7 @@ class ComparedPhotos:
         """
         photos, pixels = cache_pixels(photos_to_compare(args, pipe), size_px)
         held_out = pick_held_out(args.against, pixels)
-        # The training photos of --pictures are unknown, so validation photos count as training photos unless held out.
+        # The training photos of --pictures are unknown: all splits except the held-out one count as training photos.
         training_splits = ["train"] if pipe else [split for split in ("train", "validation") if split != held_out]
         network = load_network(args.features, device)
         labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
@@ -137,7 +137,7 @@ def pick_held_out(against: str, pixels: dict[str, Pixels]) -> str:
     count = sum(map(len, pixels.values())) if split == "all" else len(pixels[split])
     if count < MIN_PHOTOS:
         raise UserError(
-            f"--data-dir has only {count} photos to compare with in {split}, at least {MIN_PHOTOS} are needed: "
+            f"the split {split} of --data-dir has only {count} photos, at least {MIN_PHOTOS} are needed: "
             "give --against all"
         )
     return split

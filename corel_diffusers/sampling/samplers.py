@@ -52,8 +52,9 @@ def possible_steps(sampler: SchedulerMixin, steps: int) -> int:
 def first_timestep_options(scheduler: SchedulerMixin) -> dict[str, object]:
     """Return options that let other samplers begin at the same timestep as DPM-Solver++.
 
-    A model that predicts the noise needs them. To compute the photo from the noise, a sampler divides by sqrt(a). At
-    the last timesteps of the cosine schedule sqrt(a) is almost 0, so these timesteps are left out of the schedule.
+    A model that predicts the noise needs them. To compute the photo from the noise, a sampler divides by
+    sqrt(alphas_cumprod). At the last timesteps of the cosine schedule this is almost 0, so these timesteps are left out
+    of the schedule.
     """
     lambda_min = dpm_solver_options(scheduler.config).get("lambda_min_clipped")
     if lambda_min is None or scheduler.config.prediction_type != "epsilon":
@@ -67,7 +68,7 @@ def dpm_solver_options(config: dict) -> dict[str, object]:
     """Return the options of DPM-Solver++ for a model that was trained with a scheduler of this config.
 
     On the cosine schedule, the timesteps with log-SNR / 2 below -5.1 are left out, as diffusers advises. At these last
-    timesteps the predicted noise would have to be divided by almost 0. A schedule with zero terminal SNR keeps all
+    timesteps, computing x_0 from the predicted noise divides by almost 0. A schedule with zero terminal SNR keeps all
     timesteps, because its model was trained to begin at pure noise.
     """
     keeps_all = config.get("rescale_betas_zero_snr") or config.get("beta_schedule", "linear") == "linear"

@@ -28,7 +28,10 @@ def save_grid(run: Run, name: str, grid: Image.Image) -> None:
 
 
 def progress_bar(run: Run) -> tqdm:
-    """Return a progress bar with photos per second and the time left. It adds a line every 30 seconds to a log file."""
+    """Return a progress bar with photos per second and the time left.
+
+    If stderr is not a terminal, it prints a line every 30 seconds.
+    """
     return tqdm(
         total=run.length.steps and run.length.steps * run.plan.global_batch,
         initial=run.state.step * run.plan.global_batch,

@@ -2,6 +2,9 @@
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,6 +15,8 @@ from corel_diffusers.files import best_record
 from corel_diffusers.training.length import SYNC_EVERY
 from corel_diffusers.training.state import RunState
 
+# Ctrl-C, the end of a job, and, except on Windows, a terminal that is closed
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # A run that ends by time stops after this fraction of its minutes without a model to save as best. In the
 # measured runs, a gauge above the limit did not fall below it again.
 STOP_AFTER_IDLE = 0.1
@@ -53,7 +58,7 @@ def early_stop_reason(state: RunState, patience: int | None, window: int, thresh
 
 
 class StopSignal:
-    """Lets the run save a checkpoint and end cleanly after the first SIGINT or SIGTERM.
+    """Lets the run save a checkpoint and end cleanly after the first of STOP_SIGNALS.
 
     A second signal ends the run at once.
     """
@@ -62,10 +67,20 @@ class StopSignal:
         self.number = 0  # of the signal that this process has received; 0: none
         self.agreed = 0  # of the signal that any rank has received; the same on all ranks
 
-    def listen(self) -> None:
-        """Install the signal handlers. Before that, a signal ends the process at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._received)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Wait for signals inside this context. Outside of it, a signal ends the process at once.
+
+        Python lets only the main thread install signal handlers. A run in another thread cannot be stopped by a signal.
+        """
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, self._received) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _received(self, number: int, frame: object) -> None:
         if self.number:

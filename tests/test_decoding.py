@@ -1,0 +1,89 @@
+"""Photos in the formats, depths and colours that cameras and programs write."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from corel_diffusers.data.decoding import PhotoError, open_photo
+from corel_diffusers.data.tree import photo_endings
+
+# red, green and blue of AdobeRGB, adapted to D50
+ADOBE_RGB = {
+    b"rXYZ": (0.60974, 0.31111, 0.01947),
+    b"gXYZ": (0.20528, 0.62567, 0.06087),
+    b"bXYZ": (0.14919, 0.06322, 0.74457),
+}
+
+
+def wide_profile() -> bytes:
+    """Return the profile of sRGB with the primary colours of AdobeRGB."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for place in range(struct.unpack(">I", profile[128:132])[0]):
+        name, offset, _ = struct.unpack(">4sII", profile[132 + 12 * place : 144 + 12 * place])
+        if name in ADOBE_RGB:
+            profile[offset + 8 : offset + 20] = struct.pack(">3i", *(round(v * 65536) for v in ADOBE_RGB[name]))
+    return bytes(profile)
+
+
+def colours(mode: str = "RGB") -> Image.Image:
+    """Return a photo with smooth colours, 40 x 40 px."""
+    ramp = np.linspace(20, 230, 40)
+    channels = [np.broadcast_to(ramp, (40, 40)), np.broadcast_to(ramp[:, None], (40, 40)), np.full((40, 40), 90)]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8)).convert(mode)
+
+
+def png_of_16_bits(values: np.ndarray) -> bytes:
+    """Return a PNG of uint16 (H, W, 3), which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_colour_profile_is_converted_as_by_the_library(mode, tmp_path):
+    photo, profile = colours(mode), wide_profile()
+    photo.save(tmp_path / "photo.png", icc_profile=profile)
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    expected = ImageCms.profileToProfile(photo.convert("RGB"), source, ImageCms.createProfile("sRGB"))
+    assert np.array_equal(np.asarray(open_photo(tmp_path / "photo.png")), np.asarray(expected))
+    assert not np.array_equal(np.asarray(expected), np.asarray(photo.convert("RGB"))), "the profile matters"
+
+
+def test_a_damaged_colour_profile_is_ignored(tmp_path):
+    colours().save(tmp_path / "photo.png", icc_profile=b"no profile")
+    assert np.array_equal(np.asarray(open_photo(tmp_path / "photo.png")), np.asarray(colours()))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_the_bits_that_are_used_decide_about_the_brightness(bits, tmp_path):
+    expected = np.asarray(colours())
+    values = np.rint(expected / 255 * (2**bits - 1)).astype(np.uint16)
+    values[0, 0] = 2**bits - 1
+    assert np.abs(np.asarray(open_photo(png_of_16_bits(values))).astype(int) - expected)[1:].max() <= 1
+    Image.fromarray(values[..., 0]).save(tmp_path / "grey.png")
+    grey = np.asarray(open_photo(tmp_path / "grey.png")).astype(int)
+    assert np.abs(grey[..., 0] - expected[..., 0])[1:].max() <= 1
+
+
+@pytest.mark.parametrize("ending", [".avif", ".jfif", ".jpe", ".jp2", ".ppm", ".tga", ".tif", ".webp"])
+def test_formats_that_pillow_opens_are_photos(ending, tmp_path):
+    assert ending in photo_endings()
+    colours().save(tmp_path / f"photo{ending}", "JPEG" if ending in (".jfif", ".jpe") else None)
+    difference = np.asarray(open_photo(tmp_path / f"photo{ending}")).astype(int) - np.asarray(colours())
+    assert np.abs(difference).mean() < 4
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    pointer: Path = tmp_path / "photo.png"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:919d\nsize 330454\n")
+    with pytest.raises(PhotoError, match="run git lfs pull"):
+        open_photo(pointer)

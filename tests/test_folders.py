@@ -1,0 +1,246 @@
+"""Folders of photos as people have them: splits, metadata files, deeper folders, names, and what is not a photo."""
+
+import json
+import os
+import unicodedata
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COREL_5K
+from datasets import Dataset, load_dataset
+from PIL import Image
+
+from corel_diffusers.config.checks import require_data_dir, user_path
+from corel_diffusers.data.corel5k import class_names, read_words
+from corel_diffusers.data.folders import find_photos
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.pixels import cache_pixels
+from corel_diffusers.files import UserError, write_json
+
+
+def draw(folder: Path, *names: str) -> Path:
+    """Write a different photo of 40 x 40 px under each name."""
+    for index, name in enumerate(names):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+def by_file(folder: Path) -> dict[str, tuple[str, str | None]]:
+    """Return file name -> class name and split."""
+    found = find_photos(folder)
+    return {photo.file_name: (found.classes.get(photo.class_number, "photo"), photo.split) for photo in found.photos}
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    names = [f"{split}/{n}.png" for split, count in (("train", 8), ("val", 3)) for n in range(count)]
+    photos = load_photos(draw(tmp_path, *names))
+    assert photos["train"].features["label"].names == ["photo"]
+    assert {split: sorted(part["file_name"][:]) for split, part in photos.items()} == {
+        "train": names[:8],
+        "validation": names[8:],
+    }
+
+
+def test_a_test_folder_is_held_back_and_validation_photos_are_chosen_from_the_others(tmp_path):
+    names = [f"{split}/{name}/{n}.png" for split in ("training", "test") for name in ("cat", "dog") for n in range(5)]
+    photos = load_photos(draw(tmp_path / "deep" / "down", *names).parent)
+    assert photos["train"].features["label"].names == ["cat", "dog"]
+    assert {split: len(part) for split, part in photos.items()} == {"train": 8, "validation": 2, "test": 10}
+    assert all("/test/" in f"/{name}" for name in photos["test"]["file_name"][:])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_metadata_files_give_labels_captions_and_splits_like_imagefolder(kind, tmp_path):
+    for split, count in (("train", 6), ("test", 2)):
+        folder = draw(tmp_path / "photos" / split, *(f"{n}.png" for n in range(count)))
+        rows = [{"file_name": f"{n}.png", "label": "ab"[n % 2], "text": f"caption {n}"} for n in range(count)]
+        if kind == "jsonl":
+            (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif kind == "csv":
+            Dataset.from_list(rows).to_csv(folder / "metadata.csv")
+        else:
+            Dataset.from_list(rows).to_parquet(folder / "metadata.parquet")
+    reference = load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), cache_dir=str(tmp_path / "cache"))
+    photos = load_photos(tmp_path / "photos")
+    assert len(photos["test"]) == len(reference["test"])
+    rows = [row for part in (photos["train"], photos["validation"]) for row in part]
+    names = photos["train"].features["label"].names
+    ours = sorted((row["caption"], names[row["label"]]) for row in rows)
+    assert ours == sorted((row["text"], row["label"]) for row in reference["train"])
+
+
+def test_several_captions_of_a_photo_are_one_photo(tmp_path, capsys):
+    folder = draw(tmp_path, *(f"{n}.png" for n in range(8)))
+    rows = [{"file_name": f"{n}.png", "text": f"caption {c}"} for n in range(8) for c in range(5)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    photos = load_photos(folder)
+    assert sum(map(len, photos.values())) == 8
+    assert set(photos["train"]["caption"][:]) == {"caption 0"}
+    assert "up to 5 captions" in capsys.readouterr().out
+
+
+def test_photos_without_a_row_and_rows_without_a_photo_are_told(tmp_path, capsys):
+    folder = draw(tmp_path, *(f"{n}.png" for n in range(6)))
+    rows = [{"file_name": f"{n}.png", "label": "ab"[n % 2]} for n in (0, 1, 2, 3, 7)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sum(map(len, load_photos(folder).values())) == 4
+    output = capsys.readouterr().out
+    assert "1 photos of metadata.jsonl are missing, for example 7.png" in output
+    assert "2 photos have no row in metadata.jsonl, for example 4.png: they are left out" in output
+
+
+def test_a_row_that_names_a_file_outside_the_folder_finds_no_photo(tmp_path):
+    draw(tmp_path, "outside.png")
+    folder = draw(tmp_path / "photos", "a.png", "b.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "../outside.png"}\n{"file_name": "a.png"}\n')
+    assert set(by_file(folder)) == {"a.png", "b.png"}
+
+
+def test_numbered_folders_keep_their_numbers_and_their_order(tmp_path):
+    folder = draw(tmp_path, *(f"{number}/{n}.png" for number in range(12) for n in range(3)))
+    found = find_photos(folder)
+    assert found.classes == {number: str(number) for number in range(12)}
+    assert load_photos(folder)["train"].features["label"].names == [str(number) for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.png", "b.png"], {"photo"}),
+        (["DCIM/100CANON/a.png", "DCIM/101CANON/b.png"], {"photo"}),
+        (["DCIM/100CANON/a.png", "DCIM/100CANON/b.png"], {"photo"}),
+        (["photos/pets/cat/a.png", "photos/pets/dog/b.png"], {"cat", "dog"}),
+        (["cat/2020/a.png", "cat/b.png", "dog/c.png"], {"cat", "dog"}),
+        (["cat/a.png", "cat/b.png"], {"cat"}),
+        ([f"{n}.png" for n in range(1, 351) if n not in (17, 118, 266)], {"photo"}),
+        ([f"{n}.png" for n in range(1000, 1020)], {"photo"}),
+        ([f"{cd}{n:03d}.png" for cd in (1, 21, 384) for n in range(4)], {"1", "21", "384"}),
+    ],
+)
+def test_the_layout_follows_from_the_names(names, expected, tmp_path):
+    assert {class_name for class_name, _ in by_file(draw(tmp_path, *names)).values()} == expected
+
+
+def test_neighbours_of_photos_are_ignored(tmp_path):
+    folder = draw(tmp_path, "cat/a.png", "dog/b.png", "__MACOSX/cat/a.png", ".hidden/c.png", "@eaDir/d.png")
+    (folder / "cat" / "Thumbs.db").write_bytes(b"x")
+    found = find_photos(folder)
+    assert found.classes == {1: "cat", 2: "dog"}
+    assert not found.left_out
+
+
+def test_links_that_lead_nowhere_and_links_in_a_circle_are_told_or_ignored(tmp_path):
+    folder = draw(tmp_path, "a.png", "b.png")
+    (folder / "c.png").symlink_to("../.git/annex/objects/gone")
+    (folder / "again").symlink_to(folder)
+    found = find_photos(folder)
+    assert len(found.photos) == 2
+    assert found.left_out == {"c.png": "a link to a missing file"}
+    assert "1 photos are links to files that are not here" in " ".join(found.notices)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_left_out(tmp_path):
+    folder = draw(tmp_path, "cat/a.png", "dog/b.png")
+    (folder / "private").mkdir(mode=0o000)
+    assert "private/ cannot be read" in " ".join(find_photos(folder).notices)
+
+
+@pytest.mark.parametrize("level", [".", "corel"])
+def test_one_level_too_high_reads_the_prepared_photos(level, tmp_path):
+    draw(tmp_path / "corel" / "corel_all", "a.png", "b.png")
+    draw(tmp_path / "corel" / "class_0001", "a.png")
+    write_json(tmp_path / "corel" / "source.json", {})
+    assert set(by_file(tmp_path / level)) == {"a.png", "b.png"}
+
+
+def test_an_archive_is_named(tmp_path):
+    draw(tmp_path / "photos", "a.png")
+    for folder in (tmp_path, tmp_path / "only"):
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+            archive.write(tmp_path / "photos" / "a.png", "a.png")
+    with pytest.raises(UserError, match=r"photos\.zip is an archive: unpack it"):
+        require_data_dir(tmp_path / "photos.zip")
+    with pytest.raises(UserError, match=r"it has 1 an archive \(\.zip\): unpack it"):
+        find_photos(tmp_path / "only")
+
+
+def test_a_class_that_loses_all_photos_is_an_error(tmp_path):
+    folder = draw(tmp_path / "heic", "cat/a.png", "dog/b.png")
+    (folder / "horse").mkdir()
+    (folder / "horse" / "IMG_1.cr2").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"class folder horse can be opened \(1 a raw photo of a camera"):
+        find_photos(folder)
+    folder = draw(tmp_path / "damaged", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(3)))
+    for file in (folder / "dog").iterdir():
+        file.write_bytes(b"x")
+    with pytest.raises(UserError, match="no photo of the class dog can be read"):
+        cache_pixels(load_photos(folder), (32, 32))
+
+
+def test_a_classes_txt_of_another_program_is_ignored(tmp_path):
+    folder = draw(tmp_path, "cat/a.png", "dog/b.png")
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    found = find_photos(folder)
+    assert found.classes == {1: "cat", 2: "dog"}
+    assert "classes.txt is ignored" in " ".join(found.notices)
+
+
+def test_composed_and_decomposed_names_are_the_same(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    folder = draw(tmp_path, f"{decomposed}.png", "b.png")
+    (folder / "metadata.jsonl").write_text(f'{{"file_name": "{composed}.png", "label": "x"}}\n', "utf-8")
+    assert by_file(folder) == {f"{composed}.png": ("x", None)}
+
+
+def test_words_in_file_names_are_offered_as_classes(tmp_path):
+    folder = draw(tmp_path, *(f"{word}_{n:02d}.png" for word in ("cat", "dog") for n in range(3)))
+    assert "file names begin with 2 words (cat, dog)" in " ".join(find_photos(folder).notices)
+    assert find_photos(folder, "names").classes == {1: "cat", 2: "dog"}
+
+
+def test_the_home_folder_is_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path(".", "~/photos") == tmp_path / "photos"
+    assert user_path("~", "photos") == tmp_path / "photos"
+
+
+def test_the_classes_of_corel_5k_are_named_by_their_words(tmp_path, capsys):
+    names = [f"{cd}{n:03d}.png" for cd in (108, 113) for n in range(4)]
+    folder = draw(tmp_path, *names)
+    (folder / "words").write_bytes(b"grass\r\ntiger\r\nhorse\r\nwater\r\n")
+    lines = [f"{cd}{n:03d} {2 if cd == 108 else 3} {1 if n % 2 else 4}   \r\n" for cd in (108, 113) for n in range(4)]
+    (folder / "training_label").write_text("".join(lines))
+    found = find_photos(folder)
+    assert found.layout == "corel-5k"
+    assert {number: name.split()[0] for number, name in found.classes.items()} == {108: "tiger", 113: "horse"}
+    assert next(photo.caption for photo in found.photos if photo.file_name == "108001.png") == "tiger, grass"
+    assert class_names({1: [["a", "b"]], 2: [["b", "a"]]}) == {1: "a b 1", 2: "a b 2"}, "each class has its own name"
+
+
+@pytest.mark.skipif(not COREL_5K.is_dir(), reason="the photos of Corel-5K do not exist on this machine")
+def test_corel_5k_has_fifty_named_classes_in_order():
+    found = find_photos(COREL_5K)
+    assert len(found.classes) == len(set(found.classes.values())) == 50
+    assert list(found.classes) == sorted(found.classes)
+    assert found.classes[108] == "tiger cat"
+    assert len(found.photos) == 4500
+    assert all(photo.caption for photo in found.photos)
+    assert len(read_words(COREL_5K)) == 4500
+
+
+def test_what_datasets_has_written_is_read(tmp_path):
+    draw(tmp_path / "photos", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(5)))
+    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), cache_dir=str(tmp_path / "cache"))
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "parquet").mkdir()
+    loaded["train"].to_parquet(str(tmp_path / "parquet" / "train-00000-of-00001.parquet"))
+    for folder in ("saved", "parquet"):
+        photos = load_photos(tmp_path / folder)
+        assert photos["train"].features["label"].names == ["cat", "dog"], folder
+        assert {split: len(part) for split, part in photos.items()} == {"train": 8, "validation": 2}

@@ -35,9 +35,7 @@ class CorelPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components: ClassVar = ["guide"]
-    _exclude_from_cpu_offload: ClassVar = [
-        "guide"
-    ]  # each step runs both, and moving them to the CPU and back would be slow
+    _exclude_from_cpu_offload: ClassVar = ["guide"]  # moving it to the CPU and back in each step would be slow
 
     def __init__(
         self,
@@ -258,7 +256,7 @@ class CorelPipeline(DiffusionPipeline):
         labels = [label.item() if hasattr(label, "item") else label for label in labels]
         if len(labels) != num_images:
             raise ValueError(f"{len(labels)} class_labels for num_images={num_images}: give one, or one per image")
-        # a number can be the name of a class: class 2 of the folders 0, 1, 2
+        # a number can be a name: with the folders 1, 2, 3, the number 2 means folder 2, whose label is 1
         found = [self.null_label if label is None else ids.get(str(label), label) for label in labels]
         for label in found:
             if not isinstance(label, int) or not 0 <= label <= self.null_label:

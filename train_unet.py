@@ -178,7 +178,7 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
 
 
 def print_vae_quality(run: Run, vae: AutoencoderKL, photos: DatasetDict, held_out: pixels.Pixels) -> None:
-    """Print the reconstruction error of the VAE, and a notice if it is not the best VAE for these photos."""
+    """Print the reconstruction error of the VAE, and a notice if it was stopped early or has seen held-out photos."""
     labels = torch.tensor(photos["validation"]["label"][:])
     if run.accelerator.is_main_process:
         print(reconstruction_limit(vae, held_out, labels, run.args.mixed_precision))

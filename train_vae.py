@@ -76,7 +76,7 @@ def main(flags: VAEArguments) -> None:
 def set_up(
     args: VAEArguments, accelerator: Accelerator, photos: DatasetDict, began: float
 ) -> tuple[Run, VAEModels, dict[str, pixels.Pixels], pixels.Pixels]:
-    """Return the run, at its beginning or resumed, its models, the photos, and the training photos with more pixels.
+    """Return the run, at its beginning or resumed, its models, the photos, and the training photos in a larger size.
 
     Args:
         began: time.monotonic() at the start of the script.

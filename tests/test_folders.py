@@ -113,6 +113,7 @@ def test_numbered_folders_keep_their_numbers_and_their_order(tmp_path):
         (["a.png", "b.png"], {"photo"}),
         (["DCIM/100CANON/a.png", "DCIM/101CANON/b.png"], {"photo"}),
         (["DCIM/100CANON/a.png", "DCIM/100CANON/b.png"], {"photo"}),
+        (["a.png", "DCIM/100CANON/b.png", "DCIM/101CANON/c.png"], {"photo"}),
         (["photos/pets/cat/a.png", "photos/pets/dog/b.png"], {"cat", "dog"}),
         (["cat/2020/a.png", "cat/b.png", "dog/c.png"], {"cat", "dog"}),
         (["cat/a.png", "cat/b.png"], {"cat"}),

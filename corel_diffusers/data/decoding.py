@@ -108,8 +108,8 @@ def load_deep_colours(photo: Image.Image, file: Path | str | bytes) -> Image.Ima
 
 
 def largest_value(values: np.ndarray) -> int:
-    """Return the largest value of the number of bits that 16-bit values seem to have: 10, 12 or 16 bits."""
-    return next(limit for limit in (1023, 4095, 65535) if values.max() <= limit)
+    """Return the largest value of the smallest bit depth (10, 12 or 16 bits) that holds all values."""
+    return next((limit for limit in (1023, 4095, 65535) if values.max() <= limit), values.max())
 
 
 def is_lfs_pointer(file: Path | str | bytes) -> bool:
@@ -139,10 +139,13 @@ def orientation(photo: Image.Image) -> int:
 
 
 def to_eight_bits(photo: Image.Image) -> Image.Image:
-    """Convert a 16-bit, 32-bit or float greyscale image to 8 bits. The largest value of its bits becomes 255.
+    """Convert a 16-bit, 32-bit or float greyscale image to 8 bits.
+
+    The largest value that its bit depth allows becomes 255.
 
     A float image has the range 0 to 1 if its maximum is at most 1, and 0 to 255 otherwise. A 32-bit image has 8-bit
-    values if its maximum is at most 255. Otherwise the number of bits is that of `largest_value`.
+    values if its maximum is at most 255. Otherwise its range is that of `largest_value`, or its own maximum if it has
+    more than 16 bits.
     """
     values = np.asarray(photo).astype(np.float64)
     if photo.mode == "F":

@@ -12,7 +12,9 @@ from corel_diffusers.data.metadata import Row, read_metadata
 from corel_diffusers.data.tree import Tree, list_tree, most_common_reasons, printable
 from corel_diffusers.files import UserError
 
-CAMERA_FOLDER = r"\d{3}[A-Z0-9_]{5}"  # 100CANON: cameras begin a new folder after some photos, which is no class
+CAMERA_FOLDER = (
+    r"\d{3}[A-Z0-9_]{5}"  # cameras begin a new folder, such as 100CANON, after some photos: it is not a class
+)
 
 
 def find_photos(folder: Path, layout: str = "auto") -> FolderContents:
@@ -48,7 +50,7 @@ def find_photos(folder: Path, layout: str = "auto") -> FolderContents:
     in_folders = [file for file, parts in places.items() if len(parts) > 1]
     loose = [file for file in places if file not in set(in_folders)]
     names_of_folders = {places[file][0] for file in in_folders}
-    from_camera = names_of_folders and all(re.fullmatch(CAMERA_FOLDER, name) for name in names_of_folders)
+    from_camera = in_folders and all(any(map(is_camera_folder, places[file][:-1])) for file in in_folders)
     if layout == "auto":
         found.layout = layout_by_names([Path(file).stem for file in loose], root)
         if found.layout == "flat" and len(in_folders) > len(loose) and not from_camera:
@@ -72,6 +74,11 @@ def find_photos(folder: Path, layout: str = "auto") -> FolderContents:
     return found
 
 
+def is_camera_folder(name: str) -> bool:
+    """Return whether a camera made the folder. It is not a class."""
+    return name == "DCIM" or bool(re.fullmatch(CAMERA_FOLDER, name))
+
+
 def prepared_folder_inside(folder: Path) -> Path | None:
     """Return corel_all/ of `prepare`, if the folder is training_data/ or training_data/corel/, otherwise None."""
     for corel in (folder, folder / "corel"):
@@ -84,7 +91,7 @@ def split_and_place(tree: Tree) -> tuple[str, dict[str, str], dict[str, tuple[st
     """Return the folder that contains all photos, the split of each photo, and its path without both.
 
     Returns:
-        base: "" or a relative path. A folder with all photos in one folder is that folder: it may be their class.
+        base: "" or a relative path. If all photos are in one folder, it is its parent: that folder may be their class.
         splits: file -> split, empty without split folders.
         places: file -> path after the base and the split folder, as parts.
     """
@@ -94,7 +101,7 @@ def split_and_place(tree: Tree) -> tuple[str, dict[str, str], dict[str, tuple[st
     for other in folders:
         base = base[: next((i for i, (a, b) in enumerate(zip(base, other, strict=False)) if a != b), len(other))]
     is_class = len(folders) == 1 and base and base[-1].lower() not in SPLIT_FOLDERS
-    if is_class and not re.fullmatch(CAMERA_FOLDER, base[-1]):
+    if is_class and not is_camera_folder(base[-1]):
         base = base[:-1]
     if len(folders) > 1 and base and base[-1].lower() in SPLIT_FOLDERS:
         base = base[:-1]
@@ -120,7 +127,9 @@ def read_rows_of_photos(tree: Tree) -> FolderContents:
     missing = [name for name in rows if name not in tree.photos]
     if len(missing) == len(rows):
         example = f" names {missing[0]}, which does not exist" if missing else " has no rows"
-        raise UserError(f"{tree.folder}: {names}{example}: write its file_name relative to the file, or delete it")
+        raise UserError(
+            f"{tree.folder}: {names}{example}: write each file_name relative to the folder of this file, or delete it"
+        )
     if missing:
         found.notices.append(
             f"{len(missing)} photos of {names} are missing, for example {missing[0]}: they are left out"

@@ -16,7 +16,7 @@ CAMERA_NAMES = {"img", "image", "dsc", "dscn", "dscf", "pxl", "photo", "picture"
 def layout_by_names(stems: Sequence[str], folder: Path) -> str:
     """Return corel, corel-1k, corel-5k or flat, from the file names without their endings.
 
-    Photos that are numbered are a user's own, unless they reach from the first to the last class of Corel-1K.
+    Names of one to three digits are read as flat, unless they reach from the first to the last class of Corel-1K.
     """
     if stems and sum(bool(re.fullmatch(r"\d{4}_\d+", s)) for s in stems) >= 0.9 * len(stems):
         return "corel"
@@ -56,13 +56,14 @@ def classes_of_folders(
     if lost := next((name for name in closed if name not in folders), None):
         raise UserError(
             f"--data-dir {tree.folder}: no photo of the class folder {lost} can be opened "
-            f"({most_common_reasons(closed[lost])}); or remove the folder to train without this class"
+            f"({most_common_reasons(closed[lost])}). Or remove the folder, to train without this class"
         )
     nested = [file for file in in_folders if len(places[file]) > 2]
     if nested:
         example = printable("/".join(places[nested[0]][:-1]))
         found.notices.append(
-            f"{len(nested)} photos lie deeper than their class folder, for example in {example}/: they belong to it"
+            f"{len(nested)} photos lie deeper than their class folder, for example in {example}/: "
+            "they get the class of that class folder"
         )
     return {file: class_numbers[places[file][0]] for file in in_folders}
 

@@ -87,7 +87,7 @@ def on_latent_size(vae: AutoencoderKL, size_px: tuple[int, int]) -> list[str]:
 
 
 def on_vae(location: Path | str, held_out: Sequence[str]) -> list[str]:
-    """Return advice if the VAE of a UNet is not the best one for its photos.
+    """Return advice if the training of the VAE was stopped early, or if the VAE was trained on held-out photos.
 
     Args:
         location: the folder of the VAE or its Hub id.

@@ -23,8 +23,8 @@ GAUGE = "overfitting gauge: held-out / training loss"
 # gauge / its minimum when the first copy in pixels was found, in two measurements on 60 Corel photos:
 # benchmarks/results/overfitting.md
 COPIES_BEGAN = {
-    1.11: "first copy in pixels, run 1",
-    1.46: "first copy in pixels, run 2",
+    1.11: "first copy in a reference run (1)",
+    1.46: "first copy in a reference run (2)",
 }
 # A model is saved as best if its gauge is below this multiple of the minimum, or if its held-out loss is the lowest so
 # far. Saving does not stop at the lowest held-out loss, because recall and diversity still improve after it. The limit
@@ -85,7 +85,7 @@ class OverfittingGauge:
 
     @property
     def forward_passes(self) -> int:
-        """The number of photos that one measurement runs through the UNet."""
+        """The number of pairs of noise and timestep that one measurement runs through the UNet."""
         return len(self.training_set.latents) + len(self.held_out_set.latents)
 
     def measure(self, unet: UNet2DModel, diffusion: Diffusion, accelerator: Accelerator) -> dict[str, float]:
@@ -110,9 +110,11 @@ def record_validation(run: Run, values: dict[str, float]) -> bool:
 
 
 def first_copy_lines(history: list[dict]) -> dict[str, list[tuple[float, str]]]:
-    """Return the horizontal lines of the plot: the values of the gauge at which the first copies were found."""
+    """Return the reference lines of the plot.
+
+    They show where the gauge of this run would be if it rose as far as in the measurements of COPIES_BEGAN."""
     lowest = lowest_gauge(history) if history else 0.0
-    return {GAUGE: [(multiple * lowest, f"{event}, of 60 photos") for multiple, event in COPIES_BEGAN.items()]}
+    return {GAUGE: [(multiple * lowest, f"{event} on 60 photos") for multiple, event in COPIES_BEGAN.items()]}
 
 
 def fixed_noise_set(

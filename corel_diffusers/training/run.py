@@ -19,7 +19,7 @@ from corel_diffusers.training.stopping import StopSignal
 class Run:
     """The settings and the progress of a training run. It has no model and does no work.
 
-    The scripts read and update it in plain sight. The functions of `training/` take it when they need several of its
+    The scripts read and change its values directly. The functions of `training/` take it when they need several of its
     values.
     """
 

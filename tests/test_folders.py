@@ -144,13 +144,6 @@ def test_links_that_lead_nowhere_and_links_in_a_circle_are_told_or_ignored(tmp_p
     assert "1 photos are links to files that are not here" in " ".join(found.notices)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_that_may_not_be_read_is_left_out(tmp_path):
-    folder = draw(tmp_path, "cat/a.png", "dog/b.png")
-    (folder / "private").mkdir(mode=0o000)
-    assert "private/ cannot be read" in " ".join(find_photos(folder).notices)
-
-
 @pytest.mark.parametrize("level", [".", "corel"])
 def test_one_level_too_high_reads_the_prepared_photos(level, tmp_path):
     draw(tmp_path / "corel" / "corel_all", "a.png", "b.png")
@@ -245,3 +238,61 @@ def test_what_datasets_has_written_is_read(tmp_path):
         photos = load_photos(tmp_path / folder)
         assert photos["train"].features["label"].names == ["cat", "dog"], folder
         assert {split: len(part) for split, part in photos.items()} == {"train": 8, "validation": 2}
+
+
+def names(*folders: str) -> list[str]:
+    return [f"{folder}/{n}.png" for folder in folders for n in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("files", "classes", "splits"),
+    [
+        ([*names("train/cat", "train/dog", "val/cat"), "cover.png"], {"cat", "dog"}, {"train": 4, "validation": 2}),
+        (names("Train/cat", "TEST/cat", "unlabeled"), {"cat"}, {"train": 2, "test": 2}),
+        (names("cat/train", "dog/train", "cat/test"), {"cat", "dog"}, {"train": 4, "test": 2}),
+    ],
+)
+def test_split_folders_are_found_beside_other_files_and_inside_class_folders(files, classes, splits, tmp_path):
+    found = by_file(draw(tmp_path, *files))
+    assert {class_name for class_name, _ in found.values()} == classes
+    assert {split: [s for _, s in found.values()].count(split) for split in splits} == splits
+    assert sum(splits.values()) == len(found)
+
+
+def test_a_column_gives_the_splits_and_captions_alone_keep_the_class_folders(tmp_path):
+    folder = draw(tmp_path / "splits", "a.png", "b.png")
+    rows = [{"file_name": "a.png", "label": 1.0, "split": "train"}, {"file_name": "b.png", "label": 2, "split": "Test"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert by_file(folder) == {"a.png": ("1", "train"), "b.png": ("2", "test")}
+    folder = draw(tmp_path / "captions", "cat/a.png", "dog/b.png")
+    (folder / "metadata.csv").write_text('file_name, text\ncat/a.png, "one\nline"\ndog/b.png, two\n')
+    found = find_photos(folder)
+    assert found.classes == {1: "cat", 2: "dog"}
+    assert [photo.caption for photo in found.photos] == ["one\nline", "two"]
+
+
+def test_corel_1k_in_a_folder_of_its_own_keeps_its_classes(tmp_path):
+    folder = draw(tmp_path, *(f"image.orig/{n}.jpg" for n in (0, 1, 100, 250, 999)))
+    assert set(find_photos(folder).classes) == {0, 1, 2, 9}
+
+
+def test_an_archive_or_a_table_beside_photos_does_not_replace_them(tmp_path):
+    folder = draw(tmp_path, "cat/a.png", "cat/c.png", "dog/b.png", "dog/d.png")
+    (folder / "backup.tar").write_bytes(b"x")
+    assert load_photos(folder)["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    folder = draw(tmp_path / "photos", "cat/a.png", "dog/b.png")
+    (folder / "private").mkdir(mode=0o000)
+    original = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_photos(folder)
+    assert found.classes == {1: "cat", 2: "dog"}
+    assert "private/ cannot be read (Permission denied)" in " ".join(found.notices)

@@ -84,7 +84,7 @@ def test_class_folders_are_found_despite_photos_beside_them(raw_photos, tmp_path
     assert photos["train"].features["label"].names == ["sea", "snow"]
     output = capsys.readouterr().out
     assert "1 photos outside the class folders are left out" in output
-    assert "1 files are left out: sea/0001_0099.heic: a HEIC photo: pip install pillow-heif" in output
+    assert "2 files are left out: sea/0001_0099.heic: a HEIC photo: pip install pillow-heif; cover.png" in output
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ def flag_name(field_name: str) -> str:
 
 def user_path(base_dir: str, path: str) -> Path:
     """Return a path that the user gave. A relative path starts at --base-dir, and ~ is the home folder."""
-    return Path(base_dir).expanduser() / Path(path).expanduser()
+    try:
+        return Path(base_dir).expanduser() / Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such user: write the full path") from None
 
 
 def require_data_dir(folder: Path) -> None:

@@ -41,7 +41,7 @@ def read_words(folder: Path) -> dict[str, list[str]]:
     found = {}
     for number, line in enumerate(labels_file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         photo, *indices = line.split() or [""]
-        if not all(index.isdigit() and 1 <= int(index) <= len(words) for index in indices):
+        if not all(index.isdecimal() and 1 <= int(index) <= len(words) for index in indices):
             expected = f"'<photo> <numbers of words, from 1 to {len(words)}>'"
             raise UserError(f"{labels_file} line {number}: {line.strip()!r} is not {expected}")
         if photo:

@@ -9,18 +9,24 @@ from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, default_caption
 from corel_diffusers.data.layouts import label_numbers
 from corel_diffusers.data.metadata import CAPTION_KEYS, LABEL_KEYS
 from corel_diffusers.data.splits import with_split
+from corel_diffusers.data.tree import list_tree
 from corel_diffusers.files import UserError, first_line
 
-SAVED_TO_DISK = ("dataset_dict.json", "dataset_info.json")
 TABLE_ENDINGS = (".parquet", ".arrow", ".tar")
 
 
 def is_dataset_folder(folder: Path) -> bool:
     """Return whether `save_to_disk` wrote the folder, or whether its photos lie in tables (TABLE_ENDINGS)."""
-    if any((folder / name).is_file() for name in SAVED_TO_DISK):
+    if is_saved_to_disk(folder):
         return True
     tables = [file for ending in TABLE_ENDINGS for file in (*folder.glob(f"*{ending}"), *folder.glob(f"*/*{ending}"))]
-    return any(file.name != "metadata.parquet" for file in tables)
+    return any(file.name != "metadata.parquet" for file in tables) and not list_tree(folder).photos
+
+
+def is_saved_to_disk(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote the folder."""
+    is_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return is_dataset or (folder / "dataset_dict.json").is_file()
 
 
 def load_dataset_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
@@ -30,7 +36,7 @@ def load_dataset_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
         UserError: `datasets` cannot load it.
     """
     try:
-        if any((folder / name).is_file() for name in SAVED_TO_DISK):
+        if is_saved_to_disk(folder):
             loaded = load_from_disk(str(folder))
             loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         else:
@@ -81,31 +87,47 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
         )
     kept = {"train": train}
     for split in ("validation", "test"):
-        if splits.get(split, train) != train:
-            if has_labels(loaded[splits[split]], label):
-                kept[split] = splits[split]
+        if (name := splits.get(split, train)) != train:
+            part = loaded[name]
+            same_kind = label is None or type(part.features.get(label)) is type(features[label])
+            if image in part.features and has_labels(part, label) and same_kind:
+                kept[split] = name
             else:
-                print(f"notice: the split {splits[split]} of {source} is not used: some of its photos have no {label}")
+                print(f"notice: the split {name} of {source} is not used: it lacks images, or labels of the same kind")
     values = {split: loaded[name][label][:] if label else ["photo"] * len(loaded[name]) for split, name in kept.items()}
     if isinstance(features.get(label), ClassLabel):
-        names = {split: features[label].int2str(part) for split, part in values.items()}
+        names = {split: loaded[kept[split]].features[label].int2str(part) for split, part in values.items()}
         numbers = dict(enumerate(features[label].names, 1))
     else:
         names = {split: [str(value) for value in part] for split, part in values.items()}
         _, numbers = label_numbers(sorted({name for part in names.values() for name in part}), {})
-    parts = []
+    photos = DatasetDict()
     for split, name in kept.items():
-        part = loaded[name]
-        captions = part[caption][:] if caption else [default_caption(each if label else None) for each in names[split]]
-        files = part["file_name"][:] if "file_name" in features else [f"{name}/{i:07d}" for i in range(len(part))]
-        part = part.select_columns([image])
-        part = part if image == "image" else part.rename_column(image, "image")
-        part = part.add_column("caption", list(map(first_caption, captions))).add_column("file_name", files)
-        parts.append(labelled(part, names[split], list(numbers.values())))
-    if "validation" in kept:
-        return DatasetDict(dict(zip(kept, parts, strict=True))), numbers
-    photos = DatasetDict(dict(zip(kept, parts, strict=True)))
-    return DatasetDict(photos | with_split(photos["train"])), numbers
+        part = photos_of_split(loaded[name], name, image, caption, names[split] if label else None)
+        photos[split] = labelled(part, names[split], list(numbers.values()))
+    if "validation" not in kept:
+        photos = DatasetDict(photos | with_split(photos["train"]))
+    return photos, numbers
+
+
+def photos_of_split(
+    part: Dataset, split: str, image: str, caption: str | None, class_names: list[str] | None
+) -> Dataset:
+    """Return the columns image, caption and file_name of a split.
+
+    Args:
+        image, caption: the names of its columns. A split without the caption column has default captions.
+        class_names: the class of each photo, or None.
+    """
+    captions = [default_caption(name) for name in class_names or [None] * len(part)]
+    if caption in part.features:
+        captions = list(map(first_caption, part[caption][:]))
+    files = part["file_name"][:] if "file_name" in part.features else []
+    if not all(isinstance(file, str) for file in files) or len(set(files)) < len(part):
+        files = [f"{split}/{i:07d}" for i in range(len(part))]
+    part = part.select_columns([image])
+    part = part if image == "image" else part.rename_column(image, "image")
+    return part.add_column("caption", captions).add_column("file_name", files)
 
 
 def first_caption(captions: str | list[str] | None) -> str:

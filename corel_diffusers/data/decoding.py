@@ -20,6 +20,17 @@ from corel_diffusers.files import UserError
 # Pillow warns from about 90 megapixels, but 100-megapixel cameras exist. It still raises an error at twice its limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 MIN_SIDE_PX = 32
+# EXIF orientation -> how to turn the photo upright. ImageOps.exif_transpose also writes the EXIF data again, and fails
+# if any of it is damaged.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PhotoError(Exception):
@@ -42,13 +53,13 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         if frames > 1 and photo.format not in ("MPO", "HEIF"):
             raise PhotoError(f"animated or multi-page ({frames} frames)")
         photo = load_deep_colours(photo, file)
-        if orientation(photo) != 1:
-            photo = ImageOps.exif_transpose(photo)
+        if (turn := TURNS.get(orientation(photo))) is not None:
+            photo = photo.transpose(turn)
     except UnidentifiedImageError:
         raise PhotoError("a pointer of git lfs: run git lfs pull" if is_lfs_pointer(file) else "not an image") from None
     except Image.DecompressionBombError:
         raise PhotoError("too many pixels to open safely") from None
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, RuntimeError, struct.error) as error:
         if getattr(error, "errno", None):
             raise unreadable_file(file, error) from None
         raise PhotoError("truncated" if "truncated" in str(error) else f"damaged ({error})") from None
@@ -97,19 +108,22 @@ def load_deep_colours(photo: Image.Image, file: Path | str | bytes) -> Image.Ima
     if low_bytes is None:
         return photo
     high = np.asarray(photo)
-    if high.max() > 15:  # all 16 bits are used
+    colours = high[..., :3]  # the alpha channel has all its bits
+    if colours.max() > 15:  # all 16 bits are used
         return photo
     other = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
     internals.read_with(other, low_bytes)
-    values = 256 * high.astype(np.uint16) + np.asarray(other)
-    scaled = Image.fromarray(np.rint(values * (255 / largest_value(values))).astype(np.uint8), photo.mode)
+    values = 256 * colours.astype(np.uint16) + np.asarray(other)[..., :3]
+    scaled = Image.fromarray(np.rint(values * (255 / largest_value(values))).astype(np.uint8), "RGB")
+    if photo.mode == "RGBA":
+        scaled.putalpha(photo.getchannel("A"))
     scaled.info = photo.info
     return scaled
 
 
 def largest_value(values: np.ndarray) -> int:
-    """Return the largest value of the smallest bit depth (10, 12 or 16 bits) that holds all values."""
-    return next((limit for limit in (1023, 4095, 65535) if values.max() <= limit), values.max())
+    """Return the largest value of the smallest bit depth (8, 10, 12 or 16 bits) that holds all values."""
+    return next((limit for limit in (255, 1023, 4095, 65535) if values.max() <= limit), values.max())
 
 
 def is_lfs_pointer(file: Path | str | bytes) -> bool:
@@ -147,9 +161,10 @@ def to_eight_bits(photo: Image.Image) -> Image.Image:
     values if its maximum is at most 255. Otherwise its range is that of `largest_value`, or its own maximum if it has
     more than 16 bits.
     """
-    values = np.asarray(photo).astype(np.float64)
+    values = np.nan_to_num(np.asarray(photo).astype(np.float64), posinf=0.0, neginf=0.0)
     if photo.mode == "F":
-        scale = 255 if values.max() <= 1 else 1
+        typical_maximum = np.percentile(values, 99.9)  # a filter can leave single values above 1
+        scale = 255 if typical_maximum <= 1 else 1 if typical_maximum <= 255 else 255 / 65535
     elif photo.mode == "I" and values.max() <= 255:
         scale = 1
     else:

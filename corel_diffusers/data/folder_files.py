@@ -46,7 +46,9 @@ def read_split(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     splits = read_json(file)
-    if not isinstance(splits, dict) or not isinstance(splits.get("validation"), list):
+    parts = list(splits.values()) if isinstance(splits, dict) else [None]
+    are_lists = all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in parts)
+    if not are_lists or "validation" not in splits:
         raise UserError(f'{file}: expected {{"train": [...], "validation": [...]}}; delete it for a new split')
     by_split = {split: splits.get(split, ()) for split in ("train", "validation", "test")}
     return {unicodedata.normalize("NFC", name): split for split, names in by_split.items() for name in names}

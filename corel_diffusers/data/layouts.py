@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corel_diffusers.data import corel5k
-from corel_diffusers.data.folder_contents import FolderContents
+from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, FolderContents
 from corel_diffusers.data.tree import CLOSED_FORMATS, Tree, most_common_reasons, printable
 from corel_diffusers.files import UserError
 
@@ -52,8 +52,9 @@ def classes_of_folders(
     closed = defaultdict(dict)
     for file, reason in tree.others.items():
         if reason in CLOSED_FORMATS.values() and "/" in file:
-            closed[file.rsplit("/", 1)[0].split("/")[-1]][file] = reason
-    if lost := next((name for name in closed if name not in folders), None):
+            closed[file.split("/")[-2]][file] = reason
+    used = {part for place in places.values() for part in place[:-1]}
+    if lost := next((name for name in closed if name not in used and name.lower() not in SPLIT_FOLDERS), None):
         raise UserError(
             f"--data-dir {tree.folder}: no photo of the class folder {lost} can be opened "
             f"({most_common_reasons(closed[lost])}). Or remove the folder, to train without this class"
@@ -130,7 +131,7 @@ def offer_layouts(found: FolderContents, stems: list[str]) -> None:
         )
     elif stems and all(re.fullmatch(r"\d{1,3}", stem) for stem in stems) and len({len(stem) for stem in stems}) > 1:
         found.notices.append(
-            "file names are numbers: read as photos without classes (photos of Corel-1K: prepare --layout corel-1k)"
+            "file names are numbers: read as photos without classes (for the photos of Corel-1K see prepare --layout)"
         )
 
 
@@ -156,7 +157,10 @@ def folder_classes(folders: Sequence[str], named: dict[int, str]) -> tuple[dict[
     if all(matches.values()) and len({int(match[1]) for match in matches.values()}) == len(folders):
         numbers = {folder: int(match[1]) for folder, match in matches.items()}
         by_number = sorted(numbers.items(), key=lambda item: item[1])
-        return numbers, {number: named.get(number, folder) for folder, number in by_number}
+        classes = {number: named.get(number, folder) for folder, number in by_number}
+        if len(set(classes.values())) < len(classes):  # classes.txt gives one folder the name of another
+            classes = {number: folder for folder, number in by_number}
+        return numbers, classes
     number_of = {name: number for number, name in named.items()}
     all_listed = set(folders) <= set(number_of)
     numbers = {
@@ -173,7 +177,7 @@ def label_numbers(labels: Sequence[str], named: dict[int, str]) -> tuple[dict[st
     if set(labels) <= set(named.values()):
         numbers = {name: number for number, name in named.items() if name in labels}
         return numbers, {number: name for name, number in numbers.items()}
-    if all(label.isdigit() for label in labels) and len({int(label) for label in labels}) == len(labels):
+    if all(label.isdecimal() for label in labels) and len({int(label) for label in labels}) == len(labels):
         numbers = {label: int(label) for label in sorted(labels, key=int)}
         return numbers, {number: named.get(number, label) for label, number in numbers.items()}
     return {label: i for i, label in enumerate(labels, 1)}, dict(enumerate(labels, 1))

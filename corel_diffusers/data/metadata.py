@@ -1,16 +1,20 @@
 """Read metadata files: rows with the name, the label and the captions of each photo, as `datasets` reads them."""
 
 import csv
+import io
 import json
+import math
 import posixpath
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from corel_diffusers.data.folder_contents import SPLIT_FOLDERS
 from corel_diffusers.files import UserError
 
 FILE_KEYS = ("file_name", "filename", "file", "image", "path")
 LABEL_KEYS = ("label", "class", "category", "class_name", "cls")
+SPLIT_KEYS = ("split", "subset", "partition")
 CAPTION_KEYS = ("caption", "text", "prompt", "description", "captions")
 
 
@@ -20,6 +24,7 @@ class Row:
 
     label: str | None = None
     captions: list[str] = field(default_factory=list)
+    split: str | None = None
 
 
 def read_metadata(files: dict[str, Path]) -> dict[str, Row]:
@@ -40,14 +45,42 @@ def read_metadata(files: dict[str, Path]) -> dict[str, Row]:
             photo = posixpath.normpath(PurePosixPath(relative).parent / name.replace("\\", "/"))
             photo = unicodedata.normalize("NFC", photo)
             row = rows.setdefault(photo, Row())
-            label = next((values[key] for key in LABEL_KEYS if values.get(key) not in (None, "")), None)
-            label = None if label is None else unicodedata.normalize("NFC", str(label))
+            label = label_of(path, next((values[key] for key in LABEL_KEYS if values.get(key) not in (None, "")), None))
             if None not in (label, row.label) and label != row.label:
                 raise UserError(f"{path}: {name} has two labels, {row.label} and {label}: keep one")
             row.label = row.label if label is None else label
+            row.split = split_named(path, next((values[key] for key in SPLIT_KEYS if values.get(key)), None))
             captions = next((values[key] for key in CAPTION_KEYS if values.get(key)), [])
             row.captions += [str(text) for text in (captions if isinstance(captions, list) else [captions])]
     return rows
+
+
+def label_of(path: Path, value: object) -> str | None:
+    """Return a label as text, or None for a missing one: NaN and -1 stand for it too.
+
+    Raises:
+        UserError: the label is a list or an object.
+    """
+    if value is None or value == -1 or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, list | dict):
+        raise UserError(f"{path}: the label {value} is not a name or a number: give one class per photo")
+    if isinstance(value, float) and value.is_integer():  # a table with gaps stores its integers so
+        value = int(value)
+    return unicodedata.normalize("NFC", str(value).strip()) or None
+
+
+def split_named(path: Path, value: object) -> str | None:
+    """Return the split "train", "validation" or "test" of a row, or None.
+
+    Raises:
+        UserError: the split has another name.
+    """
+    if value is None:
+        return None
+    if (split := SPLIT_FOLDERS.get(str(value).strip().lower())) is None:
+        raise UserError(f"{path}: the split {value} is unknown: give train, validation or test")
+    return split
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -63,13 +96,14 @@ def read_rows(path: Path) -> list[dict]:
             return Dataset.from_parquet(str(path)).to_list()
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
+            rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+            return [row for row in rows if any(row.values())]
         # not splitlines(): it also splits at characters that JSON allows inside a line
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error):
         hint = "a table with a first line of column names" if path.suffix == ".csv" else "one JSON object per line"
         raise UserError(f"{path} cannot be read: it must be {hint}, in UTF-8, with file_name") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): write it again") from None
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} cannot be read: it must be one JSON object per line, in UTF-8, with file_name")

@@ -117,7 +117,7 @@ def keep_classes(photos: DatasetDict, numbers: dict[int, str], wanted: list[str]
         return photos
     label = photos["train"].features["label"]
     chosen = {
-        word: word if word in label.names else numbers.get(int(word)) if word.isdigit() else None for word in wanted
+        word: word if word in label.names else numbers.get(int(word)) if word.isdecimal() else None for word in wanted
     }
     for word, name in chosen.items():
         if name is None:

@@ -51,7 +51,10 @@ def prepare(
         raise UserError(f"--data-dir {data_dir} is already prepared (it has split.json): train on it directly")
     found = find_photos(data_dir, layout)
     if len(found.photos) < 2:
-        raise UserError(f"{data_dir} holds one photo: at least two are needed, one of them for validation")
+        raise UserError(
+            f"{data_dir} holds {len(found.photos)} photos in the layout {found.layout}: at least two are needed, "
+            "one of them for validation"
+        )
     if strict:
         refuse_bad_photos(found)
     corel = output_dir / "corel"

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from corel_diffusers.config.checks import ARCHIVE_ENDINGS
+from corel_diffusers.files import UserError
 
 # The formats that Pillow opens as one image of photos. Others, such as icons and documents, are not photos.
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "SUN"}
@@ -25,7 +26,7 @@ METADATA_FILES = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
 IGNORED = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 IGNORED |= {"thumbs.db", "desktop.ini"}
 SHEET = "corel_dataset_samples.png"  # the contact sheet that `prepare` draws
-RUN_MARKERS = ("run.json", "model_index.json", SHEET, "corel/source.json", "source.json")
+RUN_MARKERS = ("run.json", "model_index.json", SHEET, "corel/source.json")
 
 
 @dataclass
@@ -67,29 +68,40 @@ def list_tree(folder: Path) -> Tree:
     def walk(directory: Path, prefix: str) -> None:
         nonlocal broken_links
         try:
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        except PermissionError:
+            with os.scandir(directory) as listed:
+                entries = sorted(listed, key=lambda entry: (entry.is_symlink(), entry.name))  # links last
+            written_here = bool(prefix) and is_toolkit_output(directory)
+        except OSError as error:
             if directory == folder:
-                raise
-            tree.notices.append(f"the folder {printable(prefix)} cannot be read (permissions): it is left out")
+                raise UserError(
+                    f"--data-dir {folder} cannot be read ({error.strerror}): check its permissions"
+                ) from None
+            tree.notices.append(f"the folder {printable(prefix)} cannot be read ({error.strerror}): it is left out")
+            return
+        if written_here:
+            tree.notices.append(f"the folder {printable(prefix)} was written by this toolkit: it is left out")
             return
         for entry in entries:
             name = unicodedata.normalize("NFC", entry.name)
             if name.startswith(".") or name.lower() in IGNORED:
                 continue
             path, relative = Path(entry.path), prefix + name
-            if entry.is_dir():
+            if os.path.isdir(path):
                 place = os.path.realpath(path)
-                if place not in seen and not is_toolkit_output(path):  # a link can lead back to a folder above it
+                if place not in seen:  # a link can lead back to a folder above it
                     seen.add(place)
                     walk(path, f"{relative}/")
-            elif not entry.is_file():
+                elif entry.is_symlink():
+                    tree.notices.append(f"the link {printable(relative)} leads to a folder that is read already")
+            elif not os.path.isfile(path):
                 broken_links += entry.is_symlink()
                 tree.others[printable(relative)] = "a link to a missing file"
             elif name in METADATA_FILES:
                 tree.metadata[relative] = path
             elif name not in FOLDER_FILES:
                 reason = why_left_out(name, endings)
+                if relative in tree.photos:
+                    reason = "another photo has the same name in another form of Unicode"
                 if reason:
                     tree.others[printable(relative)] = reason
                 else:
@@ -97,6 +109,9 @@ def list_tree(folder: Path) -> Tree:
 
     seen.add(os.path.realpath(folder))
     walk(folder, "")
+    if bad := next((file for file in tree.photos if printable(file) != file), None):
+        name = printable(bad.rpartition("/")[0])
+        raise UserError(f"--data-dir {printable(str(folder))}: the name of the folder {name} is not UTF-8: rename it")
     if broken_links:
         tree.notices.append(
             f"{broken_links} photos are links to files that are not here, as git annex and DVC make them: fetch them"
@@ -123,7 +138,11 @@ def printable(name: str) -> str:
 
 def is_toolkit_output(folder: Path) -> bool:
     """Return whether this toolkit wrote the folder: a run, a contact sheet, or output of `prepare` or `generate`."""
-    return folder.name.endswith("_individual") or any((folder / marker).exists() for marker in RUN_MARKERS)
+    if folder.name.endswith("_individual"):
+        return True
+    return any((folder / marker).exists() for marker in RUN_MARKERS) or (
+        (folder / "source.json").is_file() and (folder / "corel_all").is_dir()
+    )
 
 
 def most_common_reasons(others: dict[str, str], count: int = 3) -> str:

@@ -101,7 +101,7 @@ def set_up(
 
 
 def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: pixels.Pixels) -> None:
-    """Train until the run is over or stopped, on photos at the training size and with more pixels (`large`)."""
+    """Train until the run is over or stopped, on photos at the training size and, larger, for crops."""
     args, accelerator, device = run.args, run.accelerator, run.accelerator.device
     noise_shape = latent_shape(models.vae, args.size_px)
     kl_weight = torch.tensor(run.state.kl_weight or args.kl_weight, device=device)
@@ -190,7 +190,7 @@ def autoencoder_step(
         reconstruction, mean, logvar, last_layer_input = models.model(images, noise)
     terms = losses.loss_terms(args, accelerator, models.perceptual_pass, images, reconstruction, mean, logvar)
     loss = backward_loss = losses.weighted_sum(terms, args)
-    if is_adversarial:  # its gradients must not reach the discriminator
+    if is_adversarial:  # the discriminator's weights must not get these gradients
         discriminator = accelerator.unwrap_model(models.discriminator).requires_grad_(False)
         terms["adversarial"] = -discriminator(reconstruction).mean()
         discriminator.requires_grad_(True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from corel_diffusers.data.decoding import PhotoError, open_photo
 from corel_diffusers.data.tree import photo_endings
@@ -76,6 +76,8 @@ def test_the_bits_that_are_used_decide_about_the_brightness(bits, tmp_path):
 
 @pytest.mark.parametrize("ending", [".avif", ".jfif", ".jpe", ".jp2", ".ppm", ".tga", ".tif", ".webp"])
 def test_formats_that_pillow_opens_are_photos(ending, tmp_path):
+    if ending == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
     assert ending in photo_endings()
     colours().save(tmp_path / f"photo{ending}", "JPEG" if ending in (".jfif", ".jpe") else None)
     difference = np.asarray(open_photo(tmp_path / f"photo{ending}")).astype(int) - np.asarray(colours())

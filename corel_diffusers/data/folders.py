@@ -98,7 +98,7 @@ def captions_of_photos(
 ) -> dict[str, str]:
     """Return file -> caption, from metadata files, captions.json or the words of Corel-5K.
 
-    captions.json lies in the root or beside the photos. Its names are relative to it.
+    captions.json lies in the root or beside the photos. The file names in it are relative to its folder.
     """
     captions, found_captions = read_captions(root / "captions.json"), {}
     captions_in = lru_cache(maxsize=None)(lambda folder: read_captions(folder / "captions.json"))
@@ -116,7 +116,9 @@ def captions_of_photos(
 def inside_of_only_folder(
     root: Path, places: dict[str, tuple[str, ...]], layout: str
 ) -> tuple[Path, dict[str, tuple[str, ...]]]:
-    """Return the folder with the photos and their places in it, if one folder holds all and their names have a layout.
+    """If all photos are in one folder and their names have a layout, return this folder and their places in it.
+
+    Otherwise return the arguments unchanged.
 
     Corel-1K, for example, comes as image.orig/0.jpg. The lists of classes may lie in the folder or beside it.
     """
@@ -144,10 +146,11 @@ def prepared_folder_inside(folder: Path) -> Path | None:
 
 
 def split_and_place(tree: Tree) -> tuple[str, dict[str, str], dict[str, tuple[str, ...]]]:
-    """Return the folder that contains all photos, the split of each photo, and its path without both.
+    """Return the folder that contains all photos, the split of each photo, and the rest of its path.
 
     Returns:
-        base: "" or a relative path. If all photos are in one folder, it is its parent: that folder may be their class.
+        base: "" or a relative path. If all photos are in one folder, base is its parent, because the folder may be
+            their class.
         splits: file -> split, empty without split folders.
         places: file -> path after the base and the split folder, as parts.
     """
@@ -193,7 +196,9 @@ def read_rows_of_photos(tree: Tree, rows: dict[str, Row]) -> FolderContents:
     labels = {row.label for row in rows.values() if row.label is not None}
     kept = {row.label for file, row in rows.items() if file in tree.photos and row.label is not None}
     if lost := sorted(labels - kept):
-        raise UserError(f"{tree.folder}: no photo of the class {lost[0]} of {names} is there: remove its rows")
+        raise UserError(
+            f"{tree.folder}: {names} lists the class {lost[0]}, but none of its photos exist: remove its rows"
+        )
     class_numbers, found.classes = label_numbers(sorted(labels), read_classes(tree.folder / "classes.txt", found))
     split_of = read_split(tree.folder / "split.json")
     _, folder_splits, _ = split_and_place(tree)
@@ -227,7 +232,7 @@ def tell_about_rows(found: FolderContents, tree: Tree, rows: dict[str, Row]) -> 
         why = tree.others.get(missing[0], "which does not exist")
         raise UserError(
             f"{tree.folder}: {names} names {missing[0]}, {why}: "
-            "write each file_name relative to the folder of this file, or delete it"
+            f"write each file_name relative to the folder of {names}, or delete {names}"
         )
     if missing:
         why = tree.others.get(missing[0], "which does not exist")

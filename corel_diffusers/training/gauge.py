@@ -125,9 +125,9 @@ def fixed_noise_set(
 ) -> FixedNoiseSet:
     """Return latents, noise, timesteps and labels on which the loss of a set of photos is measured.
 
-    They are the same in each validation, so that chance does not change the loss. Each photo is used equally often, as
-    the mean of its posterior. The timesteps are evenly spaced. Two sets with the same number of photos have the same
-    noise and timesteps.
+    They are the same in each validation, so that chance does not change the loss. Each photo is used equally often. Its
+    latents are the mean of its posterior. The timesteps are evenly spaced. Two sets with the same number of photos have
+    the same noise and timesteps.
 
     Args:
         moments: (N, 2C, h, w), the mean and log-variance of each photo's posterior.
@@ -206,8 +206,8 @@ def overfitting_gauge(
 def lowest_gauge(history: list[dict]) -> float:
     """Return the minimum of the gauge over the validations whose held-out loss is within 5 % of the lowest one.
 
-    The gauge of the first validations has no meaning: the loss of a model that has learned nothing yet depends on how
-    bright the photos are, so its ratio compares the photos only.
+    The gauge of the first validations has no meaning: at the beginning, the loss depends only on how bright the photos
+    are, so the gauge compares the brightness of the two sets of photos.
     """
     lowest = min(record["val_loss"] for record in history)
     return min(record["gauge"] for record in history if record["val_loss"] <= 1.05 * lowest)

@@ -17,8 +17,8 @@ from corel_diffusers.training.state import RunState
 
 # Ctrl-C, the end of a job, and, except on Windows, a terminal that is closed
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-# A run that ends by time stops after this fraction of its minutes without a model to save as best. In the
-# measured runs, a gauge above the limit did not fall below it again.
+# A run with --max-train-minutes stops early if no model was saved as best for this fraction of its minutes. In the
+# measured runs, a gauge that had risen above SAVE_UP_TO_GAUGE times its minimum stayed above it.
 STOP_AFTER_IDLE = 0.1
 
 
@@ -66,8 +66,8 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal that this process has received; 0: none
-        self.agreed = 0  # of the signal that any rank has received; the same on all ranks
+        self.number = 0  # the signal number that this process received; 0: none
+        self.agreed = 0  # the signal number that all ranks agreed on: above 0 if any rank received one
 
     @contextmanager
     def listening(self) -> Iterator[None]:

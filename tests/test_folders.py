@@ -61,7 +61,7 @@ def test_metadata_files_give_labels_captions_and_splits_like_imagefolder(kind, t
         if kind == "jsonl":
             (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif kind == "csv":
-            Dataset.from_list(rows).to_csv(folder / "metadata.csv")
+            Dataset.from_list(rows).to_csv(folder / "metadata.csv", index=False)
         else:
             Dataset.from_list(rows).to_parquet(folder / "metadata.parquet")
     reference = load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), cache_dir=str(tmp_path / "cache"))

@@ -87,6 +87,8 @@ def main(flags: UNetArguments) -> None:
         run, *parts = set_up(args, accelerator, vae, photos, numbers, size_px, began)
         with run.stop.listening():
             train(run, *parts)
+            parts.clear()  # frees the models, see end_run
+            start.end_run(run)
 
 
 def set_up(
@@ -174,7 +176,6 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
         write_samples_and_card(run)
         if args.push_to_hub and run.is_complete:
             hub.push(args.run_dir, args.hub_model_id)
-    start.end_run(run)
 
 
 def print_vae_quality(run: Run, vae: AutoencoderKL, photos: DatasetDict, held_out: pixels.Pixels) -> None:

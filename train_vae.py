@@ -68,9 +68,11 @@ def main(flags: VAEArguments) -> None:
     trial = partial(trial_step, flags, accelerator)
     args = planning.plan_run(flags, accelerator, photos, presets.VAE_PRESETS, trial, flags.size_px)
     with start.explain_out_of_memory(args):
-        run, *data = set_up(args, accelerator, photos, began)
+        run, *parts = set_up(args, accelerator, photos, began)
         with run.stop.listening():
-            train(run, *data)
+            train(run, *parts)
+            parts.clear()  # frees the models, see end_run
+            start.end_run(run)
 
 
 def set_up(
@@ -156,7 +158,6 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
     # save
     if accelerator.is_main_process and run.history:
         add_latent_scale(run, fitted)
-    start.end_run(run)
 
 
 def kl_weight_of_step(run: Run) -> float:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,29 @@ def test_a_run_in_a_thread_trains_and_leaves_the_signal_handlers_as_they_were(va
     assert not errors
     assert (tmp_path / "thread" / "config.json").is_file()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["train_vae", "train_unet"])
+def test_the_models_are_freed_before_the_process_group_is_destroyed(name, vae_flags, unet_flags, tmp_path, monkeypatch):
+    """Otherwise a run on several processes can hang at its end, see `end_run`."""
+    models, alive, original_prepare, original_end = [], [], Accelerator.prepare, Accelerator.end_training
+
+    def prepare(self, *objects, **options):
+        prepared = original_prepare(self, *objects, **options)
+        kept = prepared if isinstance(prepared, tuple) else (prepared,)
+        models.extend(weakref.ref(part) for part in kept if isinstance(part, torch.nn.Module))
+        return prepared
+
+    def end_training(self):
+        alive.extend(model() for model in models)
+        original_end(self)
+
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
+    monkeypatch.setattr(Accelerator, "end_training", end_training)
+    flags = vae_flags if name == "train_vae" else unet_flags
+    run_here(name, [*flags, "--max-train-steps", 2, "--output-dir", tmp_path])
+    assert models
+    assert alive == [None] * len(models)
 
 
 def test_a_signal_at_the_last_step_leaves_a_finished_run(vae_flags, tmp_path, monkeypatch, capsys):

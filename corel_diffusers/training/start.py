@@ -1,5 +1,6 @@
 """Start and end a training run: device, precision, processes and trackers. Explain an out-of-memory error."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,11 +174,17 @@ def end_run(run: Run) -> None:
 
     After a stop signal, exit with its exit code. If one rank exits first, the launcher may kill the main process while
     it is writing. Without "finished", `--resume latest` would restart a run that has no checkpoints.
+
+    Call it when nothing refers to the models any more. A model of several processes holds the process group. If it is
+    freed after the group is destroyed, it waits for the group's threads, which can wait for this thread: the process
+    then hangs (torch 2.13, gloo).
     """
     if run.accelerator.is_main_process and run.history and run.is_complete:
         file = run.args.run_dir / "run.json"
         write_json(file, read_json(file) | {"finished": True})
     run.stop.agree(run.accelerator)
     run.accelerator.wait_for_everyone()
+    run.accelerator.free_memory()
+    gc.collect()  # the hooks of a model refer to it: only the garbage collector frees it
     run.accelerator.end_training()
     run.stop.exit(run.state, run.is_complete)

@@ -203,7 +203,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run a script or need a trained model as slow. `make test-fast` leaves out slow tests."""
     for item in items:
-        runs_a_script = re.search(r"\b(launch|script|tool|run_here)\(", inspect.getsource(item.function))
+        runs_a_script = re.search(r"\b(launch|script|tool|run_here|Popen)\(", inspect.getsource(item.function))
         if runs_a_script or {"trained_vae", "trained_unet"} & set(item.fixturenames):
             item.add_marker("slow")
 

@@ -27,6 +27,8 @@ def lr_factor(args: TrainingArguments, step: int, total_steps: int) -> float:
         return (step + 1) / warmup
     if name in ("none", "plateau"):
         return 1.0
+    if name not in ("cosine", "cosine_warm_restarts"):
+        raise ValueError(f"the learning rate of {name} is not defined")
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     if name == "cosine_warm_restarts" and progress < 1:
         start, length = next((s, n) for s, n in ((3 / 7, 4 / 7), (1 / 7, 2 / 7), (0, 1 / 7)) if progress >= s)

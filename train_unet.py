@@ -111,9 +111,10 @@ def set_up(
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
     unet = build_unet(args.config, size_px, vae, len(classes) or None, args.dropout, args.attention)
-    photos, fitted = pixels.cache_pixels(photos, size_px, process_share(accelerator))
+    share = process_share(accelerator)
+    photos, fitted = pixels.cache_pixels(photos, size_px, share)
     run = resume.begin_or_resume(args, accelerator, photos, began, size_px=size_px, **latents.vae_keys(vae))
-    latent_set = LatentSet.of(args, vae, photos, fitted, unet, process_share(accelerator))
+    latent_set = LatentSet.of(args, vae, photos, fitted, unet, share)
     print_vae_quality(run, vae, photos, fitted["validation"])
 
     # models

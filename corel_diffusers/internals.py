@@ -1,4 +1,4 @@
-"""Every use of a private part of another library, which a new version of the library may change without notice.
+"""Uses of private parts of torch, accelerate, datasets and Pillow, which a new version may change without notice.
 
 All functions were tested with torch 2.6 and 2.13, diffusers 0.36 and 0.42, accelerate 1.10 and 1.15, and datasets 4.0
 and 5.2. tests/test_internals.py has one test for each of them. If it fails after an upgrade, it says what changed.
@@ -13,6 +13,7 @@ from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from PIL import Image
 from torch import nn
+from torch.distributed.checkpoint import state_dict
 from torch.utils import _pytree
 
 
@@ -57,6 +58,12 @@ def prepared_optimizers(accelerator: Accelerator, optimizers: list[torch.optim.O
         yield
     finally:
         accelerator._optimizers = prepared
+
+
+def forget_models() -> None:
+    """Empty a cache in which torch 2.6 keeps each model whose state was saved, so that it is never freed."""
+    if hasattr(state_dict._get_fqns, "cache_clear"):
+        state_dict._get_fqns.cache_clear()
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -301,3 +301,51 @@ def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     found = find_photos(folder)
     assert found.classes == {1: "cat", 2: "dog"}
     assert "private/ cannot be read (Permission denied)" in " ".join(found.notices)
+
+
+@pytest.mark.parametrize(
+    ("photos", "closed", "lost"),
+    [
+        (["cats/a.png", "dogs/b.png"], ["cats/raw/a.cr2"], None),
+        (["cats/x.png", "dogs/2020/b.png"], ["birds/2020/c.heic"], "birds"),
+        (names("cats/train", "cats/val"), ["dogs/train/a.heic", "dogs/val/b.heic"], "dogs"),
+    ],
+)
+def test_photos_that_cannot_be_opened_belong_to_their_class(photos, closed, lost, tmp_path):
+    draw(tmp_path, *photos)
+    for name in closed:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    if lost:
+        with pytest.raises(UserError, match=f"class folder {lost} can be opened"):
+            find_photos(tmp_path)
+    else:
+        assert find_photos(tmp_path).classes == {1: "cats", 2: "dogs"}
+
+
+def test_captions_json_is_read_beside_labels_and_in_each_folder(tmp_path):
+    folder = draw(tmp_path, "train/a.png", "train/b.png", "val/c.png")
+    (folder / "metadata.csv").write_text("file_name,label\ntrain/a.png,x\ntrain/b.png,y\nval/c.png,x\n")
+    write_json(folder / "captions.json", {"train/a.png": "one"})
+    write_json(folder / "val" / "captions.json", {"c.png": "three"})
+    assert [photo.caption for photo in find_photos(folder).photos] == ["one", None, "three"]
+
+
+def test_missing_labels_and_repeated_rows_of_a_table(tmp_path):
+    folder = draw(tmp_path, *(f"{name}.png" for name in "abcd"))
+    text = (
+        "file_name,label,split,text\na.png,x,test,one\na.png,,,two\nb.png,y,train,\nc.png,-1,train,\nd.png,nan,train,\n"
+    )
+    (folder / "metadata.csv").write_text(text)
+    found = find_photos(folder)
+    assert by_file(folder) == {"a.png": ("x", "test"), "b.png": ("y", "train")}
+    assert found.left_out == dict.fromkeys(("c.png", "d.png"), "no label in metadata.csv")
+    assert not any("no row" in notice for notice in find_photos(folder, "flat").notices)
+
+
+def test_a_link_to_a_folder_that_is_read_already_is_told(tmp_path):
+    folder = draw(tmp_path, "zebra/a.png", "lion/b.png")
+    (folder / "animal").symlink_to(folder / "zebra")
+    found = find_photos(folder)
+    assert found.classes == {1: "lion", 2: "zebra"}
+    assert "animal/ is a link to a folder that is read already" in " ".join(found.notices)

@@ -1,6 +1,7 @@
 """The flags of the command `corel-diffusers`, one dataclass per subcommand."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -12,7 +13,7 @@ from corel_diffusers.files import UserError, require_writable
 
 @dataclass(kw_only=True, frozen=True)
 class Prepare:
-    """Convert raw photos (Corel, Corel-1K, one folder per class, or flat) to folders that are ready for training."""
+    """Convert a folder of photos, in any layout of docs/data.md, to folders that are ready for training."""
 
     data_dir: str
     """Folder of raw photos. It is only read."""
@@ -76,7 +77,7 @@ class Sampling:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Mixed precision. auto means fp16 on CUDA, bf16 on a CPU with bf16 in hardware, and no otherwise."""
 
-    @property
+    @cached_property
     def pipeline_location(self) -> Path | str:
         """The folder of the pipeline as a Path, or its Hub id as a string."""
         return model_location(self.pipeline, self.base_dir, "--pipeline")
@@ -121,7 +122,7 @@ class Generate(Sampling):
     individual: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Save single images for any number of samples. Without this flag, they are saved for up to 16 samples."""
 
-    @property
+    @cached_property
     def vae_location(self) -> Path | str | None:
         """The folder of --vae-checkpoint as a Path, its Hub id as a string, or None for the pipeline's own VAE."""
         return self.vae_checkpoint and model_location(self.vae_checkpoint, self.base_dir, "--vae-checkpoint")

@@ -24,9 +24,9 @@ from corel_diffusers.files import UserError
 
 OUR_LR_SCHEDULES = ("cosine", "cosine_warm_restarts", "plateau", "none")  # see training/learning_rate.py
 LR_SCHEDULERS = Literal[
-    "cosine", "cosine_warm_restarts", "plateau", "none",
-    "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-]  # fmt: skip
+    *OUR_LR_SCHEDULES,
+    *("linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),  # of diffusers
+]
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -1,6 +1,7 @@
 """The flags of train_unet.py."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -130,7 +131,7 @@ class UNetArguments(TrainingArguments):
             oscillation_window=window if args.oscillation_window is None else args.oscillation_window,
         )
 
-    @property
+    @cached_property
     def vae_location(self) -> Path | str:
         """The folder of the VAE as a Path, or its Hub id as a string."""
         return model_location(self.vae_checkpoint, self.base_dir, "--vae-checkpoint")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.cache import ShardedArray
 from corel_diffusers.runtime.devices import to_device
+from corel_diffusers.runtime.processes import STOP_SIGNALS
 from corel_diffusers.runtime.randomness import CPU, StepRandom
 
 Array = ShardedArray | np.ndarray | torch.Tensor
@@ -177,6 +178,5 @@ def training_batches(
 
 def ignore_stop_signals(worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal. Workers go on: the run needs their batches until it has stopped."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

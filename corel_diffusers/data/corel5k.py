@@ -11,21 +11,17 @@ from pathlib import Path
 
 from corel_diffusers.files import UserError
 
+NAME = r"([1-9]\d{3,5})"  # of a photo, without its ending
 WORDS_IN_NAME = 2  # words in the name of a class; more if two classes would have the same name
 
 
 def is_corel_5k(stems: Sequence[str], folder: Path) -> bool:
     """Return whether the names, without their endings, are those of Corel-5K: CD number and three digits below 100."""
-    numbers = [int(stem) for stem in stems if re.fullmatch(r"[1-9]\d{3,5}", stem)]
+    numbers = [int(stem) for stem in stems if re.fullmatch(NAME, stem)]
     if len(numbers) < 0.9 * len(stems) or not numbers:
         return False
     several_discs = len({number // 1000 for number in numbers}) > 1 and all(number % 1000 < 100 for number in numbers)
     return several_discs or (folder / "training_label").is_file()
-
-
-def disc_of(stem: str) -> int:
-    """Return the number of the CD of a photo."""
-    return int(stem) // 1000
 
 
 def read_words(folder: Path) -> dict[str, list[str]]:

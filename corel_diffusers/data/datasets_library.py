@@ -6,21 +6,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load
 
 from corel_diffusers.data.columns import labelled
 from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, default_caption
-from corel_diffusers.data.layouts import label_numbers
+from corel_diffusers.data.layouts import number_classes
 from corel_diffusers.data.metadata import CAPTION_KEYS, LABEL_KEYS
 from corel_diffusers.data.splits import with_split
-from corel_diffusers.data.tree import list_tree
 from corel_diffusers.files import UserError, first_line
 
 TABLE_ENDINGS = (".parquet", ".arrow", ".tar")
-
-
-def is_dataset_folder(folder: Path) -> bool:
-    """Return whether `save_to_disk` wrote the folder, or whether its photos lie in tables (TABLE_ENDINGS)."""
-    if is_saved_to_disk(folder):
-        return True
-    tables = [file for ending in TABLE_ENDINGS for file in (*folder.glob(f"*{ending}"), *folder.glob(f"*/*{ending}"))]
-    return any(file.name != "metadata.parquet" for file in tables) and not list_tree(folder).photos
 
 
 def is_saved_to_disk(folder: Path) -> bool:
@@ -60,9 +51,9 @@ def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
 def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dict[int, str]]:
     """Return a dataset with our columns, and class number -> class name.
 
-    It is made of the first Image column, the first ClassLabel column or the column `label` or `cls`, the captions and
-    the splits. If there is no `validation` or `test` split with a label for every photo, validation photos are chosen
-    among the training photos.
+    It is made of the first Image column, the first ClassLabel column or the first column of LABEL_KEYS, the captions
+    and the splits. If there is no `validation` split with a label for every photo, validation photos are chosen among
+    the training photos.
 
     Args:
         source: the flag and its value, for messages.
@@ -100,7 +91,7 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
         numbers = dict(enumerate(features[label].names, 1))
     else:
         names = {split: [str(value) for value in part] for split, part in values.items()}
-        _, numbers = label_numbers(sorted({name for part in names.values() for name in part}), {})
+        _, numbers = number_classes({name for part in names.values() for name in part}, {})
     photos = DatasetDict()
     for split, name in kept.items():
         part = photos_of_split(loaded[name], name, image, caption, names[split] if label else None)

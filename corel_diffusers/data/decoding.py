@@ -8,6 +8,7 @@ it.
 import io
 import struct
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -77,25 +78,36 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
 def to_srgb(photo: Image.Image) -> Image.Image:
     """Convert the colours of a photo to sRGB with its own colour profile, as a viewer does.
 
-    A photo without a profile, or with a damaged one, is returned unchanged.
+    A photo without a profile, with a damaged one, or with that of sRGB is returned unchanged.
     """
     profile = photo.info.get("icc_profile")
     if not profile or photo.mode not in ("RGB", "RGBA", "L", "CMYK"):
         return photo
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if photo.mode == "RGBA":  # the transform knows no alpha channel
-            converted = to_srgb_of(photo.convert("RGB"), source)
-            converted.putalpha(photo.getchannel("A"))
-            return converted
-        return to_srgb_of(photo, source)
+        transform = transform_to_srgb(profile, "RGB" if photo.mode == "RGBA" else photo.mode)
+        if transform is None:
+            return photo
+        if photo.mode != "RGBA":
+            return ImageCms.applyTransform(photo, transform)
+        converted = ImageCms.applyTransform(photo.convert("RGB"), transform)  # it knows no alpha channel
+        converted.putalpha(photo.getchannel("A"))
+        return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return photo
 
 
-def to_srgb_of(photo: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
-    """Return a photo (RGB, L or CMYK) in sRGB. source: its colour profile."""
-    return ImageCms.profileToProfile(photo, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+@lru_cache(maxsize=64)  # the photos of a camera have the same profile
+def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the conversion of a colour profile to sRGB for photos of this mode, or None if it changes nothing."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "RGB":
+        steps = np.linspace(0, 255, 6).astype(np.uint8)
+        colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
+        if np.abs(converted.astype(int) - colours).max() <= 1:
+            return None
+    return transform
 
 
 def load_deep_colours(photo: Image.Image, file: Path | str | bytes) -> Image.Image:
@@ -114,7 +126,7 @@ def load_deep_colours(photo: Image.Image, file: Path | str | bytes) -> Image.Ima
     other = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
     internals.read_with(other, low_bytes)
     values = 256 * colours.astype(np.uint16) + np.asarray(other)[..., :3]
-    scaled = Image.fromarray(np.rint(values * (255 / largest_value(values))).astype(np.uint8), "RGB")
+    scaled = Image.fromarray(np.rint(values * (255 / largest_value(values))).astype(np.uint8))
     if photo.mode == "RGBA":
         scaled.putalpha(photo.getchannel("A"))
     scaled.info = photo.info
@@ -155,18 +167,13 @@ def orientation(photo: Image.Image) -> int:
 def to_eight_bits(photo: Image.Image) -> Image.Image:
     """Convert a 16-bit, 32-bit or float greyscale image to 8 bits.
 
-    The largest value that its bit depth allows becomes 255.
-
-    A float image has the range 0 to 1 if its maximum is at most 1, and 0 to 255 otherwise. A 32-bit image has 8-bit
-    values if its maximum is at most 255. Otherwise its range is that of `largest_value`, or its own maximum if it has
-    more than 16 bits.
+    The largest value that its bit depth allows becomes 255: see `largest_value`. The range of a float image is 0 to 1,
+    0 to 255 or 0 to 65535, whichever holds 99.9 % of its values.
     """
     values = np.nan_to_num(np.asarray(photo).astype(np.float64), posinf=0.0, neginf=0.0)
     if photo.mode == "F":
         typical_maximum = np.percentile(values, 99.9)  # a filter can leave single values above 1
         scale = 255 if typical_maximum <= 1 else 1 if typical_maximum <= 255 else 255 / 65535
-    elif photo.mode == "I" and values.max() <= 255:
-        scale = 1
     else:
         scale = 255 / largest_value(values)
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))

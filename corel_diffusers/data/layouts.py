@@ -2,15 +2,18 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from corel_diffusers.data import corel5k
-from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, FolderContents
-from corel_diffusers.data.tree import CLOSED_FORMATS, Tree, most_common_reasons, printable
+from corel_diffusers.data.folder_contents import FolderContents
+from corel_diffusers.data.tree import most_common_reasons
 from corel_diffusers.files import UserError
 
 CAMERA_NAMES = {"img", "image", "dsc", "dscn", "dscf", "pxl", "photo", "picture", "p", "mvimg", "screenshot", "gopr"}
+LAYOUT_NAMES = {"corel": "raw Corel", "corel-1k": "Corel-1K", "corel-5k": "Corel-5K"}
+# layout -> the pattern of its names without their ending; the number in it is divided by the second value
+NUMBERED = {"corel": (r"(\d+)_\d+", 1), "corel-1k": (r"(\d{1,3})", 100), "corel-5k": (corel5k.NAME, 1000)}
 
 
 def layout_by_names(stems: Sequence[str], folder: Path) -> str:
@@ -32,83 +35,60 @@ def layout_by_names(stems: Sequence[str], folder: Path) -> str:
 
 
 def classes_of_folders(
-    found: FolderContents,
-    tree: Tree,
-    places: dict[str, tuple[str, ...]],
-    in_folders: list[str],
-    class_names: dict[int, str],
+    found: FolderContents, folder_of: dict[str, str], closed: dict[str, str], named: dict[int, str]
 ) -> dict[str, int]:
     """Return file -> class number for photos in class folders, and set the classes.
 
+    Args:
+        folder_of: file -> class folder, of the photos and of the closed photos.
+        closed: photos that this Pillow cannot open -> what to do.
+        named: class number -> class name, from classes.txt.
+
     Raises:
-        UserError: a class folder has photos, but none that this Pillow can open.
+        UserError: a class folder has photos, but none that can be opened.
     """
-    folders = sorted({places[file][0] for file in in_folders})
-    if not_utf8 := [name for name in folders if printable(name) != name]:
+    open_folders = {folder for file, folder in folder_of.items() if file not in closed}
+    if lost := sorted(set(folder_of.values()) - open_folders):
+        reasons = most_common_reasons({file: closed[file] for file, folder in folder_of.items() if folder == lost[0]})
         raise UserError(
-            f"--data-dir {tree.folder}: the name of the folder {printable(not_utf8[0])} is not UTF-8: rename it"
+            f"no photo of the class folder {lost[0]} can be opened ({reasons}). "
+            "Or remove the folder, to train without this class"
         )
-    class_numbers, found.classes = folder_classes(folders, class_names)
-    closed = defaultdict(dict)
-    for file, reason in tree.others.items():
-        if reason in CLOSED_FORMATS.values() and "/" in file:
-            closed[file.split("/")[-2]][file] = reason
-    used = {part for place in places.values() for part in place[:-1]}
-    if lost := next((name for name in closed if name not in used and name.lower() not in SPLIT_FOLDERS), None):
-        raise UserError(
-            f"--data-dir {tree.folder}: no photo of the class folder {lost} can be opened "
-            f"({most_common_reasons(closed[lost])}). Or remove the folder, to train without this class"
-        )
-    nested = [file for file in in_folders if len(places[file]) > 2]
-    if nested:
-        example = printable("/".join(places[nested[0]][:-1]))
-        found.notices.append(
-            f"{len(nested)} photos lie deeper than their class folder, for example in {example}/: "
-            "they get the class of that class folder"
-        )
-    return {file: class_numbers[places[file][0]] for file in in_folders}
+    numbers, found.classes = number_classes(open_folders, named)
+    return {file: numbers[folder] for file, folder in folder_of.items() if file not in closed}
 
 
 def classes_of_names(
-    found: FolderContents, files: list[str], class_names: dict[int, str], root: Path
+    found: FolderContents, files: Iterable[str], named: dict[int, str], words: dict[str, list[str]]
 ) -> dict[str, int | None]:
     """Return file -> class number for a layout in which file names contain the class, and set the classes.
 
     In the layout flat all numbers are None. Files whose name does not match the layout are left out.
+
+    Args:
+        named: class number -> class name, from classes.txt.
+        words: the words of the photos of Corel-5K.
     """
     stems = {file: Path(file).stem for file in files}
-    numbers: dict[str, int | None] = {}
     if found.layout == "flat":
         offer_layouts(found, list(stems.values()))
-        return dict.fromkeys(files)
+        return dict.fromkeys(stems)
     if found.layout == "names":
-        words = {file: word_of(stem) for file, stem in stems.items()}
-        word_numbers, found.classes = label_numbers(sorted({word for word in words.values() if word}), class_names)
-        numbers = {file: word_numbers[word] for file, word in words.items() if word}
+        word_of_file = {file: word for file, stem in stems.items() if (word := word_of(stem))}
+        word_numbers, found.classes = number_classes(set(word_of_file.values()), named)
+        numbers = {file: word_numbers[word] for file, word in word_of_file.items()}
     else:
-        pattern, divisor = {
-            "corel": (r"(\d+)_\d+", 1),
-            "corel-1k": (r"(\d{1,3})", 100),
-            "corel-5k": (r"([1-9]\d{3,5})", 1000),
-        }[found.layout]
+        pattern, divisor = NUMBERED[found.layout]
         matches = {file: re.fullmatch(pattern, stem) for file, stem in stems.items()}
         numbers = {file: int(match[1]) // divisor for file, match in matches.items() if match}
-        present = sorted(set(numbers.values()))
-        if found.layout == "corel-5k":
-            class_names = names_from_words(numbers, corel5k.read_words(root)) | class_names
-        found.classes = {number: class_names.get(number, str(number)) for number in present}
-        if unnamed := [str(number) for number in present if number not in class_names]:
+        named = names_from_words(numbers, words) | named
+        found.classes = {number: named.get(number, str(number)) for number in sorted(set(numbers.values()))}
+        if unnamed := [str(number) for number in found.classes if number not in named]:
             found.notices.append(
-                f"classes.txt has no name for class {', '.join(unnamed)}: the number is used as the name"
+                f"classes.txt has no name for class {', '.join(unnamed)}: the number is used as the name "
+                f"(read as {LAYOUT_NAMES[found.layout]}; if the photos have no classes, give prepare --layout flat)"
             )
-    for file in files:
-        if file not in numbers:
-            found.left_out[file] = f"its name does not match the {found.layout} layout"
-    if found.layout == "corel-1k":
-        found.notices.append(
-            "file names are numbers from 0 to 999: read as Corel-1K, class = number // 100 "
-            "(if the photos have no classes: corel-diffusers prepare --layout flat)"
-        )
+    found.left_out |= dict.fromkeys(stems.keys() - numbers.keys(), f"its name does not match the {found.layout} layout")
     return numbers
 
 
@@ -141,43 +121,25 @@ def word_of(stem: str) -> str:
     return match[1] if match else ""
 
 
-def folder_classes(folders: Sequence[str], named: dict[int, str]) -> tuple[dict[str, int], dict[int, str]]:
-    """Return two mappings: class folder -> class number, and class number -> class name, in the order of the numbers.
+def number_classes(labels: Iterable[str], named: dict[int, str]) -> tuple[dict[str, int], dict[int, str]]:
+    """Return label -> class number, and class number -> class name in the order of the numbers.
 
-    If all folders have names such as `class_0003` or `3`, the class number is the number in the name, here 3. The class
-    name comes from classes.txt, or is the name of the folder if classes.txt does not have the number.
-
-    Otherwise the name of the folder is the class name. Its number comes from classes.txt if classes.txt lists
-    all folders. Otherwise the sorted folders are numbered from 1.
+    A label, which can be the name of a class folder, has the number of classes.txt if all labels are names in it. If
+    all labels are numbers, such as `3` or `class_0003`, these are the class numbers, and classes.txt can name them.
+    Otherwise the sorted labels are numbered from 1.
 
     Args:
         named: class number -> class name, from classes.txt.
     """
-    matches = {folder: re.fullmatch(r"(?:class_)?(\d+)", folder) for folder in folders}
-    if all(matches.values()) and len({int(match[1]) for match in matches.values()}) == len(folders):
-        numbers = {folder: int(match[1]) for folder, match in matches.items()}
-        by_number = sorted(numbers.items(), key=lambda item: item[1])
-        classes = {number: named.get(number, folder) for folder, number in by_number}
-        if len(set(classes.values())) < len(classes):  # classes.txt gives one folder the name of another
-            classes = {number: folder for folder, number in by_number}
-        return numbers, classes
-    number_of = {name: number for number, name in named.items()}
-    all_listed = set(folders) <= set(number_of)
-    numbers = {
-        folder: number_of[folder] if all_listed else position for position, folder in enumerate(sorted(folders), 1)
-    }
-    return numbers, {number: folder for folder, number in sorted(numbers.items(), key=lambda item: item[1])}
-
-
-def label_numbers(labels: Sequence[str], named: dict[int, str]) -> tuple[dict[str, int], dict[int, str]]:
-    """Return label -> class number, and class number -> name.
-
-    A label is the name of a class of classes.txt, or the number of a class. Otherwise the labels are numbered from 1.
-    """
+    labels = sorted(labels)
     if set(labels) <= set(named.values()):
-        numbers = {name: number for number, name in named.items() if name in labels}
-        return numbers, {number: name for name, number in numbers.items()}
-    if all(label.isdecimal() for label in labels) and len({int(label) for label in labels}) == len(labels):
-        numbers = {label: int(label) for label in sorted(labels, key=int)}
-        return numbers, {number: named.get(number, label) for label, number in numbers.items()}
-    return {label: i for i, label in enumerate(labels, 1)}, dict(enumerate(labels, 1))
+        return {name: n for n, name in named.items() if name in labels}, {
+            n: named[n] for n in sorted(named) if named[n] in labels
+        }
+    matches = {label: re.fullmatch(r"(?:class_)?(\d+)", label) for label in labels}
+    numbers = {label: int(match[1]) for label, match in matches.items() if match}
+    if len(set(numbers.values())) < len(labels):  # not all are numbers, or "1" and "01" are both there
+        return {label: n for n, label in enumerate(labels, 1)}, dict(enumerate(labels, 1))
+    label_of = {n: label for label, n in sorted(numbers.items(), key=lambda item: item[1])}
+    classes = {n: named.get(n, label) for n, label in label_of.items()}
+    return numbers, classes if len(set(classes.values())) == len(classes) else label_of

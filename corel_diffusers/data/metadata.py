@@ -3,11 +3,12 @@
 import csv
 import io
 import json
-import math
 import posixpath
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+
+from pyarrow import parquet
 
 from corel_diffusers.data.folder_contents import SPLIT_FOLDERS
 from corel_diffusers.files import UserError
@@ -39,20 +40,25 @@ def read_metadata(files: dict[str, Path]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for relative, path in files.items():
         for values in read_rows(path):
-            name = next((values[key] for key in FILE_KEYS if values.get(key)), None)
+            name = first_given(values, FILE_KEYS)
             if not isinstance(name, str):
                 raise UserError(f"{path}: each row must have file_name, the path of a photo relative to this file")
             photo = posixpath.normpath(PurePosixPath(relative).parent / name.replace("\\", "/"))
             photo = unicodedata.normalize("NFC", photo)
             row = rows.setdefault(photo, Row())
-            label = label_of(path, next((values[key] for key in LABEL_KEYS if values.get(key) not in (None, "")), None))
+            label = label_of(path, first_given(values, LABEL_KEYS))
             if None not in (label, row.label) and label != row.label:
                 raise UserError(f"{path}: {name} has two labels, {row.label} and {label}: keep one")
             row.label = row.label if label is None else label
-            row.split = split_named(path, next((values[key] for key in SPLIT_KEYS if values.get(key)), None))
-            captions = next((values[key] for key in CAPTION_KEYS if values.get(key)), [])
+            row.split = split_of(path, first_given(values, SPLIT_KEYS)) or row.split
+            captions = first_given(values, CAPTION_KEYS) or []
             row.captions += [str(text) for text in (captions if isinstance(captions, list) else [captions])]
     return rows
+
+
+def first_given(values: dict, keys: tuple[str, ...]) -> object:
+    """Return the first value of a row that is not missing or empty, or None."""
+    return next((values[key] for key in keys if values.get(key) not in (None, "")), None)
 
 
 def label_of(path: Path, value: object) -> str | None:
@@ -61,7 +67,7 @@ def label_of(path: Path, value: object) -> str | None:
     Raises:
         UserError: the label is a list or an object.
     """
-    if value is None or value == -1 or (isinstance(value, float) and math.isnan(value)):
+    if value is None or str(value).lower() in ("-1", "-1.0", "nan"):
         return None
     if isinstance(value, list | dict):
         raise UserError(f"{path}: the label {value} is not a name or a number: give one class per photo")
@@ -70,7 +76,7 @@ def label_of(path: Path, value: object) -> str | None:
     return unicodedata.normalize("NFC", str(value).strip()) or None
 
 
-def split_named(path: Path, value: object) -> str | None:
+def split_of(path: Path, value: object) -> str | None:
     """Return the split "train", "validation" or "test" of a row, or None.
 
     Raises:
@@ -91,9 +97,7 @@ def read_rows(path: Path) -> list[dict]:
     """
     try:
         if path.suffix == ".parquet":
-            from datasets import Dataset
-
-            return Dataset.from_parquet(str(path)).to_list()
+            return parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)

@@ -1,8 +1,8 @@
 """Load photos from any source as a DatasetDict.
 
 Its columns are `image`, `label`, `caption` and `file_name`. Its splits are `train`, `validation` and `test`.
-`load_photos` is the entry point of train_vae.py and of `evaluate`. train_unet.py calls `load_numbered_photos`, which
-also returns the numbers of the classes. folders.py lists the photos of a folder, and datasets_library.py reads what the
+`load_photos` is the entry point of `evaluate`. The training scripts call `load_numbered_photos`, which also returns the
+numbers of the classes. folders.py lists the photos of a folder, and datasets_library.py reads what the
 library `datasets` has written.
 """
 
@@ -14,9 +14,9 @@ from datasets import DatasetDict
 
 from corel_diffusers.config.checks import DATA_DIR_HINT, SCENES
 from corel_diffusers.data.columns import dataset_of, labelled
-from corel_diffusers.data.datasets_library import is_dataset_folder, load_dataset_folder, load_from_hub
+from corel_diffusers.data.datasets_library import TABLE_ENDINGS, is_saved_to_disk, load_dataset_folder, load_from_hub
 from corel_diffusers.data.folder_contents import default_caption
-from corel_diffusers.data.folders import find_photos
+from corel_diffusers.data.folders import photo_tree, read_tree
 from corel_diffusers.data.splits import complete_split, with_split
 from corel_diffusers.files import UserError
 
@@ -61,8 +61,7 @@ def load_numbered_photos(
 
         photos, numbers = with_split(draw_scenes()), dict(enumerate(CLASS_NAMES, 1))
     elif Path(source).is_dir():
-        folder = Path(source)
-        photos, numbers = load_dataset_folder(folder) if is_dataset_folder(folder) else load_folder(folder)
+        photos, numbers = load_folder(Path(source))
     elif isinstance(source, str):
         photos, numbers = load_from_hub(source)
     else:
@@ -85,7 +84,12 @@ def load_numbered_photos(
 
 def load_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
     """Load a folder without changing its photos. Splits that it does not give are chosen by `split_photos`."""
-    found = find_photos(folder)
+    if is_saved_to_disk(folder):
+        return load_dataset_folder(folder)
+    tree = photo_tree(folder)
+    if not tree.photos and any(name.endswith(TABLE_ENDINGS) for name in tree.others):
+        return load_dataset_folder(folder)
+    found = read_tree(tree)
     for notice in found.notices:
         print(notice)
     if found.left_out:

@@ -76,8 +76,8 @@ def cache_pixels(
             raise UserError(f"no photo of the {split} split can be read: {'; '.join(bad[:3])}")
         kept[split] = part.select(good)
         pixels[split] = without_unreadable(all_pixels, good) if reasons else all_pixels
-    refuse_lost_classes(photos, kept, bad)
     if bad:
+        refuse_lost_classes(photos, kept, bad)
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     return DatasetDict(kept), pixels
 

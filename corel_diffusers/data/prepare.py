@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -108,8 +107,7 @@ def print_summary(
     print(f"{len(photos)} photos in {max(1, len(found.classes))} classes ({found.layout}): {counts}")
     print(f"black borders trimmed: {trimmed}; duplicates kept in the same split: {num_duplicates}")
     if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped.values()).most_common(5))
-        print(f"left out: {len(skipped)} ({reasons}), see {corel / 'skipped.json'}")
+        print(f"left out: {len(skipped)} ({most_common_reasons(skipped, 5)}), see {corel / 'skipped.json'}")
     print(f"prepared: {corel / 'corel_all'}")
 
 

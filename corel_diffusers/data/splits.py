@@ -71,7 +71,9 @@ def complete_split(
     Args:
         given: "train", "validation", "test" or None for each photo.
     """
-    split_names = [split or "train" for split in given]
+    split_names, present = [split or "train" for split in given], set(given)
+    if "validation" in present and ("test" in present or not test_fraction):
+        return split_names
     rows = [index for index, split in enumerate(split_names) if split == "train"]
     chosen = split_photos(
         [labels[index] for index in rows],
@@ -80,7 +82,7 @@ def complete_split(
         test_fraction,
     )
     for index, split in zip(rows, chosen, strict=True):
-        if split not in given:
+        if split not in present:
             split_names[index] = split
     return split_names
 

@@ -14,7 +14,7 @@ from corel_diffusers.data.cache import digest
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import Pixels, cache_pixels, evenly_spaced
-from corel_diffusers.data.tree import photo_endings
+from corel_diffusers.data.tree import list_tree
 from corel_diffusers.evaluation.features import Network, load_network, photo_features
 from corel_diffusers.evaluation.metrics import MIN_PHOTOS
 from corel_diffusers.evaluation.reconstruction import MAX_COMPARED
@@ -49,7 +49,7 @@ class ComparedPhotos:
         """
         photos, pixels = cache_pixels(photos_to_compare(args, pipe), size_px)
         held_out = pick_held_out(args.against, pixels)
-        # The training photos of --pictures are unknown: all splits except the held-out one count as training photos.
+        # The training photos of --pictures are unknown: train and validation count as them, unless they are held out.
         training_splits = ["train"] if pipe else [split for split in ("train", "validation") if split != held_out]
         network = load_network(args.features, device)
         labels = {split: torch.tensor(part["label"][:]) for split, part in photos.items()}
@@ -88,10 +88,8 @@ def read_images(folder: Path) -> list[Image.Image]:
     Raises:
         UserError: an image cannot be read, or there are fewer than MIN_PHOTOS.
     """
-    images, endings = [], photo_endings()
-    for file in sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in endings and not file.name.startswith(".")
-    ):
+    images = []
+    for file in list_tree(folder, "--pictures").photos.values():
         try:
             images.append(open_photo(file))
         except PhotoError as error:

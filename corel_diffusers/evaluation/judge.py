@@ -50,15 +50,11 @@ class SampleJudge:
         """Generate NUM_SAMPLES samples in the precision of the run, and return their scores."""
         labels, names = None, [None] * NUM_SAMPLES
         if pipe.config.class_names:
-            labels = self.labels_to_draw(NUM_SAMPLES)
+            labels = stratified_labels(self.labels, NUM_SAMPLES)
             names = [pipe.config.class_names[str(int(label))] for label in labels]
         with accelerator.autocast():  # only the samples: their features are compared with features in float32
             images = previews.samples(pipe, seed, names)
         return self.scores(images, labels)
-
-    def labels_to_draw(self, count: int) -> torch.Tensor:
-        """Return a label for each sample, with the class fractions of the held-out photos: (count,)."""
-        return stratified_labels(self.labels, count)
 
     def scores(self, images: list[Image.Image], labels: torch.Tensor | None) -> dict[str, float]:
         """Return KID x1000 against the held-out photos and the fractions of copies.

@@ -71,7 +71,7 @@ def capture_if_faster(
         accelerator.print(f"CUDA graphs: {'used' if faster else 'not used'} for the passes of the {name} ({result})")
     if faster:
         if isinstance(replayed, nn.Module):
-            replayed.register_forward_pre_hook(partial(check_inputs, captured=inputs))
+            replayed.register_forward_pre_hook(partial(check_inputs, expected=shapes_and_types(inputs)))
         return replayed
     del replayed
     undo_graph_capture(forward)
@@ -80,15 +80,17 @@ def capture_if_faster(
     return forward
 
 
-def check_inputs(module: nn.Module, inputs: tuple[torch.Tensor, ...], captured: tuple[torch.Tensor, ...]) -> None:
+def check_inputs(module: nn.Module, inputs: tuple[torch.Tensor, ...], expected: list) -> None:
     """Raise TypeError if inputs in training do not have the shapes and types of the captured ones.
 
     A graph copies its inputs into the memory of the captured ones. It would silently round 0.5 to the integer 0.
     """
-    if module.training:
-        given, expected = ([(tuple(v.shape), v.dtype) for v in values] for values in (inputs, captured))
-        if given != expected:
-            raise TypeError(f"CUDA graphs were captured for inputs {expected}, not for {given}")
+    if module.training and (given := shapes_and_types(inputs)) != expected:
+        raise TypeError(f"CUDA graphs were captured for inputs {expected}, not for {given}")
+
+
+def shapes_and_types(inputs: tuple[torch.Tensor, ...]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(values.shape, values.dtype) for values in inputs]
 
 
 def seconds_per_pass(

@@ -28,6 +28,7 @@ from corel_diffusers.files import (
     require_writable,
     write_json,
 )
+from corel_diffusers.internals import forget_models
 from corel_diffusers.models.configs import parameter_count
 from corel_diffusers.runtime.compilation import require_compiler
 from corel_diffusers.runtime.devices import device_name
@@ -185,6 +186,7 @@ def end_run(run: Run) -> None:
     run.stop.agree(run.accelerator)
     run.accelerator.wait_for_everyone()
     run.accelerator.free_memory()
+    forget_models()
     gc.collect()  # the hooks of a model refer to it: only the garbage collector frees it
     run.accelerator.end_training()
     run.stop.exit(run.state, run.is_complete)

@@ -12,11 +12,10 @@ from accelerate import Accelerator
 
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.files import best_record
+from corel_diffusers.runtime.processes import STOP_SIGNALS
 from corel_diffusers.training.length import SYNC_EVERY
 from corel_diffusers.training.state import RunState
 
-# Ctrl-C, the end of a job, and, except on Windows, a terminal that is closed
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # A run with --max-train-minutes stops early if no model was saved as best for this fraction of its minutes. In the
 # measured runs, a gauge that had risen above SAVE_UP_TO_GAUGE times its minimum stayed above it.
 STOP_AFTER_IDLE = 0.1

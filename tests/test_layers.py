@@ -1,10 +1,12 @@
 """The layers of layers.py compute the same functions as the layers of diffusers with the same weights."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.models import resnet, upsampling
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from packaging.version import Version
 from torch.nn import functional as F
 
 from corel_diffusers.models import layers
@@ -86,6 +88,8 @@ def output_and_gradients(model: torch.nn.Module, batch: int = 2) -> tuple[torch.
 @pytest.mark.parametrize("min_positions", [1, 10**9])
 @pytest.mark.parametrize("name", MODELS)
 def test_output_and_gradients_equal_those_of_diffusers(name, attention, min_positions, monkeypatch):
+    if name == "skips" and Version(diffusers.__version__) < Version("0.39"):
+        pytest.skip("the skip blocks of diffusers before 0.39 compute in float32 only")
     monkeypatch.setattr(layers, "FROM_POSITIONS", min_positions)
     model, plain = fast_and_plain_model(name, torch.float64, attention=attention)
     assert not any(isinstance(module, FAST_LAYERS) for module in plain.modules())
@@ -94,10 +98,7 @@ def test_output_and_gradients_equal_those_of_diffusers(name, attention, min_posi
     processors = [module.processor for module in model.modules() if isinstance(module, Attention)]
     assert processors
     assert all(isinstance(processor, AttnProcessor) == (attention == "math") for processor in processors)
-    try:
-        expected, expected_gradients = output_and_gradients(plain)
-    except RuntimeError as error:
-        pytest.skip(f"this version of diffusers cannot run the model in float64 ({error})")
+    expected, expected_gradients = output_and_gradients(plain)
     output, gradients = output_and_gradients(model)
     # not closer, because AttnProcessor of diffusers computes the softmax in float32
     assert (output - expected).norm() < 1e-6 * expected.norm()

@@ -267,7 +267,6 @@ def test_the_pipeline_loads_and_saves_without_the_package(guided, tmp_path):
 import sys
 sys.modules["corel_diffusers"] = None  # importing it fails
 import torch
-from packaging.version import Version
 from diffusers import DiffusionPipeline
 folder, copy, out = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)

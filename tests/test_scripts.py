@@ -186,11 +186,16 @@ def test_a_signal_to_all_processes_of_a_terminal_saves_a_checkpoint(name, vae_fl
     flags = [*vae_flags, "--num-workers", 1, "--grad-accum", 4, "--epochs", 10**5, "--output-dir", tmp_path]
     command = [sys.executable, ROOT / "train_vae.py", *map(str, flags)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "metrics.jsonl").is_file() or not (tmp_path / "metrics.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, getattr(signal, name))
-    _, errors = process.communicate(timeout=120)
+    metrics, end = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    try:
+        while not (metrics.is_file() and metrics.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        os.killpg(process.pid, getattr(signal, name))
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 128 + getattr(signal, name), errors
     assert "a checkpoint is saved: give --resume latest" in errors
     assert list((tmp_path / "checkpoints").glob("step-*"))

@@ -75,9 +75,8 @@ def plan_run(
     # raises UserError if a run that began in fp16 on a GPU is resumed on a machine without a GPU
     resolve_precision(args.mixed_precision, accelerator.device.type)
     set_precision(accelerator, args.mixed_precision)
-    if (
-        accelerator.device.type == "cuda"
-    ):  # free the memory of the trials, so that the peak memory of the run does not include it
+    if accelerator.device.type == "cuda":
+        # free the memory of the trials, so that the peak memory of the run does not include it
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -23,9 +23,8 @@ STOP_AFTER_IDLE = 0.1
 
 def stop_reason(args: UNetArguments, state: RunState, history: list[dict]) -> str:
     """Return the reason to stop the run before its end, or ""."""
-    if (
-        args.early_stopping_patience is None
-    ):  # A run that ends by time has no patience: its learning rate falls until the end, so its loss can fall late.
+    if args.early_stopping_patience is None:
+        # A run that ends by time has no patience: its learning rate falls until the end, so its loss can fall late.
         best_seconds = best_record(history)["seconds"] if history else 0.0
         if history and history[-1]["seconds"] - best_seconds > STOP_AFTER_IDLE * 60 * args.max_train_minutes:
             return (

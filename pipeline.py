@@ -28,6 +28,8 @@ class CorelPipeline(DiffusionPipeline):
             model_index.json breaks loading from the Hub.
         class_numbers: {"0": number, ...}, the number that each class has in the data. `corel-diffusers generate
             --class` accepts these numbers.
+        image_sizes: {"<height>x<width>": number of training photos, ...} in pixels, if the model was trained on several
+            image sizes. Otherwise None.
         guide: the guide model for autoguidance (Karras et al. 2024, arXiv:2406.02507). It is the same UNet after a
             small part of its training, and guidance leads away from its prediction. Without a guide model (set
             `pipe.guide = None` to remove it), guidance leads away from the UNet's prediction for the null label.
@@ -46,6 +48,7 @@ class CorelPipeline(DiffusionPipeline):
         class_names: Optional[dict[str, str]] = None,  # noqa: UP045
         guide: Optional[UNet2DModel] = None,  # noqa: UP045
         class_numbers: Optional[dict[str, int]] = None,  # noqa: UP045
+        image_sizes: Optional[dict[str, int]] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
@@ -53,8 +56,8 @@ class CorelPipeline(DiffusionPipeline):
             values and dict(sorted(values.items(), key=lambda item: int(item[0])))
             for values in (class_names, class_numbers)
         )
-        self.register_to_config(class_names=class_names, class_numbers=class_numbers)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+        self.register_to_config(class_names=class_names, class_numbers=class_numbers, image_sizes=image_sizes)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
     def __call__(
@@ -70,6 +73,8 @@ class CorelPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["CorelPipeline", int, torch.Tensor, dict], dict] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -86,19 +91,23 @@ class CorelPipeline(DiffusionPipeline):
             generator: random generator for the noise. The same seed gives the same images.
             latents: initial noise with unit variance, (num_images, C, h, w).
             output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; "pt", (N, 3, H, W) in [0, 1]; or "latent", scaled latents.
+                A model of grey photos gives grey images, with one channel instead of three.
             return_dict: return an ImagePipelineOutput instead of a tuple.
             callback_on_step_end: called as callback(pipe, step, timestep, {"latents": ...}). It may return a dict with
                 new latents.
             guidance_interval: the noise levels at which guidance acts, as fractions from 0 (clean) to 1 (pure noise)
                 (Kynkäänniemi et al. 2024, arXiv:2404.07724). At other levels only the UNet's prediction is used, which
                 takes half the time. None means `default_guidance_interval`.
+            height, width: size of the images in pixels. None means the size of `default_size`. The model draws well in
+                the sizes that it was trained on: see `image_sizes`.
 
         Raises:
-            ValueError: an unknown class, or class_labels, generator or latents that do not fit num_images.
+            ValueError: an unknown class, a size that the model cannot take, or class_labels, generator or latents that
+                do not fit num_images.
         """
         labels = self.label_ids(num_images, class_labels)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        latents = self.initial_latents(num_images, generator, latents)
+        latents = self.initial_latents(num_images, generator, latents, self.checked_size(height, width))
         self.warn_about_timesteps(num_inference_steps)
         interval = guidance_interval or self.default_guidance_interval
         options = {"eta": eta, "generator": generator}
@@ -112,6 +121,7 @@ class CorelPipeline(DiffusionPipeline):
         num_images: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
+        size_px: tuple[int, int],
     ) -> torch.Tensor:
         """Return the noise that denoising begins with, multiplied by the scheduler's init_noise_sigma: (N, C, h, w).
 
@@ -120,14 +130,45 @@ class CorelPipeline(DiffusionPipeline):
         """
         if isinstance(generator, list) and len(generator) not in (1, num_images):
             raise ValueError(f"{len(generator)} generators for num_images={num_images}: give one, or one per image")
-        device, dtype, size = self._execution_device, self.unet.dtype, self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (num_images, self.unet.config.in_channels, height, width)
+        device, dtype, factor = self._execution_device, self.unet.dtype, self.vae_scale_factor
+        shape = (num_images, self.unet.config.in_channels, size_px[0] // factor, size_px[1] // factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
         return latents.to(device=device, dtype=dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """The number of pixels per latent position in each direction."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """The (height, width) in pixels of the images that the model draws by default."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def checked_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return the size of the images in pixels. Warn if the model was not trained on it.
+
+        Raises:
+            ValueError: the stages of the VAE and of the UNet cannot halve this size.
+        """
+        default_height, default_width = self.default_size
+        size_px = height or default_height, width or default_width
+        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if any(side < multiple or side % multiple for side in size_px):
+            raise ValueError(f"height={size_px[0]}, width={size_px[1]}: give multiples of {multiple}")
+        trained = list(self.config.image_sizes or [f"{default_height}x{default_width}"])
+        if size_px != self.default_size and f"{size_px[0]}x{size_px[1]}" not in trained:
+            warnings.warn(
+                f"the model was trained on images of {', '.join(trained)} pixels (height x width): images of "
+                f"{size_px[0]}x{size_px[1]} will be worse",
+                stacklevel=3,
+            )
+        return size_px
 
     def warn_about_timesteps(self, num_inference_steps: int) -> None:
         """Warn if the scheduler of diffusers leaves noise in the images with this number of steps."""

@@ -24,7 +24,7 @@ from datasets import DatasetDict
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from corel_diffusers import files, hub, plots
-from corel_diffusers.data import latents, pixels
+from corel_diffusers.data import aspect, latents, pixels
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.data.latent_set import LatentSet
 from corel_diffusers.data.training_photos import training_photos
@@ -33,7 +33,7 @@ from corel_diffusers.evaluation.reconstruction import reconstruction_limit
 from corel_diffusers.losses.alignment import alignment_loss
 from corel_diffusers.losses.diffusion import Diffusion
 from corel_diffusers.models.configs import trained_size_px
-from corel_diffusers.models.unet import build_unet
+from corel_diffusers.models.unet import build_unet, size_multiple
 from corel_diffusers.runtime import compilation, devices, randomness
 from corel_diffusers.sampling import previews
 from corel_diffusers.sampling.samplers import AUTO, build_sampler
@@ -110,20 +110,25 @@ def set_up(
     # data
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
-    unet = build_unet(args.config, size_px, vae, len(classes) or None, args.dropout, args.attention)
     share = process_share(accelerator)
-    photos, fitted = pixels.cache_pixels(photos, size_px, share)
-    run = resume.begin_or_resume(args, accelerator, photos, began, size_px=size_px, **latents.vae_keys(vae))
-    latent_set = LatentSet.of(args, vae, photos, fitted, unet, share)
+    sizes_px = aspect.training_sizes(args, photos["train"], size_px, size_multiple(args.config, vae), share)
+    unet = build_unet(args.config, sizes_px[0], vae, len(classes) or None, args.dropout, args.attention)
+    pixel_format = sizes_px[0], share, sizes_px[1:], vae.config.in_channels == 1
+    photos, fitted = pixels.cache_pixels(photos, *pixel_format)
+    vae_keys = latents.vae_keys(vae)
+    run = resume.begin_or_resume(args, accelerator, photos, fitted["train"], began, size_px=size_px, **vae_keys)
+    large = pixels.cache_large_pixels(photos, *pixel_format) if args.views else None
+    latent_set = LatentSet.of(args, vae, photos, fitted, large, unet, share)
     print_vae_quality(run, vae, photos, fitted["validation"])
 
     # models
     diffusion = Diffusion.of(args)
     models = build_models(args, accelerator, vae, unet, latent_set)
     validation = build_validation(run, models, diffusion, latent_set, fitted, classes)
-    start.print_data_and_model(run, photos, models.unet, size_px, latent_set.latent_shape)
+    start.print_data_and_model(run, photos, models.unet, sizes_px, latent_set.latent_shape)
     checkpoints.load(run, models.parts)
-    history.open_run_dir(run, photos, training_photos(args.vae_location), vae=hub.describe_vae(args.vae_location))
+    seen, vae_run = training_photos(args.vae_location), hub.describe_vae(args.vae_location)
+    history.open_run_dir(run, photos, seen, vae=vae_run, sizes_px=sizes_px)
     run.state.stop_reason = stop_reason(args, run.state, run.history)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, validation.overfitting.forward_passes)
     return run, models, diffusion, latent_set, validation
@@ -185,7 +190,7 @@ def print_vae_quality(run: Run, vae: AutoencoderKL, photos: DatasetDict, held_ou
     if run.accelerator.is_main_process:
         print(reconstruction_limit(vae, held_out, labels, run.args.mixed_precision))
     names = photos["validation"]["file_name"][:]
-    start.print_notices(run.accelerator, advice.on_vae(run.args.vae_location, names))
+    start.print_notices(run.accelerator, advice.on_vae(run.args.vae_location, names, run.args.aspect_buckets))
 
 
 def build_validation(
@@ -210,10 +215,11 @@ def build_validation(
     if run.args.evaluate_every and run.accelerator.is_main_process:
         judge = SampleJudge.of(vae, fitted, torch.from_numpy(labels["validation"]), run.args.mixed_precision)
     names = {str(label): name for label, name in enumerate(classes)} or None
+    sizes = fitted["train"].count_by_size()
     numbers = {str(label): number for label, number in enumerate(classes.values())} or None
     return Validation(
         OverfittingGauge.of(vae, latent_set.moments, labels, bool(classes), diffusion),
-        CorelPipeline(vae, models.unet, diffusion.scheduler, names, class_numbers=numbers),
+        CorelPipeline(vae, models.unet, diffusion.scheduler, names, class_numbers=numbers, image_sizes=sizes),
         Guide(run.args.run_dir, models.unet, run.plan.global_batch),
         judge,
     )
@@ -234,7 +240,7 @@ def denoising_step(
     """
     args, accelerator = run.args, run.accelerator
     moments, labels, crop_params, target_features = batch
-    posterior_noise, noise = rng.normal(*latent_set.latent_shape), rng.normal(*latent_set.latent_shape)
+    posterior_noise, noise = (rng.normal(moments.shape[1] // 2, *moments.shape[2:]) for _ in range(2))
     clean = latents.scale_latents(latents.sample_posterior(moments, posterior_noise), models.vae)  # (B, C, h, w)
     timesteps = diffusion.draw_timesteps(rng)
     if models.null_label is not None:

@@ -23,10 +23,10 @@ from datasets import DatasetDict
 from diffusers import AutoencoderKL
 
 from corel_diffusers import files, plots
-from corel_diffusers.data import augmented_crops, batches, latents, pixels, versions
+from corel_diffusers.data import aspect, augmented_crops, batches, latents, pixels, versions
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.losses import vae as losses
-from corel_diffusers.models.configs import latent_shape
+from corel_diffusers.models.configs import downsample_factor, latent_shape
 from corel_diffusers.models.vae import build_vae
 from corel_diffusers.runtime import compilation, devices
 from corel_diffusers.sampling import previews
@@ -86,18 +86,21 @@ def set_up(
     # data
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
-    vae = build_vae(args.config, args.size_px, args.latent_dim, args.downsample, args.attention)
+    grey = args.grey or (not args.no_grey and pixels.are_grey(photos))
+    vae = build_vae(args.config, args.size_px, args.latent_dim, args.downsample, args.attention, grey)
     share = process_share(accelerator)
-    photos, fitted = pixels.cache_pixels(photos, args.size_px, share)
-    large = pixels.cache_large_pixels(photos, args.size_px, share) if args.crop_chance else fitted["train"]
-    run = resume.begin_or_resume(args, accelerator, photos, began, size_px=args.size_px)
+    sizes_px = aspect.training_sizes(args, photos["train"], args.size_px, 4 * downsample_factor(vae), share)
+    pixel_format = sizes_px[0], share, sizes_px[1:], vae.config.in_channels == 1
+    photos, fitted = pixels.cache_pixels(photos, *pixel_format)
+    large = pixels.cache_large_pixels(photos, *pixel_format) if args.crop_chance else fitted["train"]
+    run = resume.begin_or_resume(args, accelerator, photos, fitted["train"], began, size_px=args.size_px)
 
     # models
     models = build_models(args, accelerator, vae)
-    start.print_data_and_model(run, photos, vae, args.size_px, latent_shape(vae, args.size_px))
-    start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px))
+    start.print_data_and_model(run, photos, vae, sizes_px, latent_shape(vae, sizes_px[0]))
+    start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, vae))
     checkpoints.load(run, models.parts)
-    history.open_run_dir(run, photos)
+    history.open_run_dir(run, photos, sizes_px=sizes_px)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, len(fitted["validation"]))
     return run, models, fitted, large
 
@@ -105,7 +108,6 @@ def set_up(
 def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: pixels.Pixels) -> None:
     """Train until the run is over or stopped, on photos at the training size and, larger, for crops."""
     args, accelerator, device = run.args, run.accelerator, run.accelerator.device
-    noise_shape = latent_shape(models.vae, args.size_px)
     kl_weight = torch.tensor(run.state.kl_weight or args.kl_weight, device=device)
     compiler = compilation.Compilation(args, accelerator, models.model, run.state.step)
     arrays = batches.preload((fitted["train"].values, large.values), device)
@@ -124,7 +126,7 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
             for micro_step in range(args.grad_accum):
                 rng = run.plan.random(run.state.step, micro_step)
                 images = augmented_crops.augmented_photos(args, next(training_batches), rng, device)
-                noise = devices.to_device(rng.normal(*noise_shape), device)
+                noise = devices.to_device(rng.normal(*latent_shape(models.vae, images.shape[-2:])), device)
                 with accelerator.accumulate(*(part.model for part in models.parts.trained)):
                     terms, reconstruction = autoencoder_step(run, models, images, noise, kl_weight, is_adversarial)
                     if models.discriminator and until_adversarial <= DISCRIMINATOR_LEAD:

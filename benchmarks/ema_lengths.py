@@ -27,7 +27,7 @@ from corel_diffusers.files import write_text
 from corel_diffusers.losses.diffusion import Diffusion
 from corel_diffusers.models.configs import trained_size_px
 from corel_diffusers.training.checkpoints import find_checkpoints
-from corel_diffusers.training.gauge import denoising_losses, fixed_noise_set
+from corel_diffusers.training.gauge import FIXED_NOISE_PAIRS, denoising_losses, fixed_noise_set
 
 # sigma_rel: the standard deviation of the times that an average covers, as a fraction of the run
 LENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2)
@@ -80,10 +80,11 @@ def judge(pipe: DiffusionPipeline, args: argparse.Namespace) -> Callable[[Path],
     moments = cache_moments(pipe.vae, pixels["validation"], pipe.device)
     labels = np.array(photos["validation"]["label"][:]) if pipe.config.class_names else None
     diffusion = Diffusion(pipe.scheduler, UNetArguments())
-    noise_set = fixed_noise_set(pipe.vae, moments[:, 0], labels, diffusion)
+    repeats = -(-FIXED_NOISE_PAIRS // len(moments))
+    noise_set = fixed_noise_set(pipe.vae, moments[:, 0], labels, repeats, diffusion)
 
     def cells(folder: Path) -> str:
-        loss = denoising_losses(UNet2DModel.from_pretrained(folder / "unet"), diffusion, noise_set)["loss"]
+        loss = denoising_losses(UNet2DModel.from_pretrained(folder / "unet"), diffusion, [noise_set])["loss"]
         results = evaluate(args.data_dir, folder, args.num_images, "validation", "--pipeline", folder)
         scores = results["generation"]
         return f"{loss:.4f} | {with_interval(scores)} | {scores['precision']:.2f} | {scores['recall']:.2f}"

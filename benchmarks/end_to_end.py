@@ -34,8 +34,8 @@ from corel_diffusers.losses.alignment import alignment_loss
 from corel_diffusers.losses.diffusion import denoising_loss, min_snr_weight, prediction_target
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.losses.vae import kl_divergence
-from corel_diffusers.models.configs import trained_size_px
-from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
+from corel_diffusers.models.configs import downsample_factor, latent_shape, trained_size_px
+from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_stride
 from corel_diffusers.models.vae import VAEWithPosterior
 from corel_diffusers.runtime.precision import autocast, resolve_precision
 from corel_diffusers.training.optimizers import build_optimizer
@@ -52,8 +52,7 @@ def tune(args: argparse.Namespace, folder: Path) -> int:
     photos, pixels = cache_pixels(load_photos(args.data_dir), size_px)
     labels = torch.tensor(photos["train"]["label"][:])
     unet = build_unet("tiny", size_px, vae, int(labels.max()) + 1)
-    latent_shape = cache_moments(vae, pixels["train"], CPU).shape[3:]
-    features = cache_features(pixels["train"], None, inner_grid(unet, latent_shape), CPU)
+    features = cache_features(pixels["train"], None, downsample_factor(vae) * inner_stride(unet), CPU)
     mean, std = feature_scale(features, CPU)
     model, vae_model = UNetForTraining(unet, changes=0, features=features.shape[2]), VAEWithPosterior(vae)
     unet_defaults, vae_defaults = UNetArguments(), VAEArguments()
@@ -85,7 +84,7 @@ def tune(args: argparse.Namespace, folder: Path) -> int:
         images = to_float(torch.from_numpy(pixels["train"].values[indices]))
         images = images.flip(-1) if mirrored else images
         target_features = torch.from_numpy(features[indices][:, mirrored])
-        noise, timesteps = torch.randn(16, vae.config.latent_channels, *latent_shape), torch.randint(1000, (16,))
+        noise, timesteps = torch.randn(16, *latent_shape(vae, size_px)), torch.randint(1000, (16,))
         batch_labels, crop_parameters = labels[indices], torch.zeros(16, 0)
         with autocast(precision, "cpu"):
             posterior_noise = torch.randn_like(noise)

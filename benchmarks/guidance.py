@@ -23,6 +23,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.evaluate import labels_to_draw
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.judge import stratified_rows
 from corel_diffusers.evaluation.kid import kernel_distance
 from corel_diffusers.evaluation.memorization import CopyFinder
 from corel_diffusers.evaluation.reconstruction import vae_rendering
@@ -66,7 +67,9 @@ def main() -> None:
         photo_features(network, pixels["validation"]),
         torch.tensor(photos["validation"]["label"][:]),
     )
-    labels, like_photos = labels_to_draw(pipe, photos["train"].features["label"].names, photo_labels, args.num_images)
+    labels, like_photos = labels_to_draw(
+        pipe, photos["train"].features["label"].names, photo_labels[stratified_rows(photo_labels, args.num_images)]
+    )
     finder = CopyFinder.of(pixels["train"], vae_rendering(pipe.vae, pixels["train"]), device)
     metrics = read_metrics(args.run / "metrics.jsonl")
     guide_finder = Guide(args.run, pipe.unet, metrics[0]["images_seen"] // metrics[0]["step"])

@@ -23,7 +23,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.inputs import concatenate_pixels
-from corel_diffusers.evaluation.judge import stratified_labels
+from corel_diffusers.evaluation.judge import stratified_rows
 from corel_diffusers.evaluation.kid import kernel, kernel_distance, kernel_interval
 
 # name -> (number of samples, held-out fraction of each class)
@@ -43,9 +43,8 @@ def class_counts(labels: np.ndarray, num_samples: int, held_out_fraction: float)
     """Return the number of photos per class that serve as samples, and the number per class that are held out."""
     photo_counts = np.bincount(labels)
     held_out = np.maximum(1, np.round(held_out_fraction * photo_counts).astype(int))
-    sample_labels = stratified_labels(
-        torch.arange(len(photo_counts)).repeat_interleave(torch.from_numpy(held_out)), num_samples
-    ).numpy()
+    held_out_labels = torch.arange(len(photo_counts)).repeat_interleave(torch.from_numpy(held_out))
+    sample_labels = held_out_labels[stratified_rows(held_out_labels, num_samples)].numpy()
     return np.minimum(np.bincount(sample_labels, minlength=len(photo_counts)), photo_counts - held_out), held_out
 
 

@@ -23,6 +23,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.evaluation.evaluate import labels_to_draw
 from corel_diffusers.evaluation.features import as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.judge import stratified_rows
 from corel_diffusers.evaluation.metrics import compare
 from corel_diffusers.evaluation.report import with_interval
 from corel_diffusers.files import write_json, write_text
@@ -107,7 +108,7 @@ def main() -> None:
     class_names = photos["train"].features["label"].names
     training_scheduler, (labels, like_photos) = (
         pipe.scheduler,
-        labels_to_draw(pipe, class_names, photo_labels, args.num_images),
+        labels_to_draw(pipe, class_names, photo_labels[stratified_rows(photo_labels, args.num_images)]),
     )
     shared = {"num_images": args.num_images, "batch_size": args.batch_size, "guidance_scale": args.guidance_scale}
     sampling_args = Generate(**shared, mixed_precision=precision)

@@ -33,8 +33,11 @@ def to_images(images: "torch.Tensor") -> list[Image.Image]:
 def image_grid(
     images: Sequence[Image.Image], nrow: int, row_labels: Sequence[str] = (), gap_px: int = 2
 ) -> Image.Image:
-    """Return a grid of images of the same size, `nrow` per row, on white. Each row label stands left of its row."""
-    width, height = images[0].size
+    """Return a grid of images, `nrow` per row, on white. Each row label stands left of its row.
+
+    Images of different sizes stand in the middle of cells of the same size.
+    """
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
     rows = math.ceil(len(images) / nrow)
     font = ImageFont.load_default(size=12)
     margin = max((int(font.getlength(label)) + 8 for label in row_labels), default=0)
@@ -44,7 +47,8 @@ def image_grid(
     )
     for index, image in enumerate(images):
         row, column = divmod(index, nrow)
-        canvas.paste(image, (margin + gap_px + column * (width + gap_px), gap_px + row * (height + gap_px)))
+        left, top = margin + gap_px + column * (width + gap_px), gap_px + row * (height + gap_px)
+        canvas.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(row_labels):
         draw.text((4, gap_px + row * (height + gap_px) + height / 2), label, fill="black", font=font, anchor="lm")

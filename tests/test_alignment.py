@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_cached_features_are_the_average_pooled_features_of_the_network(raw_photos):
     pixels = cache_pixels(load_photos(raw_photos), (32, 32))[1]["train"]
-    features = cache_features(pixels, None, (2, 2), CPU)
+    features = cache_features(pixels, None, 16, CPU)
     photos = pixels.batch(slice(0, 3)).flip(-1)
     with torch.no_grad():
         enlarged = F.interpolate(photos, (128, 128), mode="bilinear")
@@ -27,7 +27,7 @@ def test_cached_features_are_the_average_pooled_features_of_the_network(raw_phot
 
 def test_for_a_finer_grid_the_cache_keeps_the_size_of_the_features_and_the_loss_repeats_them(raw_photos):
     pixels = cache_pixels(load_photos(raw_photos), (32, 32))[1]["train"]
-    features = torch.from_numpy(cache_features(pixels, None, (16, 16), CPU)[:3, 0])
+    features = torch.from_numpy(cache_features(pixels, None, 2, CPU)[:3, 0])
     assert features.shape == (3, 112, 8, 8)
     mean, std = feature_scale(features[:, None].numpy(), CPU)
     predicted = torch.randn(3, 112, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -24,6 +24,7 @@ from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
 from corel_diffusers.evaluation import classes, kid, memorization, metrics, photo_crops, reconstruction, report
 from corel_diffusers.evaluation import evaluate as evaluation
 from corel_diffusers.evaluation import features as feature_networks
+from corel_diffusers.evaluation.judge import stratified_rows
 from corel_diffusers.evaluation.reconstruction import reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import write_card
@@ -525,13 +526,12 @@ def test_evaluate_measures_a_pipeline(trained_unet, raw_photos, tmp_path):
 
 def test_samples_have_the_class_fractions_of_the_photos():
     pipe = SimpleNamespace(config=SimpleNamespace(class_names={"0": "dog", "1": "beach"}))
-    labels, photo_labels = evaluation.labels_to_draw(pipe, ["beach", "dog"], torch.tensor([0] * 9 + [1] * 3), 8)
+    all_labels = torch.tensor([0] * 9 + [1] * 3)
+    labels, photo_labels = evaluation.labels_to_draw(pipe, ["beach", "dog"], all_labels[stratified_rows(all_labels, 8)])
     assert labels == [1] * 6 + [0] * 2
     assert photo_labels.tolist() == [0] * 6 + [1] * 2
-    assert evaluation.labels_to_draw(pipe, ["dog"], torch.tensor([0] * 5), 2)[0] == [0, 0], (
-        "--classes dog gives only dogs"
-    )
-    assert evaluation.labels_to_draw(pipe, ["cat"], torch.tensor([0] * 5), 3) == ([0, 1, 0], None)
+    assert evaluation.labels_to_draw(pipe, ["dog"], torch.tensor([0] * 2))[0] == [0, 0], "--classes dog gives only dogs"
+    assert evaluation.labels_to_draw(pipe, ["cat"], torch.tensor([0] * 3)) == ([0, 1, 0], None)
 
 
 def test_evaluate_measures_one_class(trained_unet, raw_photos, tmp_path):

@@ -17,7 +17,7 @@ def test_the_gauge_is_held_out_loss_divided_by_seen_loss_at_the_same_noise():
     vae = SimpleNamespace(config=config, device=torch.device("cpu"))
     diffusion = Diffusion.of(UNetArguments())
     moments = [np.random.default_rng(seed).normal(0, 1 + seed, (8, 8, 4, 4)).astype(np.float32) for seed in range(2)]
-    seen, held_out = (gauge.fixed_noise_set(vae, part, None, diffusion) for part in moments)
+    seen, held_out = (gauge.fixed_noise_set(vae, part, None, 16, diffusion) for part in moments)
     assert torch.equal(seen.noise, held_out.noise)
     assert torch.equal(seen.timesteps, held_out.timesteps)
     assert seen.timesteps.sort().values.diff().max() <= 1000 / len(seen.timesteps) + 1, (
@@ -25,7 +25,7 @@ def test_the_gauge_is_held_out_loss_divided_by_seen_loss_at_the_same_noise():
     )
 
     values = gauge.overfitting_gauge(
-        lambda noisy_latents, *_: SimpleNamespace(sample=torch.zeros_like(noisy_latents)), diffusion, seen, held_out
+        lambda noisy_latents, *_: SimpleNamespace(sample=torch.zeros_like(noisy_latents)), diffusion, [seen], [held_out]
     )
     alphas_cumprod = diffusion.scheduler.alphas_cumprod[seen.timesteps].view(-1, 1, 1, 1)
     squares = [

@@ -60,7 +60,7 @@ def test_sample_posterior_equals_sampling_in_diffusers(vae, pixels):
 def test_augmented_crops_are_encoded_with_matching_crop_parameters(vae, pixels, raw_photos):
     large = cache_large_pixels(load_photos(raw_photos), (32, 32))
     assert large.values.shape[1:3] == (48, 48), "photos of 48 px cannot be kept larger"
-    crops = AugmentedCrops.of(large, 3, 32)
+    crops = AugmentedCrops.of(large, 3, pixels)
     moments, crop_params = cache_moments(vae, pixels, torch.device("cpu"), crops=crops), crops.changes()
     assert np.array_equal(moments[:, :2], cache_moments(vae, pixels, torch.device("cpu"))), (
         "the photo and its mirror image come first"
@@ -84,8 +84,9 @@ def test_augmented_crops_are_encoded_with_matching_crop_parameters(vae, pixels, 
 
 
 def test_photos_without_more_pixels_than_the_training_size_are_not_cropped(raw_photos):
+    _, fitted = cache_pixels(load_photos(raw_photos), (48, 48))
     large = cache_large_pixels(load_photos(raw_photos), (48, 48))
-    assert not AugmentedCrops.of(large, 3, 48).changes()[..., :3].any()
+    assert not AugmentedCrops.of(large, 3, fitted["train"]).changes()[..., :3].any()
 
 
 @pytest.mark.parametrize("views", [0, 3])

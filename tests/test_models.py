@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from corel_diffusers.files import UserError
 from corel_diffusers.models.configs import downsample_factor, load_config
 from corel_diffusers.models.discriminator import build_discriminator
-from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_grid
+from corel_diffusers.models.unet import UNetForTraining, build_unet, inner_stride
 from corel_diffusers.models.vae import INITIAL_LOGVAR, VAEWithPosterior, build_vae
 
 
@@ -64,7 +64,7 @@ def test_a_unet_for_training_without_crop_parameters_equals_the_plain_unet():
         assert not torch.allclose(model(*inputs, torch.ones(2, 5))[0], plain, atol=1e-3)
         assert torch.equal(unet(*inputs).sample, plain), "nothing is kept after a forward pass"
     _, predicted_features = model(*inputs, torch.ones(2, 5))
-    assert predicted_features.shape == (2, 7, *inner_grid(unet, (8, 8))) == (2, 7, 4, 4)
+    assert predicted_features.shape == (2, 7, 8 // inner_stride(unet), 8 // inner_stride(unet)) == (2, 7, 4, 4)
     predicted_features.mean().backward()
     assert unet.conv_in.weight.grad.abs().sum() > 0, "the loss on the predicted features trains the UNet"
     assert unet.conv_out.weight.grad is None

@@ -16,11 +16,12 @@ from datasets import Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps
 
-from corel_diffusers.data import augmented_crops, pixels
+from corel_diffusers.data import augmented_crops, content_keys, pixels
 from corel_diffusers.data.cache import ShardedArray
+from corel_diffusers.data.content_keys import content_key
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.data.pixels import cache_pixels, content_key
+from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.files import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -130,7 +131,7 @@ def test_a_photo_that_the_disk_refuses_is_not_damaged(raw_photos, monkeypatch):
     def closed(path: object, size: int) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(pixels, "file_sample", closed)
+    monkeypatch.setattr(content_keys, "file_sample", closed)
     with pytest.raises(
         UserError, match=r"cannot be read \(Permission denied\): check the disk and the file permissions"
     ):
@@ -261,7 +262,7 @@ def test_a_changed_file_with_the_same_size_and_restored_time_gets_a_new_key(size
             content[change] ^= 1
         photo.write_bytes(content)
         os.utime(photo, ns=(10**18, 10**18))
-        keys.append(pixels.file_key({"bytes": None, "path": str(photo)}))
+        keys.append(content_keys.file_key({"bytes": None, "path": str(photo)}))
     assert len(set(keys)) == 4
 
 

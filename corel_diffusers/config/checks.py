@@ -50,11 +50,11 @@ def require_data_dir(folder: Path) -> None:
         raise UserError(f"--data-dir {folder} is not a folder: {DATA_DIR_HINT}")
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, flag: str = "--image-size") -> tuple[int, int]:
     """Convert "128" or "96x144" to (height, width) in pixels. Raise UserError for any other text."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())
     if not match or not int(match[1]) or (match[2] and not int(match[2])):
-        raise UserError(f"--image-size {text}: give pixels as 128, or as 96x144 (height x width)")
+        raise UserError(f"{flag} {text}: give pixels as 128, or as 96x144 (height x width)")
     return int(match[1]), int(match[2] or match[1])
 
 

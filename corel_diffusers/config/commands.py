@@ -7,7 +7,15 @@ from typing import Annotated, Literal, Self
 
 import tyro
 
-from corel_diffusers.config.checks import SCENES, check_repo_id, model_location, require, require_data_dir, user_path
+from corel_diffusers.config.checks import (
+    SCENES,
+    check_repo_id,
+    model_location,
+    parse_size,
+    require,
+    require_data_dir,
+    user_path,
+)
 from corel_diffusers.files import UserError, require_writable
 
 
@@ -113,6 +121,9 @@ class Generate(Sampling):
     class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
     """Classes of the samples, by name or by their number in the folder of photos, as in --classes of train_unet.py.
     The samples cycle through them (default: all classes)."""
+    size: str | None = None
+    """Size of the samples in pixels, as 64x96 (height x width).
+    Default: the size that most training photos had. A model that was trained with --aspect-buckets has several."""
     ddim_steps: int | None = None
     """Short form of --sampler ddim --steps N."""
     eta: float = 0.0
@@ -138,6 +149,8 @@ class Generate(Sampling):
                 raise UserError("--ddim-steps is short for --sampler ddim --steps: give only one of the two")
             return replace(self, sampler="ddim", steps=self.ddim_steps, ddim_steps=None).checked()
         _ = self.vae_location  # raises UserError if there is no such folder
+        if self.size:
+            parse_size(self.size, "--size")
         output = user_path(self.base_dir, self.output)
         if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")

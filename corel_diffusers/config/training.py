@@ -50,6 +50,10 @@ class TrainingArguments:
     """Use at most this many training photos."""
     image_size: str | None = flag(None, may_change=True)
     """Image size in pixels: 128, or 96x144 (height x width)."""
+    aspect_buckets: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train on a few image sizes with about the area of --image-size, so that photos of every shape keep their frame.
+    Each photo has the size that cuts off the least, and each batch has one size.
+    Without this flag, the centre of each photo is cut to the shape of --image-size."""
     num_workers: int = flag(0, may_change=True, in_card=False)
     """Number of processes that load batches in advance.
     Pixels and latents are computed once and cached, so 0 is fastest on most machines."""

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
+
+import tyro
 
 from corel_diffusers.config.checks import flag, require
 from corel_diffusers.config.training import TrainingArguments
@@ -26,6 +28,13 @@ class VAEArguments(TrainingArguments):
     output_dir: str = flag("vae_models", may_change=True)
     optimizer: Literal["adamw", "muon"] = "muon"
     """Optimizer. muon makes the steps of convolutions and matrices orthogonal, and uses AdamW for all other weights."""
+
+    # photos
+    grey: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Convert the photos to grey and train with one channel: the pipeline then generates grey images.
+    This is the default if all photos are grey."""
+    no_grey: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train with three channels even if all photos are grey."""
 
     # model
     latent_dim: int | None = None
@@ -77,6 +86,7 @@ class VAEArguments(TrainingArguments):
             start,
             "give a fraction of the run from 0 to below 1: from 1 on, the adversarial loss would never start",
         )
+        require(not (self.grey and self.no_grey), "grey", "--no-grey", "give only one of the two")
         require(0 <= self.crop_chance <= 1, "crop_chance", self.crop_chance, "give a fraction from 0 to 1")
         require(0 <= self.colour_jitter < 1, "colour_jitter", self.colour_jitter, "give a fraction from 0 to below 1")
         require(self.latent_dim is None or self.latent_dim >= 1, "latent_dim", self.latent_dim, "give 1 or more")

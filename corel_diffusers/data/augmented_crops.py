@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.mixed_sizes import parts_of
 from corel_diffusers.data.pixels import Pixels, to_float
 from corel_diffusers.runtime.devices import to_device
 from corel_diffusers.runtime.randomness import StepRandom
@@ -27,17 +28,22 @@ class AugmentedCrops:
     jitter: torch.Tensor  # (N, V, 2)
 
     @classmethod
-    def of(cls, large: Pixels, count: int, height_px: int) -> "AugmentedCrops":
-        """Draw `count` augmented crops of each photo, for training at a height of `height_px`."""
+    def of(cls, large: Pixels, count: int, fitted: Pixels) -> "AugmentedCrops":
+        """Draw `count` augmented crops of each photo. `fitted`: the photos at the training size."""
         generator = torch.Generator().manual_seed(0)
         places = torch.rand(len(large), count, 3, generator=generator)
         # The scale is at least 0.5, half way to the smallest crop. Photos without more pixels than the training size
         # are not cropped.
-        places[..., 0] = 0.5 + 0.5 * places[..., 0] if large.values.shape[1] > height_px else 1.0
+        is_larger = parts_of(large.values)[0].shape[1] > parts_of(fitted.values)[0].shape[1]
+        places[..., 0] = 0.5 + 0.5 * places[..., 0] if is_larger else 1.0
         return cls(large, places, 0.2 * torch.rand(len(large), count, 2, generator=generator) - 0.1)
 
     def __len__(self) -> int:
         return self.places.shape[1]
+
+    def by_size(self) -> list["AugmentedCrops"]:
+        """Return the crops of the photos of each image size, in the order of `Pixels.by_size`."""
+        return [AugmentedCrops(part, self.places[photos], self.jitter[photos]) for photos, part in self.large.by_size()]
 
     def batch(self, rows: slice, crop: int, pixels: Pixels) -> torch.Tensor:
         """Return one augmented crop of some photos: float32 (B, 3, H, W) in [-1, 1], with the size of `pixels`."""

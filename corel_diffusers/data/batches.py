@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -20,12 +20,13 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from corel_diffusers.config.training import TrainingArguments
-from corel_diffusers.data.cache import ShardedArray
+from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
 from corel_diffusers.runtime.devices import to_device
 from corel_diffusers.runtime.processes import STOP_SIGNALS
 from corel_diffusers.runtime.randomness import CPU, StepRandom
 
-Array = ShardedArray | np.ndarray | torch.Tensor
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+BLOCK_STEPS = 4096
 IN_MEMORY_BYTES = 2**27  # smaller arrays are kept in memory, which saves some file reads in each step
 
 
@@ -36,6 +37,9 @@ class BatchPlan:
     The photos form an endless stream: one permutation per epoch. Each step takes the next `global_batch` photos of the
     stream. All photos are therefore used equally often, and no batch is smaller than the others. A batch can contain
     photos of two epochs.
+
+    With several image sizes, the photos of each size form a stream of their own, and each step takes photos of one
+    size. The fraction of the steps with a size is the fraction of the photos with this size.
     """
 
     photos: int
@@ -44,12 +48,16 @@ class BatchPlan:
     num_processes: int
     rank: int
     seed: int
+    photos_by_size: Sequence[np.ndarray] = ()  # the indices of the photos of each image size, if there are several
 
     @classmethod
-    def of(cls, args: TrainingArguments, accelerator: Accelerator, photos: int) -> "BatchPlan":
-        return cls(
-            photos, args.batch_size, args.grad_accum, accelerator.num_processes, accelerator.process_index, args.seed
+    def of(cls, args: TrainingArguments, accelerator: Accelerator, photos_by_size: Sequence[np.ndarray]) -> "BatchPlan":
+        photos, num_processes, rank = (
+            sum(map(len, photos_by_size)),
+            accelerator.num_processes,
+            accelerator.process_index,
         )
+        return cls(photos, args.batch_size, args.grad_accum, num_processes, rank, args.seed, photos_by_size)
 
     @property
     def global_batch(self) -> int:
@@ -79,10 +87,33 @@ class BatchPlan:
     def indices(self, step: int, micro_step: int) -> np.ndarray:
         """Return the indices of the photos of one forward pass: (batch_size,). `step` and `micro_step` start at 0."""
         rows = self.rows(micro_step)
+        photos = np.arange(self.photos)
+        if len(self.photos_by_size) > 1:
+            block, place = divmod(step, BLOCK_STEPS)
+            sizes, earlier_steps = sizes_of_steps(tuple(map(len, self.photos_by_size)), block)
+            photos, step = self.photos_by_size[sizes[place]], int(earlier_steps[place])
         positions = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
-        return np.array(
-            [epoch_order(self.seed, pos // self.photos, self.photos)[pos % self.photos] for pos in positions]
-        )
+        order = [epoch_order(self.seed, pos // len(photos), len(photos))[pos % len(photos)] for pos in positions]
+        return photos[order]
+
+
+@lru_cache(maxsize=4)
+def sizes_of_steps(num_photos: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the index of the image size of each step in a block, and the number of earlier steps of this size.
+
+    The multiples of the golden ratio, modulo 1, fill the interval from 0 to 1 evenly (a low-discrepancy sequence). Each
+    size has a part of the interval, so after any number of steps it has had its fraction of them.
+
+    Args:
+        num_photos: the number of photos of each image size.
+        block: the index of the block. A block has BLOCK_STEPS steps.
+    """
+    limits = np.cumsum(num_photos)[:-1] / sum(num_photos)
+    sizes = np.searchsorted(limits, np.arange((block + 1) * BLOCK_STEPS) * GOLDEN_RATIO % 1, side="right")
+    before, last = sizes[:-BLOCK_STEPS], sizes[-BLOCK_STEPS:]
+    is_size = last[:, None] == np.arange(len(num_photos))
+    earlier = np.bincount(before, minlength=len(num_photos)) + np.cumsum(is_size, axis=0) - 1
+    return last, earlier[np.arange(BLOCK_STEPS), last]
 
 
 @lru_cache(maxsize=4)
@@ -118,33 +149,41 @@ class ArrayBatches(Dataset):
     Only the photos and versions of the batch are read.
     """
 
-    def __init__(self, *arrays: Array) -> None:
+    def __init__(self, *arrays: Array | MixedArray) -> None:
         self.arrays = arrays
 
     def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
-        if isinstance(self.arrays[0], torch.Tensor):  # then all arrays are tensors, see `preload`
-            indices = tuple(to_device(torch.from_numpy(values), self.arrays[0].device) for values in indices)
-            return [array[indices] for array in self.arrays]
-        return [torch.from_numpy(np.ascontiguousarray(array[indices])) for array in self.arrays]
+        return [self.values(array, *indices) for array in self.arrays]
+
+    def values(self, array: Array | MixedArray, photos: np.ndarray, *versions: np.ndarray) -> torch.Tensor:
+        """Return the values of the photos, or of one version of each photo."""
+        if isinstance(array, MixedArray):  # all photos of a batch have the same size
+            array, photos = array.located(photos)
+        if isinstance(array, torch.Tensor):
+            return array[tuple(to_device(torch.from_numpy(values), array.device) for values in (photos, *versions))]
+        return torch.from_numpy(np.ascontiguousarray(array[(photos, *versions)]))
 
 
-def preload(arrays: Sequence[Array], device: torch.device) -> Sequence[Array]:
+def preload(arrays: Sequence[Array | MixedArray], device: torch.device) -> Sequence[Array | MixedArray]:
     """Load the arrays into memory, if they are small enough. Otherwise return them unchanged.
 
     For a GPU they are loaded as tensors on the device, if they need at most a quarter of its free memory. For a CPU
     they are loaded as numpy arrays, if they have less than IN_MEMORY_BYTES in total.
     """
-    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-    if device.type != "cuda":
-        return [np.asarray(array) for array in arrays] if size < IN_MEMORY_BYTES else arrays
-    if size > torch.cuda.mem_get_info(device)[0] / 4:
+    size = sum(math.prod(part.shape) * part.dtype.itemsize for array in arrays for part in parts_of(array))
+    on_gpu = device.type == "cuda"
+    if size > (torch.cuda.mem_get_info(device)[0] / 4 if on_gpu else IN_MEMORY_BYTES):
         return arrays
-    tensors = []
-    for array in arrays:
-        tensors.append(torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device=device))
-        for start in range(0, len(array), 1024):  # in parts: the array may be too large for the memory of the CPU
-            tensors[-1][start : start + 1024] = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024]))
-    return tensors
+    load = partial(load_tensor, device=device) if on_gpu else np.asarray
+    return [array.map(load) if isinstance(array, MixedArray) else load(array) for array in arrays]
+
+
+def load_tensor(array: Array, device: torch.device) -> torch.Tensor:
+    """Return an array as a tensor on the device."""
+    tensor = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device=device)
+    for start in range(0, len(array), 1024):  # in parts: the array may be too large for the memory of the CPU
+        tensor[start : start + 1024] = torch.from_numpy(np.ascontiguousarray(array[start : start + 1024]))
+    return tensor
 
 
 def training_batches(
@@ -152,7 +191,7 @@ def training_batches(
     first_step: int,
     last_step: int | None,
     num_workers: int,
-    *arrays: Array,
+    *arrays: Array | MixedArray,
     versions: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[list[torch.Tensor]]:
     """Return an iterator over the batches of all forward passes: one tensor per array.
@@ -166,7 +205,7 @@ def training_batches(
     """
     order = BatchOrder(plan, first_step, last_step or sys.maxsize // plan.grad_accum, versions)
     dataset = ArrayBatches(*arrays)
-    if not num_workers or isinstance(arrays[0], torch.Tensor):
+    if not num_workers or isinstance(parts_of(arrays[0])[0], torch.Tensor):
         return map(dataset.__getitem__, order)
     # A worker inherits the garbage of this process. If it collects garbage that holds GPU memory, it is aborted.
     gc.collect()

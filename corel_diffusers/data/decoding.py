@@ -21,6 +21,7 @@ from corel_diffusers.files import UserError
 # Pillow warns from about 90 megapixels, but 100-megapixel cameras exist. It still raises an error at twice its limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 MIN_SIDE_PX = 32
+GREY_LEVELS = 3  # the channels of a grey photo differ by at most this much, of 255
 # EXIF orientation -> how to turn the photo upright. ImageOps.exif_transpose also writes the EXIF data again, and fails
 # if any of it is damaged.
 TURNS = {
@@ -73,6 +74,22 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         photo = photo.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
     return photo.convert("RGB")
+
+
+def upright_shape(file: Path | str | bytes) -> tuple[int, int]:
+    """Return the height and the width of a photo as a viewer shows it. Only its header is read.
+
+    Raises:
+        PhotoError: the header cannot be read.
+    """
+    register_heif()
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as photo:
+            return photo.size if orientation(photo) >= 5 else photo.size[::-1]  # from 5 on, it is turned by 90 degrees
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, RuntimeError, struct.error) as error:
+        raise PhotoError(str(error)) from None
+    except Image.DecompressionBombError as error:
+        raise PhotoError(str(error)) from None
 
 
 def to_srgb(photo: Image.Image) -> Image.Image:
@@ -177,6 +194,12 @@ def to_eight_bits(photo: Image.Image) -> Image.Image:
     else:
         scale = 255 / largest_value(values)
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+
+
+def is_grey(photo: Image.Image) -> bool:
+    """Return whether an RGB photo has no colours. JPEG rounding and a few coloured pixels are allowed."""
+    small = np.asarray(photo.resize((64, 64), Image.Resampling.BOX)).astype(int)
+    return bool(np.ptp(small, axis=2).max() <= GREY_LEVELS)
 
 
 def fit_photo(photo: Image.Image, size_px: tuple[int, int]) -> Image.Image:

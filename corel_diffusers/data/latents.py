@@ -18,10 +18,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from corel_diffusers.data.augmented_crops import AugmentedCrops
-from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, digest
+from corel_diffusers.data.cache import SINGLE_PROCESS, Share, digest
+from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
 from corel_diffusers.data.pixels import Pixels
-from corel_diffusers.data.versions import cache_versions, channel_statistics
+from corel_diffusers.data.versions import cache_versions, channel_statistics, for_each_size
 from corel_diffusers.files import UserError, first_line
+from corel_diffusers.models.vae import encode_photos
 from corel_diffusers.runtime.precision import arithmetic
 
 
@@ -98,7 +100,7 @@ def cache_moments(
     crops: AugmentedCrops | None = None,
     batch_size: int = 32,
     share: Share = SINGLE_PROCESS,
-) -> ShardedArray:
+) -> Array | MixedArray:
     """Return the posterior of each version of each photo: encoded once, cached, float32 (N, 2 + 2V, 2C, h, w).
 
     The second axis holds the photo, its mirror image, then each augmented crop followed by its mirror image. The third
@@ -106,12 +108,11 @@ def cache_moments(
     """
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        posterior = vae.encode(images).latent_dist
+        posterior = encode_photos(vae, images)
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    return cache_versions(
-        f"latents-{weights_key(vae)}-{config_key(vae)}", encode, pixels, crops, device, batch_size, share
-    )
+    key = f"latents-{weights_key(vae)}-{config_key(vae)}"
+    return for_each_size(pixels, crops, lambda *part: cache_versions(key, encode, *part, device, batch_size, share))
 
 
 def sample_posterior(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -147,7 +148,7 @@ def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.dev
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
-def measure_latent_scale(moments: ShardedArray) -> tuple[list[float], list[float]]:
+def measure_latent_scale(moments: Array | MixedArray) -> tuple[list[float], list[float]]:
     """Return the mean and the standard deviation of each channel of latents that are sampled from the posteriors.
 
     The law of total variance gives Var(z) = Var(mean) + E(exp(logvar)).
@@ -155,7 +156,7 @@ def measure_latent_scale(moments: ShardedArray) -> tuple[list[float], list[float
     Args:
         moments: (N, 2, 2C, h, w) of the training split, see `cache_moments`.
     """
-    channels = moments.shape[2] // 2
+    channels = parts_of(moments)[0].shape[2] // 2
     mean, variance = channel_statistics(moments, slice(channels))
     posterior_variance, _ = channel_statistics(moments, slice(channels, None), np.exp)
     return mean.tolist(), np.sqrt(variance + posterior_variance).tolist()

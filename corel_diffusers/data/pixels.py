@@ -1,45 +1,79 @@
 """Decode photos to RGB pixels, resize and crop them once into a uint8 cache, and read them as float batches."""
 
-import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 
+from corel_diffusers.data.aspect import SizePx, rows_by_size
 from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, cache_folder, cached_array, digest
-from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo, unreadable_file
+from corel_diffusers.data.content_keys import content_key
+from corel_diffusers.data.decoding import PhotoError, fit_photo, is_grey, open_photo
+from corel_diffusers.data.mixed_sizes import MixedArray, join
 from corel_diffusers.files import UserError, read_json, write_json
-from corel_diffusers.internals import fingerprint
 
-SAMPLE_BYTES = 2**14  # bytes hashed in each of three places of a file: see `file_sample`
 CROP_SCALE = 2.5  # random crops are cut from photos of at most this many times the training size
 
 
 @dataclass
 class Pixels:
-    """The decoded photos of one split: uint8 (N, H, W, 3) on disk or in memory, and a key for their content."""
+    """The decoded photos of one split: uint8 (N, H, W, 3) on disk or in memory, and a key for their content.
 
-    values: ShardedArray | np.ndarray
+    Photos of several image sizes are a MixedArray of such arrays.
+    """
+
+    values: ShardedArray | np.ndarray | MixedArray
     key: str
 
     def __len__(self) -> int:
         return len(self.values)
 
     def batch(self, indices: np.ndarray | slice) -> torch.Tensor:
-        """Return photos as float32 (B, 3, H, W) in [-1, 1], in channels-last memory format."""
+        """Return photos of one size as float32 (B, 3, H, W) in [-1, 1], in channels-last memory format."""
         return to_float(torch.from_numpy(self.values[indices]))
+
+    def by_size(self) -> list[tuple[np.ndarray, "Pixels"]]:
+        """Return the photos of each image size: their indices, and their Pixels."""
+        if not isinstance(self.values, MixedArray):
+            return [(np.arange(len(self)), self)]
+        return [
+            (photos, Pixels(self.values[photos] if len(photos) < len(part) else part, f"{self.key}-{number}"))
+            for number, (part, photos) in enumerate(zip(self.values.parts, self.values.photos_by_part(), strict=True))
+            if len(photos)
+        ]
+
+    def sizes_px(self) -> list[tuple[int, int]]:
+        """Return the (height, width) of each photo."""
+        sizes_px = [(0, 0)] * len(self)
+        for rows, part in self.by_size():
+            for row in rows:
+                sizes_px[row] = tuple(part.values.shape[1:3])
+        return sizes_px
+
+    def count_by_size(self) -> dict[str, int] | None:
+        """Return "<height>x<width>" -> number of photos, the most frequent size first. None if there is one size."""
+        parts = [(len(part), part.values.shape[1:3]) for _, part in self.by_size()]
+        parts.sort(key=lambda item: -item[0])
+        return {f"{height}x{width}": count for count, (height, width) in parts} if len(parts) > 1 else None
+
+    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Yield batches of photos of one size: their indices, and the result of `batch`."""
+        for photos, part in self.by_size():
+            for start in range(0, len(part), batch_size):
+                yield photos[start : start + batch_size], part.batch(slice(start, start + batch_size))
 
     def evenly_spaced(self, at_most: int) -> "Pixels":
         """Return at most `at_most` of the photos, evenly spaced."""
         if len(self) <= at_most:
             return self
-        return Pixels(self.values[evenly_spaced(len(self), at_most)], f"{self.key}-evenly")
+        chosen = evenly_spaced(len(self), at_most)
+        is_mixed = isinstance(self.values, MixedArray)
+        return Pixels(self.values.select(chosen) if is_mixed else self.values[chosen], f"{self.key}-evenly")
 
 
 def evenly_spaced(count: int, at_most: int) -> np.ndarray:
@@ -56,12 +90,25 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def cache_pixels(
-    photos: DatasetDict, size_px: tuple[int, int], share: Share = SINGLE_PROCESS
+    photos: DatasetDict,
+    size_px: SizePx,
+    share: Share = SINGLE_PROCESS,
+    more_sizes_px: Sequence[SizePx] = (),
+    grey: bool = False,
+    factor: float = 1.0,
 ) -> tuple[DatasetDict, dict[str, Pixels]]:
     """Decode, resize and crop each photo once, and cache the pixels.
 
-    The key of the cache depends on `content_key` and on the size in pixels. If one of them changes, the photos are
-    decoded again.
+    The key of the cache depends on `content_key`, on the size in pixels and on `grey`. If one of them changes, the
+    photos are decoded again.
+
+    Args:
+        photos: the photos of all splits.
+        size_px: the (height, width) of the pixels.
+        share: the place of this process among those that fill the cache.
+        more_sizes_px: sizes for photos that keep more of their area in them than in `size_px`.
+        grey: convert the photos to grey. They still have three channels, which are equal.
+        factor: multiply the sizes by this number.
 
     Returns:
         The photos without the unreadable ones, and the Pixels of each split. One printed line names the unreadable
@@ -69,13 +116,23 @@ def cache_pixels(
     """
     kept, pixels, bad = {}, {}, []
     for split, part in photos.items():
-        all_pixels, reasons = decode_split(part, size_px, share)
-        good = [index for index in range(len(part)) if index not in reasons]
-        bad += [f"{part['file_name'][index]}: {reason}" for index, reason in reasons.items()]
-        if not good:
+        parts, is_good = [], np.ones(len(part), bool)
+        for base_size_px, rows in rows_by_size(part, (size_px, *more_sizes_px), share):
+            scaled_px = tuple(round(factor * side) for side in base_size_px)
+            one_size = part if len(rows) == len(part) else part.select(rows)
+            decoded, reasons = decode_split(one_size, scaled_px, share, grey)
+            is_good[rows[list(reasons)]] = False
+            bad += [f"{one_size['file_name'][index]}: {reason}" for index, reason in reasons.items()]
+            good = [index for index in range(len(one_size)) if index not in reasons]
+            if good:
+                parts.append((rows[good], without_unreadable(decoded, good) if reasons else decoded))
+        if not parts:
             raise UserError(f"no photo of the {split} split can be read: {'; '.join(bad[:3])}")
-        kept[split] = part.select(good)
-        pixels[split] = without_unreadable(all_pixels, good) if reasons else all_pixels
+        kept[split] = part.select(np.flatnonzero(is_good))
+        places = np.cumsum(is_good) - 1  # of the readable photos among each other
+        values = join([(places[rows], decoded.values) for rows, decoded in parts])
+        key = parts[0][1].key if len(parts) == 1 else "pixels-" + digest([decoded.key for _, decoded in parts])
+        pixels[split] = Pixels(values, key)
     if bad:
         refuse_lost_classes(photos, kept, bad)
         print(f"{len(bad)} photos cannot be read and are left out: {'; '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
@@ -102,21 +159,42 @@ def without_unreadable(pixels: Pixels, good: list[int]) -> Pixels:
     )
 
 
-def cache_large_pixels(photos: DatasetDict, size_px: tuple[int, int], share: Share = SINGLE_PROCESS) -> Pixels:
+def cache_large_pixels(
+    photos: DatasetDict,
+    size_px: SizePx,
+    share: Share = SINGLE_PROCESS,
+    more_sizes_px: Sequence[SizePx] = (),
+    grey: bool = False,
+) -> Pixels:
     """Return the training photos with more pixels than `size_px`, for random crops.
 
     The size is `size_px` times CROP_SCALE, or less if a typical photo has fewer pixels, but never less than `size_px`.
+    See `cache_pixels` for the arguments.
     """
     factor = min(CROP_SCALE, max(1.0, native_side_px(photos) / min(size_px)))
-    kept, pixels = cache_pixels(
-        DatasetDict(train=photos["train"]), tuple(round(factor * side) for side in size_px), share
-    )
+    kept, pixels = cache_pixels(DatasetDict(train=photos["train"]), size_px, share, more_sizes_px, grey, factor)
     if len(kept["train"]) < len(photos["train"]):
         raise UserError(
             "--data-dir: some photos that could be read before cannot be read now: "
             "check that the disk is connected, then start again"
         )
     return pixels["train"]
+
+
+def are_grey(photos: DatasetDict) -> bool:
+    """Return whether all photos are grey. Unreadable photos do not count. The first coloured photo ends the search."""
+    is_any_readable = False
+    for part in photos.values():
+        # photos of all classes first: a folder of coloured photos can begin with grey ones
+        order = np.concatenate([evenly_spaced(len(part), 16), np.arange(len(part))])
+        for row in part.cast_column("image", ImageFeature(decode=False)).select(order)["image"]:
+            try:
+                if not is_grey(open_photo(row["bytes"] or row["path"])):
+                    return False
+            except PhotoError:  # `cache_pixels` reports it
+                continue
+            is_any_readable = True
+    return is_any_readable
 
 
 def native_side_px(photos: DatasetDict, max_opened: int = 16) -> float:
@@ -135,18 +213,19 @@ def native_side_px(photos: DatasetDict, max_opened: int = 16) -> float:
     return statistics.median(sides) if sides else 0
 
 
-def decode_split(part: Dataset, size_px: tuple[int, int], share: Share) -> tuple[Pixels, dict[int, str]]:
-    """Return the cached pixels of all photos of a split, and index -> reason for the unreadable photos.
+def decode_split(part: Dataset, size_px: SizePx, share: Share, grey: bool = False) -> tuple[Pixels, dict[int, str]]:
+    """Return the cached pixels of photos in one size, and index -> reason for the unreadable photos.
 
     The pixels of an unreadable photo are 0.
     """
     rows = part.cast_column("image", ImageFeature(decode=False))["image"]
-    key = "pixels-" + digest(content_key(part, rows), size_px)
+    key = "pixels-" + digest(content_key(part, rows), size_px, *(["grey"] if grey else []))
     folder = cache_folder(key)
 
     def decode(index: int) -> tuple[np.ndarray | int, str | None]:
         try:
-            return np.asarray(fit_photo(open_photo(rows[index]["bytes"] or rows[index]["path"]), size_px)), None
+            photo = open_photo(rows[index]["bytes"] or rows[index]["path"])
+            return np.asarray(fit_photo(photo.convert("L").convert("RGB") if grey else photo, size_px)), None
         except PhotoError as error:
             return 0, str(error)
 
@@ -168,44 +247,3 @@ def decode_split(part: Dataset, size_px: tuple[int, int], share: Share) -> tuple
     return Pixels(values, key), {
         int(index): reason for part_reasons in reasons for index, reason in part_reasons.items()
     }
-
-
-def content_key(part: Dataset, rows: Sequence[dict]) -> object:
-    """Return a value that changes when a photo of the split changes.
-
-    For a dataset that is memory-mapped and contains its photos as bytes, this is the fingerprint that `datasets`
-    computes. The photos are not read for it: reading a million photos would take longer than the step that waits for
-    the key.
-    """
-    return fingerprint(part) if part.cache_files and rows[0]["bytes"] is not None else [file_key(row) for row in rows]
-
-
-def file_key(row: dict) -> tuple:
-    """Return a value that changes when a photo changes.
-
-    It is a hash of the bytes, or the path, size, modification time and `file_sample` of the file.
-    """
-    if row["bytes"] is not None:
-        return (hashlib.sha256(row["bytes"]).hexdigest(),)
-    path = Path(row["path"])
-    try:
-        stat = path.stat()
-        return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, file_sample(path, stat.st_size))
-    except OSError as error:
-        raise unreadable_file(path, error) from None
-
-
-def file_sample(path: Path, size: int) -> str:
-    """Return a hash of a file of `size` bytes. For a large file, only its first, middle and last SAMPLE_BYTES are read.
-
-    The size and the modification time do not detect every change: archive and sync tools can write a new file with the
-    same size and restore the old time. Reading ten thousand large files completely would take minutes.
-    """
-    with path.open("rb") as file:
-        if size <= 4 * SAMPLE_BYTES:
-            return hashlib.sha256(file.read()).hexdigest()
-        parts = []
-        for start in (0, (size - SAMPLE_BYTES) // 2, size - SAMPLE_BYTES):
-            file.seek(start)
-            parts.append(file.read(SAMPLE_BYTES))
-        return hashlib.sha256(b"".join(parts)).hexdigest()

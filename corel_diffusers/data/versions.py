@@ -11,6 +11,7 @@ import torch
 
 from corel_diffusers.data.augmented_crops import AugmentedCrops
 from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, cached_array
+from corel_diffusers.data.mixed_sizes import Array, MixedArray, join, parts_of
 from corel_diffusers.data.pixels import Pixels, evenly_spaced
 from corel_diffusers.runtime.precision import arithmetic
 
@@ -48,24 +49,37 @@ def cache_versions(
     return cached_array(cache_key, shape, np.float32, encode, "encoding photos", share, batch_size)
 
 
+def for_each_size(
+    pixels: Pixels, crops: AugmentedCrops | None, compute: Callable[[Pixels, AugmentedCrops | None], Array]
+) -> Array | MixedArray:
+    """Return the results of `compute` for the photos of each image size, joined as one array of all photos."""
+    parts = pixels.by_size()
+    crops_by_size = crops.by_size() if crops else [None] * len(parts)
+    return join(
+        [(rows, compute(part, part_crops)) for (rows, part), part_crops in zip(parts, crops_by_size, strict=True)]
+    )
+
+
 def channel_statistics(
-    versions: ShardedArray | np.ndarray,
+    versions: Array | MixedArray,
     channels: slice = slice(None),
     transform: Callable[[np.ndarray], np.ndarray] = np.asarray,
     batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the variance of each channel of an array (N, V, C, h, w): (C,) each.
 
-    At most STATISTICS_PHOTOS photos are used, `batch_size` at a time, so that a large cache does not have to fit in
-    memory.
+    The photos may have several image sizes. At most STATISTICS_PHOTOS of them are used, `batch_size` at a time, so that
+    a large cache does not have to fit in memory.
 
     Args:
         channels: the channels to use.
         transform: a function that is applied to the values first.
     """
-    photos, parts = evenly_spaced(len(versions), STATISTICS_PHOTOS), []
-    for start in range(0, len(photos), batch_size):
-        part = transform(versions[photos[start : start + batch_size]][:, :, channels].astype(np.float64))
-        parts.append((part.sum((0, 1, 3, 4)), (part**2).sum((0, 1, 3, 4)), part.size / part.shape[2]))
-    total, square, count = (sum(values) for values in zip(*parts, strict=True))
+    sums = []
+    for array in parts_of(versions):
+        photos = evenly_spaced(len(array), max(1, len(array) * STATISTICS_PHOTOS // len(versions)))
+        for start in range(0, len(photos), batch_size):
+            values = transform(array[photos[start : start + batch_size]][:, :, channels].astype(np.float64))
+            sums.append((values.sum((0, 1, 3, 4)), (values**2).sum((0, 1, 3, 4)), values.size / values.shape[2]))
+    total, square, count = (sum(values) for values in zip(*sums, strict=True))
     return total / count, square / count - (total / count) ** 2

@@ -1,6 +1,7 @@
 """`corel-diffusers evaluate`: compare samples with photos and write a table, evaluation.json and evaluation.html."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,14 @@ from corel_diffusers.data.training_photos import count_trained_on
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.classes import class_scores
 from corel_diffusers.evaluation.features import as_array, extract
-from corel_diffusers.evaluation.inputs import ComparedPhotos, concatenate_pixels, read_images
-from corel_diffusers.evaluation.judge import stratified_labels
+from corel_diffusers.evaluation.inputs import ComparedPhotos, read_images
+from corel_diffusers.evaluation.judge import stratified_rows
 from corel_diffusers.evaluation.memorization import PIXEL_RATIO, CopyFinder, Nearest, planted_copies
 from corel_diffusers.evaluation.metrics import colour_statistics, compare, halves, within_class_distance
 from corel_diffusers.evaluation.reconstruction import MAX_COMPARED, reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import write_json
 from corel_diffusers.runtime.precision import resolve_precision
-from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, pipeline_digest, sample_size_px
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, pipeline_digest, trained_sizes_px
 from corel_diffusers.sampling.samplers import set_sampler
 from corel_diffusers.sampling.samples import guidance_interval, labels_for_images, sample_images
 
@@ -45,11 +46,11 @@ def evaluate(args: Evaluate) -> None:
     args = replace(args, mixed_precision=resolve_precision(args.mixed_precision, device.type))
     pipe = None if args.pictures else load_pipeline(args.pipeline_location, device)
     images = read_images(user_path(args.base_dir, args.pictures)) if args.pictures else []
-    size_px = sample_size_px(pipe) if pipe else (images[0].height, images[0].width)
-    photos = ComparedPhotos.load(args, pipe, size_px, device)
+    sizes_px = list(trained_sizes_px(pipe)) if pipe else [(images[0].height, images[0].width)]
+    photos = ComparedPhotos.load(args, pipe, sizes_px, device)
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:
-        images, labels, settings = make_samples(args, pipe, photos.class_names, photos.labels[photos.held_out])
+        images, labels, settings = make_samples(args, pipe, photos)
     samples, training_pixels = as_array(images), photos.training_pixels()
     render = partial(vae_rendering, pipe.vae, precision=args.mixed_precision) if pipe else lambda part: part
     finder = CopyFinder.of(training_pixels, render(training_pixels), device)
@@ -63,7 +64,8 @@ def evaluate(args: Evaluate) -> None:
         "only_classes": photos.class_names if args.classes else None,
         "photos": {split: len(photos.files[split]) for split in photos.splits},
         "held_out": photos.held_out,
-        "size_px": list(size_px),
+        "size_px": list(sizes_px[0]),
+        "sizes_px": [list(size_px) for size_px in sizes_px],
         "features": photos.network.name,
     }
     results |= sample_scores(photos, samples, labels)
@@ -96,7 +98,7 @@ def evaluate(args: Evaluate) -> None:
     )
 
 
-def sample_scores(photos: ComparedPhotos, samples: np.ndarray, labels: torch.Tensor | None) -> dict:
+def sample_scores(photos: ComparedPhotos, samples: Sequence[np.ndarray], labels: torch.Tensor | None) -> dict:
     """Return how close the samples are to the held-out photos, how diverse they are, and the scores of each class.
 
     Args:
@@ -105,7 +107,7 @@ def sample_scores(photos: ComparedPhotos, samples: np.ndarray, labels: torch.Ten
     """
     features, held_out = extract(photos.network, samples), photos.held_out
     held_out_features = photos.features[held_out]
-    pixels = concatenate_pixels([photos.pixels[split].evenly_spaced(MAX_COMPARED) for split in photos.splits])
+    all_images = [image for split in photos.splits for image in photos.pixels[split].evenly_spaced(MAX_COMPARED).values]
     results = {
         "generation": compare(
             features,
@@ -114,7 +116,7 @@ def sample_scores(photos: ComparedPhotos, samples: np.ndarray, labels: torch.Ten
             labels_b=photo_labels_for_kid(photos.labels, held_out, labels),
         ),
         "halves": halves(*photos.subset("all")),
-        "colours": {"pictures": colour_statistics(samples), "photos": colour_statistics(pixels.values)},
+        "colours": {"pictures": colour_statistics(samples), "photos": colour_statistics(all_images)},
     }
     if held_out != "all":
         (train_features, train_labels), (subset_features, subset_labels) = (
@@ -156,7 +158,7 @@ def vae_scores(photos: ComparedPhotos, rendered: Pixels) -> tuple[dict, dict[str
 
 
 def copy_fractions(
-    finder: CopyFinder, nearest: tuple[Nearest, Nearest], planted: np.ndarray, control_photos: Pixels | None
+    finder: CopyFinder, nearest: tuple[Nearest, Nearest], planted: Sequence[np.ndarray], control_photos: Pixels | None
 ) -> dict:
     """Return the fractions of samples, planted copies and control photos that count as copies, and their numbers.
 
@@ -180,17 +182,21 @@ def copy_fractions(
 
 
 def make_samples(
-    args: Evaluate, pipe: DiffusionPipeline, class_names: list[str], photo_labels: torch.Tensor
+    args: Evaluate, pipe: DiffusionPipeline, photos: ComparedPhotos
 ) -> tuple[list[Image.Image], torch.Tensor | None, dict]:
-    """Generate the samples to evaluate.
+    """Generate the samples to evaluate, with the classes and the image sizes of the held-out photos.
 
     Returns:
         The samples, their labels in the numbering of the photos (None if the model lacks a class of the photos), and
         the settings that they were generated with.
     """
     sampler, steps = set_sampler(pipe, args)
-    model_labels, labels = labels_to_draw(pipe, class_names, photo_labels, args.num_images)
-    images = list(sample_images(pipe, args, model_labels, args.seed, num_inference_steps=steps))
+    rows = stratified_rows(photos.labels[photos.held_out], args.num_images)
+    photo_sizes_px = photos.pixels[photos.held_out].sizes_px()
+    rows = torch.tensor(sorted(rows.tolist(), key=photo_sizes_px.__getitem__))  # a batch of samples has one size
+    model_labels, labels = labels_to_draw(pipe, photos.class_names, photos.labels[photos.held_out][rows])
+    sizes_px = [photo_sizes_px[row] for row in rows]
+    images = list(sample_images(pipe, args, model_labels, args.seed, sizes_px, num_inference_steps=steps))
     settings = {"pipeline": Path(args.pipeline_location).name, "sampler": sampler, "steps": steps, "seed": args.seed}
     has_guide = getattr(pipe, "guide", None) is not None  # pipelines of an earlier version have no attribute `guide`
     settings |= {
@@ -215,11 +221,16 @@ def photo_labels_for_kid(
 
 
 def labels_to_draw(
-    pipe: DiffusionPipeline, class_names: list[str], photo_labels: torch.Tensor, count: int
+    pipe: DiffusionPipeline, class_names: list[str], labels: torch.Tensor
 ) -> tuple[list[int] | None, torch.Tensor | None]:
-    """Return a class for each sample, with the class fractions of the photos that the samples are compared with.
+    """Return a class for each sample: that of a photo that the samples are compared with.
 
     If the model lacks a class of the photos, all classes of the model are equally frequent.
+
+    Args:
+        pipe: the pipeline.
+        class_names: the names of the classes of the photos.
+        labels: the label of the photo of each sample.
 
     Returns:
         The labels in the numbering of the model (None if the model has no classes), and the same labels in the
@@ -227,6 +238,5 @@ def labels_to_draw(
     """
     model_label = {name: int(label) for label, name in (pipe.config.class_names or {}).items()}
     if not set(class_names) <= set(model_label):
-        return labels_for_images(pipe, (), count), None
-    labels = stratified_labels(photo_labels, count)
+        return labels_for_images(pipe, (), len(labels)), None
     return [model_label[class_names[label]] for label in labels.tolist()], labels

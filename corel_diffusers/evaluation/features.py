@@ -3,7 +3,7 @@
 Numbers in the features of different networks cannot be compared, so every report names its network.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from corel_diffusers.data.cache import cached_array
+from corel_diffusers.data.mixed_sizes import stacked
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.files import UserError, first_line
 from corel_diffusers.models.efficientnet import load_efficientnet
@@ -151,10 +152,24 @@ def resize_to(images: torch.Tensor, side_px: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def extract(network: Network, images: np.ndarray, batch_size: int = 32) -> torch.Tensor:
-    """Return the features (N, D) of uint8 images (N, H, W, 3), on the CPU."""
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    return torch.cat([network.run(torch.from_numpy(np.array(batch))).to("cpu", network.dtype) for batch in batches])
+def extract(network: Network, images: Sequence[np.ndarray], batch_size: int = 32) -> torch.Tensor:
+    """Return the features (N, D) of uint8 images (H, W, 3), on the CPU. The images may have several sizes."""
+    features = torch.empty(len(images), network.width, dtype=network.dtype)
+    for rows, batch in batches_of_one_size(images, batch_size):
+        features[rows] = network.run(torch.from_numpy(batch)).to("cpu", network.dtype)
+    return features
+
+
+def batches_of_one_size(images: Sequence[np.ndarray], batch_size: int = 32) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield batches of images that have the same size: their indices, and the images (B, H, W, 3).
+
+    At most `batch_size` consecutive images are read at once.
+    """
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        for shape in dict.fromkeys(image.shape for image in batch):
+            rows = [index for index, image in enumerate(batch) if image.shape == shape]
+            yield [start + index for index in rows], np.stack([batch[index] for index in rows])
 
 
 def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> torch.Tensor:
@@ -168,7 +183,7 @@ def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> 
 
     def make(photos: slice) -> np.ndarray:
         values = pixels.values[photos]
-        return extract(network, values[:, :, ::-1] if mirrored else values).numpy()
+        return extract(network, [image[:, ::-1] for image in values] if mirrored else values).numpy()
 
     dtype = torch.empty(0, dtype=network.dtype).numpy().dtype
     return torch.from_numpy(
@@ -176,6 +191,6 @@ def photo_features(network: Network, pixels: Pixels, mirrored: bool = False) -> 
     )
 
 
-def as_array(images: Iterable[Image.Image]) -> np.ndarray:
-    """Convert PIL images of the same size to uint8 (N, H, W, 3)."""
-    return np.stack([np.asarray(image.convert("RGB")) for image in images])
+def as_array(images: Iterable[Image.Image]) -> np.ndarray | list[np.ndarray]:
+    """Convert PIL images to uint8 (N, H, W, 3), or to a list of (H, W, 3) if they have several sizes."""
+    return stacked([np.asarray(image.convert("RGB")) for image in images])

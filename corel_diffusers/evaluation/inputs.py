@@ -12,6 +12,7 @@ from PIL import Image
 from corel_diffusers.config.commands import Evaluate
 from corel_diffusers.data.cache import digest
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
+from corel_diffusers.data.mixed_sizes import MixedArray
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import Pixels, cache_pixels, evenly_spaced
 from corel_diffusers.data.tree import list_tree
@@ -36,18 +37,24 @@ class ComparedPhotos:
 
     @classmethod
     def load(
-        cls, args: Evaluate, pipe: DiffusionPipeline | None, size_px: tuple[int, int], device: torch.device
+        cls,
+        args: Evaluate,
+        pipe: DiffusionPipeline | None,
+        sizes_px: list[tuple[int, int]],
+        device: torch.device,
     ) -> "ComparedPhotos":
         """Load the photos of the flags and extract their features.
 
         Args:
             pipe: the pipeline of the samples, or None for --pictures.
-            size_px: (height, width) of the samples.
+            sizes_px: the sizes (height, width) of the samples.
 
         Raises:
             UserError: the photos cannot be loaded, or there are too few to compare with.
         """
-        photos, pixels = cache_pixels(photos_to_compare(args, pipe), size_px)
+        grey = pipe is not None and pipe.vae.config.in_channels == 1
+        photos = photos_to_compare(args, pipe)
+        photos, pixels = cache_pixels(photos, sizes_px[0], more_sizes_px=sizes_px[1:], grey=grey)
         held_out = pick_held_out(args.against, pixels)
         # The training photos of --pictures are unknown: train and validation count as them, unless they are held out.
         training_splits = ["train"] if pipe else [split for split in ("train", "validation") if split != held_out]
@@ -143,4 +150,11 @@ def pick_held_out(against: str, pixels: dict[str, Pixels]) -> str:
 
 def concatenate_pixels(parts: list[Pixels]) -> Pixels:
     """Return the photos of several splits as one Pixels."""
-    return Pixels(np.concatenate([part.values for part in parts]), digest([part.key for part in parts]))
+    key = digest([part.key for part in parts])
+    if not any(isinstance(part.values, MixedArray) for part in parts):
+        return Pixels(np.concatenate([part.values for part in parts]), key)
+    arrays, offset = [], 0
+    for part in parts:
+        arrays += [(offset + rows, one_size.values) for rows, one_size in part.by_size()]
+        offset += len(part)
+    return Pixels(MixedArray.of(arrays), key)

@@ -18,9 +18,9 @@ from corel_diffusers.sampling import previews
 NUM_SAMPLES = 48  # for --evaluate-every
 
 
-def stratified_labels(labels: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `count` sorted labels with the same class fractions as `labels`."""
-    return labels.sort().values[torch.arange(count) * len(labels) // count]
+def stratified_rows(labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the indices of `count` photos with the same class fractions as `labels`, sorted by class: (count,)."""
+    return labels.sort(stable=True).indices[torch.arange(count) * len(labels) // count]
 
 
 @dataclass
@@ -30,6 +30,7 @@ class SampleJudge:
     network: Network
     held_out: torch.Tensor  # features of the held-out photos
     labels: torch.Tensor  # labels of the held-out photos
+    sizes_px: list[tuple[int, int]]  # (height, width) of the held-out photos
     finder: CopyFinder
 
     @classmethod
@@ -44,16 +45,21 @@ class SampleJudge:
         """
         network = load_network("efficientnet-lite0", vae.device)
         finder = CopyFinder.of(pixels["train"], vae_rendering(vae, pixels["train"], precision), vae.device)
-        return cls(network, photo_features(network, pixels["validation"]), labels, finder)
+        features, sizes_px = photo_features(network, pixels["validation"]), pixels["validation"].sizes_px()
+        return cls(network, features, labels, sizes_px, finder)
 
     def judge(self, pipe: DiffusionPipeline, seed: int, accelerator: Accelerator) -> dict[str, float]:
-        """Generate NUM_SAMPLES samples in the precision of the run, and return their scores."""
+        """Generate NUM_SAMPLES samples in the precision of the run, and return their scores.
+
+        They have the classes and the image sizes of the held-out photos.
+        """
         labels, names = None, [None] * NUM_SAMPLES
+        rows = stratified_rows(self.labels, NUM_SAMPLES)
         if pipe.config.class_names:
-            labels = stratified_labels(self.labels, NUM_SAMPLES)
+            labels = self.labels[rows]
             names = [pipe.config.class_names[str(int(label))] for label in labels]
         with accelerator.autocast():  # only the samples: their features are compared with features in float32
-            images = previews.samples(pipe, seed, names)
+            images = previews.samples(pipe, seed, names, [self.sizes_px[row] for row in rows])
         return self.scores(images, labels)
 
     def scores(self, images: list[Image.Image], labels: torch.Tensor | None) -> dict[str, float]:

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from corel_diffusers.data.cache import ShardedArray
 from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
+from corel_diffusers.data.mixed_sizes import Array, MixedArray, stacked
 from corel_diffusers.data.pixels import Pixels, evenly_spaced
 from corel_diffusers.evaluation.features import (
     NUM_CROPS,
@@ -142,7 +142,7 @@ class AlignedCrop(NamedTuple):
 class CopyFinder:
     """The training photos in pixels and in features, and the ratio below which an image is a copy in features."""
 
-    photos: ShardedArray | np.ndarray  # uint8 (M, H, W, 3), reconstructed by the VAE
+    photos: Array | MixedArray  # uint8 (M, H, W, 3), reconstructed by the VAE
     pixels: list[torch.Tensor]
     network: Network
     features: list[torch.Tensor]
@@ -173,19 +173,19 @@ class CopyFinder:
         features = [*crop_features[0], *crop_features[1]]
         return cls(rendered.values, pixels, network, features, groups, calibrated_ratio(features, groups))
 
-    def search(self, images: np.ndarray) -> tuple[Nearest, Nearest]:
+    def search(self, images: Sequence[np.ndarray]) -> tuple[Nearest, Nearest]:
         """Return the nearest photos of uint8 images (N, H, W, 3): in pixels, and in features."""
         in_pixels, crops = self.aligned(images)
         return in_pixels, self.in_features(images, crops)
 
-    def in_pixels(self, images: np.ndarray) -> Nearest:
+    def in_pixels(self, images: Sequence[np.ndarray]) -> Nearest:
         """Return the nearest photos in pixels, with their crops and mirror images.
 
         The coarse search compares all photos. The fine search compares the `nearest_candidates`.
         """
         return self.aligned(images)[0]
 
-    def aligned(self, images: np.ndarray) -> tuple[Nearest, list[AlignedCrop]]:
+    def aligned(self, images: Sequence[np.ndarray]) -> tuple[Nearest, list[AlignedCrop]]:
         """Return the result of `in_pixels`, and the crops of the two nearest photos that fit each image best."""
         distance = distances(torch.from_numpy(resize(images, COARSE_PX).reshape(len(images), -1)), self.pixels)
         fine_distance, crops = torch.full_like(distance, math.inf), {}
@@ -198,7 +198,7 @@ class CopyFinder:
         }
         return nearest, [AlignedCrop(*pair, *crops[pair]) for pair in sorted(pairs & crops.keys())]
 
-    def in_features(self, images: np.ndarray, crops: Sequence[AlignedCrop] = ()) -> Nearest:
+    def in_features(self, images: Sequence[np.ndarray], crops: Sequence[AlignedCrop] = ()) -> Nearest:
         """Return the nearest photos in features, with their corners and mirror images.
 
         crops: more crops of the photos to compare, each one with its own image only.
@@ -209,9 +209,7 @@ class CopyFinder:
             crop_images = (crop_image(self.photos[crop.photo], crop.crop) for crop in crops)
             crop_features = extract(
                 self.network,
-                np.stack(
-                    [image[:, ::-1] if crop.mirrored else image for image, crop in zip(crop_images, crops, strict=True)]
-                ),
+                [image[:, ::-1] if crop.mirrored else image for image, crop in zip(crop_images, crops, strict=True)],
             )
             for crop, feature in zip(crops, crop_features, strict=True):
                 crop_distance = (features[crop.image].double() - feature.double()).norm()
@@ -223,11 +221,10 @@ class CopyFinder:
         return {"pixels": in_pixels.share_below(PIXEL_RATIO), "features": in_features.share_below(self.feature_ratio)}
 
 
-def planted_copies(photos: np.ndarray) -> np.ndarray:
+def planted_copies(photos: Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     """Return mirrored, off-centre crops of photos. A search must find them.
 
     The crops have 0.93, 0.81 and 0.68 of the side, for a third of the photos each.
     """
     crops = islice(cycle([(0.93, 0.05, 0.01), (0.81, 0.03, 0.13), (0.68, 0.2, 0.07)]), len(photos))
-    copies = [crop_image(photo, crop) for photo, crop in zip(photos, crops, strict=True)]
-    return np.ascontiguousarray(np.stack(copies)[:, :, ::-1])
+    return stacked([crop_image(photo, crop)[:, ::-1] for photo, crop in zip(photos, crops, strict=True)])

@@ -4,6 +4,8 @@ All of them are for small sets. The kernel distance (kid.py) is unbiased at any 
 Fréchet distance is biased upwards for few images, so it is always shown with the number of images.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -75,7 +77,7 @@ def class_match(
     return classes[similarity.argmax(1)] == labels
 
 
-def colour_statistics(images: np.ndarray) -> dict[str, float]:
+def colour_statistics(images: Iterable[np.ndarray]) -> dict[str, float]:
     """Return the mean of each channel, the contrast and the colourfulness of uint8 images (N, H, W, 3).
 
     All values are averaged over the images, on the scale from 0 to 255. Contrast is the standard deviation of all

@@ -1,12 +1,11 @@
 """Crops of photos: compare them with images in pixels, and find near duplicates among the photos."""
 
+from collections.abc import Iterable
 from itertools import product
 
 import numpy as np
 import torch
 from PIL import Image
-
-from corel_diffusers.data.cache import ShardedArray
 
 Crop = tuple[float, float, float]  # scale, left and top, as fractions of the side
 # The coarse search compares these crops of every photo: the full photo, and nine crops at each of two scales. They are
@@ -26,7 +25,7 @@ DUPLICATE_FRACTION = 0.15  # the same as a fraction of the contrast, for duplica
 FINE_PX, STEPS, MIN_SCALE = 32, (0.06, 0.06, 0.03, 0.015), 0.6
 
 
-def pixel_crops(photos: ShardedArray | np.ndarray) -> list[torch.Tensor]:
+def pixel_crops(photos: Iterable[np.ndarray]) -> list[torch.Tensor]:
     """Return uint8 (N, D) at COARSE_PX for each crop in CROPS and for its mirror image.
 
     photos: uint8 (N, H, W, 3).
@@ -69,7 +68,7 @@ def is_near_duplicate(photo_crops: list[torch.Tensor], photo: int, others: np.nd
     return found.numpy()
 
 
-def resize(images: np.ndarray, side_px: int, crop: Crop = CROPS[0]) -> np.ndarray:
+def resize(images: Iterable[np.ndarray], side_px: int, crop: Crop = CROPS[0]) -> np.ndarray:
     """Resize a crop of each image to a square, without keeping the aspect ratio: uint8 (N, side_px, side_px, 3)."""
     return np.stack([crop_image(image, crop, (side_px, side_px)) for image in images])
 

@@ -1,18 +1,22 @@
 """Measure the VAE's reconstructions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from corel_diffusers.data.cache import cached_array
+from corel_diffusers.data.cache import ShardedArray, cached_array
 from corel_diffusers.data.latents import config_key, weights_key
+from corel_diffusers.data.mixed_sizes import join, stacked
 from corel_diffusers.data.pixels import Pixels, evenly_spaced, to_float
 from corel_diffusers.evaluation import report
-from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
+from corel_diffusers.evaluation.features import Network, batches_of_one_size, extract, load_network, photo_features
 from corel_diffusers.evaluation.kid import kernel_distance
 from corel_diffusers.evaluation.metrics import MIN_PHOTOS, compare
 from corel_diffusers.losses.perceptual import PerceptualLoss
+from corel_diffusers.models.vae import decode_latents, encode_photos
 from corel_diffusers.plots import to_images
 from corel_diffusers.runtime.precision import arithmetic, autocast
 
@@ -52,21 +56,25 @@ def reconstruction_limit(
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, photos: np.ndarray, precision: str = "no") -> np.ndarray:
+def reconstruct(
+    vae: AutoencoderKL, photos: Sequence[np.ndarray], precision: str = "no"
+) -> np.ndarray | list[np.ndarray]:
     """Encode photos to the posterior mean and decode it: uint8 (N, H, W, 3) -> uint8 (N, H, W, 3).
 
-    Photos are encoded like the UNet's training photos, and decoded in the precision of the samples. Otherwise rounding
-    would make a difference between reconstructions and samples.
+    Photos of several sizes give a list of (H, W, 3). Photos are encoded like the UNet's training photos, and decoded in
+    the precision of the samples. Otherwise rounding would make a difference between reconstructions and samples.
     """
-    reconstructions = []
+    reconstructions = [None] * len(photos)
     decoder_precision = "no" if vae.config.force_upcast else precision  # like the pipeline
-    for start in range(0, len(photos), 32):
-        batch = to_float(torch.from_numpy(np.array(photos[start : start + 32]))).to(vae.device, vae.dtype)
+    for rows, batch in batches_of_one_size(photos):
+        images = to_float(torch.from_numpy(batch)).to(vae.device, vae.dtype)
         with autocast("no", vae.device.type):
-            latents = vae.encode(batch).latent_dist.mean
+            latents = encode_photos(vae, images).mean
         with autocast(decoder_precision, vae.device.type):
-            reconstructions += to_images(vae.decode(latents).sample)
-    return as_array(reconstructions)
+            decoded = to_images(decode_latents(vae, latents))
+        for row, image in zip(rows, decoded, strict=True):
+            reconstructions[row] = np.asarray(image)
+    return stacked(reconstructions)
 
 
 def vae_rendering(vae: AutoencoderKL, pixels: Pixels, precision: str = "no") -> Pixels:
@@ -76,17 +84,21 @@ def vae_rendering(vae: AutoencoderKL, pixels: Pixels, precision: str = "no") -> 
     arithmetic of the device, and the precision.
     """
     vae_key = f"{weights_key(vae)}-{config_key(vae)}-{arithmetic(vae.device)}-{precision}"
-    key = f"{pixels.key}-{len(pixels)}-{vae_key}"
 
-    def make(photos: slice) -> np.ndarray:
-        return reconstruct(vae, pixels.values[photos], precision)
+    def rendered(part: Pixels) -> ShardedArray:
+        def make(photos: slice) -> np.ndarray:
+            return reconstruct(vae, part.values[photos], precision)
 
-    return Pixels(cached_array(key, pixels.values.shape, np.uint8, make, "reconstructing photos"), key)
+        key = f"{part.key}-{len(part)}-{vae_key}"
+        return cached_array(key, part.values.shape, np.uint8, make, "reconstructing photos")
+
+    values = join([(rows, rendered(part)) for rows, part in pixels.by_size()])
+    return Pixels(values, f"{pixels.key}-{len(pixels)}-{vae_key}")
 
 
 def reconstruction_scores(
-    reconstructions: np.ndarray,
-    photos: np.ndarray,
+    reconstructions: Sequence[np.ndarray],
+    photos: Sequence[np.ndarray],
     network: Network,
     real_features: torch.Tensor,
     labels: torch.Tensor | None = None,
@@ -99,18 +111,16 @@ def reconstruction_scores(
     low.
 
     Args:
-        reconstructions: uint8 (N, H, W, 3).
-        photos: uint8 (N, H, W, 3).
+        reconstructions: uint8 (N, H, W, 3), or a list of (H, W, 3).
+        photos: the same photos, in the same order.
         network: the feature network.
         real_features: the features of the photos (N, D).
         labels: the labels of the photos (N,).
     """
     perceptual_loss, sums = PerceptualLoss("efficientnet-lite0").to(network.device), np.zeros(3)
-    for start in range(0, len(reconstructions), 32):
-        a, b = (
-            to_float(torch.from_numpy(np.array(values[start : start + 32]))).to(network.device)
-            for values in (reconstructions, photos)
-        )
+    for rows, batch in batches_of_one_size(reconstructions):
+        originals = np.stack([photos[row] for row in rows])
+        a, b = (to_float(torch.from_numpy(values)).to(network.device) for values in (batch, originals))
         with torch.no_grad():
             perceptual = perceptual_loss(a, b)
         a, b = (a + 1) / 2, (b + 1) / 2

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -135,7 +136,8 @@ def heading(results: dict) -> str:
         if tuple(results.get("guidance_interval", (0, 1))) != (0, 1):
             guidance += " at noise levels {:g} to {:g}".format(*results["guidance_interval"])
         line += f", {results['sampler']} with {results['steps']} steps, {guidance}, seed {results['seed']}"
-    height, width = results["size_px"]
+    sizes_px = results.get("sizes_px", [results["size_px"]])  # evaluations of an earlier version had one size
+    sizes = " and ".join(f"{height}x{width}" for height, width in sizes_px)
     held_out_names = {
         "test": "the test photos",
         "validation": "the validation photos (also used to choose the best model)",
@@ -147,7 +149,7 @@ def heading(results: dict) -> str:
     if results.get("only_classes"):
         line += f", only {', '.join(results['only_classes'])}"
     return (
-        f"{line}, {height}x{width} px, compared with {held_out_names[results['held_out']]}; "
+        f"{line}, {sizes} px, compared with {held_out_names[results['held_out']]}; "
         f"features: {results['features']}{warning}"
     )
 
@@ -193,7 +195,7 @@ def card_rows(results: dict) -> list[str]:
 
 
 def sample_sheet(
-    samples: np.ndarray, labels: torch.Tensor | None, class_names: list[str], per_row: int = 12
+    samples: Sequence[np.ndarray], labels: torch.Tensor | None, class_names: list[str], per_row: int = 12
 ) -> Image.Image:
     """Return a grid of the first samples, with one labelled row per class."""
     if labels is None:
@@ -206,25 +208,27 @@ def sample_sheet(
     return image_grid(shown, min(per_row, len(samples)), names)
 
 
-def pair_sheet(samples: np.ndarray, photos: np.ndarray, nearest: Nearest) -> Image.Image:
+def pair_sheet(samples: Sequence[np.ndarray], photos: Sequence[np.ndarray], nearest: Nearest) -> Image.Image:
     """Return a grid of the samples that are most like copies, above their two nearest training photos.
 
     The sample with the lowest ratio is on the left.
     """
     order = nearest.ratio.argsort()[:SHOWN_PAIRS].tolist()
-    rows = [samples[order], photos[nearest.photo[order].numpy()], photos[nearest.second[order].numpy()]]
+    rows = [(samples, order), (photos, nearest.photo[order].tolist()), (photos, nearest.second[order].tolist())]
     return image_grid(
-        [Image.fromarray(image) for row in rows for image in row],
+        [Image.fromarray(images[index]) for images, row in rows for index in row],
         len(order),
         ["sample", "nearest photo", "second nearest"],
     )
 
 
-def reconstruction_sheet(photos: np.ndarray, reconstructions: np.ndarray, shown: int = 12) -> Image.Image:
+def reconstruction_sheet(
+    photos: Sequence[np.ndarray], reconstructions: Sequence[np.ndarray], shown: int = 12
+) -> Image.Image:
     """Return a grid of photos above their VAE reconstructions."""
     indices = evenly_spaced(len(photos), shown)
     return image_grid(
-        [Image.fromarray(image) for row in (photos[indices], reconstructions[indices]) for image in row],
+        [Image.fromarray(images[index]) for images in (photos, reconstructions) for index in indices],
         len(indices),
         ["photo", "reconstruction"],
     )

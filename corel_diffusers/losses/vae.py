@@ -117,6 +117,8 @@ def adaptive_weight(
     """
 
     def weight_grad_norm(gradient: torch.Tensor) -> torch.Tensor:
+        # the channels of a grey reconstruction are copies of the one output of the layer
+        gradient = gradient.unflatten(1, (last_layer.out_channels, -1)).sum(2)
         return torch.nn.grad.conv2d_weight(
             last_layer_input, last_layer.weight.shape, gradient, padding=last_layer.padding
         ).norm()

@@ -9,6 +9,15 @@ from torch import nn
 from corel_diffusers.models.configs import check_size, downsample_factor, from_config, load_config
 
 
+def size_multiple(config: str, vae: AutoencoderKL) -> int:
+    """Return the number of pixels that both sides of an image must be multiples of, for a UNet with this config.
+
+    The VAE and the stages of the UNet halve the sides.
+    """
+    stages = len(load_config("unet", config).get("block_out_channels", (224, 448, 672, 896)))
+    return downsample_factor(vae) * 2 ** (stages - 1)
+
+
 def build_unet(
     config: str,
     size_px: tuple[int, int],
@@ -29,8 +38,7 @@ def build_unet(
     """
     values = load_config("unet", config)
     factor = downsample_factor(vae)
-    downsamples = len(values.get("block_out_channels", (224, 448, 672, 896))) - 1
-    check_size(size_px, factor * 2**downsamples, "the VAE and the UNet")
+    check_size(size_px, size_multiple(config, vae), "the VAE and the UNet")
     height, width = size_px[0] // factor, size_px[1] // factor
     values |= {
         "sample_size": height if height == width else [height, width],
@@ -46,10 +54,9 @@ def build_unet(
     return from_config(UNet2DModel, values, config, attention)
 
 
-def inner_grid(unet: UNet2DModel, latent_size: tuple[int, int]) -> tuple[int, int]:
-    """Return the (height, width) of the features after the first up block of the UNet, for latents of (h, w)."""
-    downsamples = max(0, len(unet.config.block_out_channels) - 2)
-    return latent_size[0] >> downsamples, latent_size[1] >> downsamples
+def inner_stride(unet: UNet2DModel) -> int:
+    """Return the size of the latents divided by the size of the features after the first up block of the UNet."""
+    return 2 ** max(0, len(unet.config.block_out_channels) - 2)
 
 
 class UNetForTraining(nn.Module):
@@ -106,7 +113,7 @@ class UNetForTraining(nn.Module):
 
         Returns:
             model_pred: (B, C, h, w).
-            predicted_features: (B, F, h', w'), see `inner_grid`; (B, 0, h, w) if no features are predicted.
+            predicted_features: (B, F, h', w'), h' = h / `inner_stride`; (B, 0, h, w) if no features are predicted.
         """
         self.changes = changes
         model_pred = self.unet(sample, timestep, labels if self.unet.class_embedding is not None else None).sample

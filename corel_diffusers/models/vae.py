@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from corel_diffusers.models.configs import check_size, from_config, load_config
@@ -19,6 +20,7 @@ def build_vae(
     latent_dim: int | None = None,
     downsample: int | None = None,
     attention: str = "fused",
+    grey: bool = False,
 ) -> AutoencoderKL:
     """Return an AutoencoderKL with random weights.
 
@@ -31,11 +33,14 @@ def build_vae(
             2^(stages - 1). For a smaller factor the last stages of the config are left out, for a larger factor its
             last stage is repeated.
         attention: the attention kernel in training: "fused" or "math".
+        grey: build a VAE of grey photos, with one channel. Otherwise the number of channels is that of the config.
 
     Raises:
         UserError: the config is not valid, or the size is not a multiple of the downsampling factor.
     """
     values = load_config("vae", config)
+    if grey:
+        values |= {"in_channels": 1, "out_channels": 1}
     if latent_dim:
         values["latent_channels"] = latent_dim
     channels = list(values.get("block_out_channels", [64]))
@@ -71,6 +76,16 @@ def start_posterior(vae: AutoencoderKL) -> None:
             nn.init.zeros_(conv.bias)
     if vae.quant_conv is not None:
         vae.quant_conv.bias[vae.config.latent_channels :] = INITIAL_LOGVAR
+
+
+def encode_photos(vae: AutoencoderKL, photos: torch.Tensor) -> DiagonalGaussianDistribution:
+    """Return the posterior of photos (B, 3, H, W). A VAE of grey photos, with one channel, gets their first channel."""
+    return vae.encode(photos[:, : vae.config.in_channels]).latent_dist
+
+
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Return images (B, 3, H, W) from latents (B, C, h, w). Grey images have three equal channels."""
+    return vae.decode(latents).sample.expand(-1, 3, -1, -1)
 
 
 class VAEWithPosterior(nn.Module):
@@ -110,9 +125,9 @@ class VAEWithPosterior(nn.Module):
             last_layer_input: (B, D, H, W), the input of `decoder.conv_out`; (B, 0, H, W) without `adversarial`
                 or without gradients.
         """
-        posterior = self.vae.encode(photos).latent_dist
+        posterior = encode_photos(self.vae, photos)
         latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
-        reconstruction = self.vae.decode(latents).sample
+        reconstruction = decode_latents(self.vae, latents)
         last_layer_input = photos[:, :0] if self.drawn_from is None else self.drawn_from
         self.drawn_from = None
         return reconstruction, posterior.mean, posterior.logvar, last_layer_input

@@ -36,14 +36,16 @@ def capture_if_faster(
         of the shapes of `inputs` and returns tensors. Each forward pass may have one backward pass only.
     name: the name of the model or loss in messages. "" prints no message (for timing trials).
 
-    Graphs are used on one GPU in one process only, and without gradient accumulation. A graph always writes its
-    gradients to the same memory: several passes would not add up there, and other processes would not read it.
+    Graphs are used on one GPU in one process only, with one image size, and without gradient accumulation. A graph
+    always writes its gradients to the same memory: several passes would not add up there, and other processes would not
+    read it.
 
     Raises:
         UserError: the passes cannot be captured. After a failed capture, CUDA cannot be used in this process.
     """
     alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
-    if not args.cuda_graphs or not alone or args.grad_accum > 1 or args.compile or args.gradient_checkpointing:
+    is_repeated = not (args.grad_accum > 1 or args.compile or args.gradient_checkpointing or args.aspect_buckets)
+    if not args.cuda_graphs or not alone or not is_repeated:
         return forward
     inputs = tuple(
         values.detach().to(accelerator.device, copy=True).requires_grad_(values.requires_grad) for values in inputs

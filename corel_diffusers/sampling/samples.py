@@ -1,7 +1,7 @@
 """Draw samples from a pipeline in batches."""
 
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice
+from itertools import cycle, groupby, islice
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,15 +11,23 @@ from tqdm import tqdm
 from corel_diffusers.config.commands import Sampling
 from corel_diffusers.files import UserError, is_out_of_memory
 from corel_diffusers.runtime.precision import autocast
+from corel_diffusers.sampling.pipelines import sample_size_px
 
 
 def sample_images(
-    pipe: DiffusionPipeline, args: Sampling, labels: list[int] | None, seed: int, **options: object
+    pipe: DiffusionPipeline,
+    args: Sampling,
+    labels: list[int] | None,
+    seed: int,
+    sizes_px: list[tuple[int, int]] | None = None,
+    **options: object,
 ) -> Iterator[Image.Image]:
     """Generate samples in batches and yield them one by one. Each has its own random generator: `seed + index`.
 
     Args:
         labels: one label per sample, or None for an unconditional model.
+        sizes_px: the (height, width) of each sample. A batch has one size: sort the samples by size. None: the default
+            size of the pipeline.
         options: more arguments for the pipeline.
 
     Raises:
@@ -27,13 +35,14 @@ def sample_images(
     """
     names = {int(label): name for label, name in (pipe.config.class_names or {}).items()}
     pipe.set_progress_bar_config(desc="denoising", leave=False, mininterval=1)
-    for start in tqdm(
-        range(0, args.num_images, args.batch_size),
-        "generating",
-        leave=False,
-        disable=args.num_images <= args.batch_size,
-    ):
-        indices = range(start, min(start + args.batch_size, args.num_images))
+    sizes_px = sizes_px or [sample_size_px(pipe)] * args.num_images
+    same_size = (list(indices) for _, indices in groupby(range(args.num_images), sizes_px.__getitem__))
+    batches = [
+        indices[start : start + args.batch_size]
+        for indices in same_size
+        for start in range(0, len(indices), args.batch_size)
+    ]
+    for indices in tqdm(batches, "generating", leave=False, disable=len(batches) == 1):
         try:
             with autocast(args.mixed_precision, pipe.device.type):
                 output = pipe(
@@ -42,6 +51,7 @@ def sample_images(
                     generator=[torch.Generator().manual_seed(seed + index) for index in indices],
                     guidance_scale=args.guidance_scale,
                     guidance_interval=guidance_interval(args, pipe),
+                    **size_options(pipe, sizes_px[indices[0]]),
                     **options,
                 )
         except (RuntimeError, MemoryError) as error:
@@ -49,6 +59,12 @@ def sample_images(
                 raise
             raise UserError(f"out of memory with --batch-size {args.batch_size}: give a smaller one") from None
         yield from output.images
+
+
+def size_options(pipe: DiffusionPipeline, size_px: tuple[int, int]) -> dict[str, int]:
+    """Return the arguments of the pipeline for samples of this (height, width). There are none for its default size."""
+    # pipelines of earlier versions do not have these arguments, and draw in one size
+    return {} if size_px == sample_size_px(pipe) else {"height": size_px[0], "width": size_px[1]}
 
 
 def guidance_interval(args: Sampling, pipe: DiffusionPipeline) -> tuple[float, float]:

@@ -86,15 +86,29 @@ def on_latent_size(vae: AutoencoderKL, size_px: tuple[int, int]) -> list[str]:
     return []
 
 
-def on_vae(location: Path | str, held_out: Sequence[str]) -> list[str]:
-    """Return advice if the training of the VAE was stopped early, or if the VAE was trained on held-out photos.
+def on_grey(args: VAEArguments, vae: AutoencoderKL) -> list[str]:
+    """Return a line if the VAE has one channel and the user did not ask for it."""
+    if vae.config.in_channels > 1 or args.grey:
+        return []
+    return ["all photos are grey, so the VAE has one channel and generates grey images: --no-grey gives it three"]
+
+
+def on_vae(location: Path | str, held_out: Sequence[str], aspect_buckets: bool = False) -> list[str]:
+    """Return advice if the VAE was stopped early, was trained on held-out photos, or was trained on more image sizes.
 
     Args:
         location: the folder of the VAE or its Hub id.
         held_out: the file names of the held-out photos.
+        aspect_buckets: whether the UNet is trained on several image sizes.
     """
-    lines, run = [], Path(location) / "run.json"
-    if run.is_file() and not read_json(run)["finished"]:
+    lines, file = [], Path(location) / "run.json"
+    run = read_json(file) if file.is_file() else {"finished": True}
+    if len(run.get("sizes_px", ())) > 1 and not aspect_buckets:
+        lines.append(
+            "the VAE was trained with --aspect-buckets, and this UNet is trained on the centre of each photo: "
+            "give --aspect-buckets to train it on full photos"
+        )
+    if not run["finished"]:
         lines.append(
             "the training of the VAE was stopped before its end: "
             "continue it with train_vae.py --resume latest for a better VAE"
@@ -110,12 +124,15 @@ def on_vae(location: Path | str, held_out: Sequence[str]) -> list[str]:
 def mean_photo_psnr(train: Pixels, held_out: Pixels) -> float:
     """Return the PSNR in dB of the mean training photo, measured on at most 1000 held-out photos.
 
-    It is the PSNR of a VAE whose latents contain no information about the photo.
+    It is the PSNR of a VAE whose latents contain no information about the photo. Each image size has its own mean
+    photo.
     """
-    batch_size = 256
-    total = sum(
-        train.batch(slice(start, start + batch_size)).double().sum(0) for start in range(0, len(train), batch_size)
-    )
-    mean = (total / len(train) + 1) / 2
-    photos = (held_out.evenly_spaced(1000).batch(slice(None)).double() + 1) / 2
-    return float(peak_signal_noise_ratio(mean.expand_as(photos), photos, data_range=1.0, dim=(1, 2, 3)))
+    held_out_by_size = {part.values.shape[1:3]: part for _, part in held_out.evenly_spaced(1000).by_size()}
+    sum_psnr, count = 0.0, 0
+    for _, part in train.by_size():
+        if compared := held_out_by_size.get(part.values.shape[1:3]):
+            mean = sum(images.double().sum(0) for _, images in part.batches(256)) / len(part)
+            photos = (compared.batch(slice(None)).double() + 1) / 2
+            psnr = peak_signal_noise_ratio(((mean + 1) / 2).expand_as(photos), photos, data_range=1.0, dim=(1, 2, 3))
+            sum_psnr, count = sum_psnr + len(photos) * float(psnr), count + len(photos)
+    return sum_psnr / count

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DModel
 
 from corel_diffusers.data.latents import scale_latents
+from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
 from corel_diffusers.data.pixels import evenly_spaced
 from corel_diffusers.losses.diffusion import Diffusion
 from corel_diffusers.runtime.processes import broadcast_from_main
@@ -50,19 +51,21 @@ class FixedNoiseSet(NamedTuple):
 class OverfittingGauge:
     """Measures the losses of training photos and of held-out photos at fixed noise and timesteps."""
 
-    training_set: FixedNoiseSet
-    held_out_set: FixedNoiseSet
+    training_sets: list[FixedNoiseSet]  # one per image size
+    held_out_sets: list[FixedNoiseSet]
 
     @classmethod
     def of(
         cls,
         vae: AutoencoderKL,
-        moments: dict[str, np.ndarray],
+        moments: dict[str, Array | MixedArray],
         labels: dict[str, np.ndarray],
         has_classes: bool,
         diffusion: Diffusion,
     ) -> "OverfittingGauge":
-        """Choose the photos: at most MAX_MEASURED held-out photos, and as many training photos of the same classes.
+        """Choose the photos: at most MAX_MEASURED held-out photos, and as many training photos.
+
+        The training photos have the classes and the image sizes of the held-out photos.
 
         Args:
             moments: the posteriors of all versions of the photos, by split, see `cache_moments`.
@@ -70,28 +73,35 @@ class OverfittingGauge:
             has_classes: whether the UNet is conditioned on the labels.
         """
         held_out_rows = evenly_spaced(len(labels["validation"]), MAX_MEASURED)
+        sizes = {split: size_numbers(array) for split, array in moments.items()}
+        # one number for each pair of a class and an image size
+        kinds = {split: labels[split] * (1 + max(map(max, sizes.values()))) + sizes[split] for split in sizes}
         rows = {
-            "train": matching_photos(labels["train"], labels["validation"][held_out_rows]),
+            "train": matching_photos(kinds["train"], kinds["validation"][held_out_rows]),
             "validation": held_out_rows,
         }
-        return cls(
-            *(
+
+        def fixed_sets(split: str) -> list[FixedNoiseSet]:
+            chosen = rows[split]
+            repeats = -(-FIXED_NOISE_PAIRS // len(chosen))
+            return [
                 fixed_noise_set(
-                    vae, moments[split][chosen, 0], labels[split][chosen] if has_classes else None, diffusion
+                    vae, moments[split][photos, 0], labels[split][photos] if has_classes else None, repeats, diffusion
                 )
-                for split, chosen in rows.items()
-            )
-        )
+                for photos in (chosen[sizes[split][chosen] == size] for size in np.unique(sizes[split][chosen]))
+            ]
+
+        return cls(fixed_sets("train"), fixed_sets("validation"))
 
     @property
     def forward_passes(self) -> int:
         """The number of pairs of noise and timestep that one measurement runs through the UNet."""
-        return len(self.training_set.latents) + len(self.held_out_set.latents)
+        return sum(len(fixed_set.latents) for fixed_set in self.training_sets + self.held_out_sets)
 
     def measure(self, unet: UNet2DModel, diffusion: Diffusion, accelerator: Accelerator) -> dict[str, float]:
         """Return the losses and the gauge of `overfitting_gauge`, the same on all ranks."""
         with accelerator.autocast():
-            values = overfitting_gauge(unet, diffusion, self.training_set, self.held_out_set)
+            values = overfitting_gauge(unet, diffusion, self.training_sets, self.held_out_sets)
         return broadcast_from_main(accelerator, values)
 
 
@@ -117,10 +127,17 @@ def first_copy_lines(history: list[dict]) -> dict[str, list[tuple[float, str]]]:
     return {GAUGE: [(multiple * lowest, f"{event} on 60 photos") for multiple, event in COPIES_BEGAN.items()]}
 
 
+def size_numbers(moments: Array | MixedArray) -> np.ndarray:
+    """Return a number for the size of the latents of each photo: (N,). The same size has the same number."""
+    numbers = np.array([2**16 * part.shape[3] + part.shape[4] for part in parts_of(moments)])
+    return numbers[moments.part_of] if isinstance(moments, MixedArray) else np.full(len(moments), numbers[0])
+
+
 def fixed_noise_set(
     vae: AutoencoderKL,
     moments: np.ndarray,
     labels: np.ndarray | None,
+    repeats: int,
     diffusion: Diffusion,
 ) -> FixedNoiseSet:
     """Return latents, noise, timesteps and labels on which the loss of a set of photos is measured.
@@ -132,8 +149,9 @@ def fixed_noise_set(
     Args:
         moments: (N, 2C, h, w), the mean and log-variance of each photo's posterior.
         labels: (N,), or None for an unconditional model.
+        repeats: the number of pairs of noise and timestep of each photo.
     """
-    device, repeats = vae.device, -(-FIXED_NOISE_PAIRS // len(moments))
+    device = vae.device
     generator = torch.Generator().manual_seed(0)
     means = torch.tensor(moments).chunk(2, dim=1)[0].repeat(repeats, 1, 1, 1)
     noise = torch.randn(means.shape, generator=generator)
@@ -164,27 +182,31 @@ def matching_photos(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def denoising_losses(unet: UNet2DModel, diffusion: Diffusion, fixed_set: FixedNoiseSet) -> dict[str, float]:
+def denoising_losses(unet: UNet2DModel, diffusion: Diffusion, fixed_sets: list[FixedNoiseSet]) -> dict[str, float]:
     """Return the mean denoising loss on the fixed inputs: "loss" for all, "loss_1" to "loss_4" for bands of timesteps.
 
     The first band has the least noise.
     """
     losses = []
-    for rows in torch.arange(len(fixed_set.latents)).split(64):
-        part = fixed_set.latents[rows], fixed_set.noise[rows], fixed_set.timesteps[rows]
-        model_pred = unet(
-            diffusion.add_noise(*part), part[2], None if fixed_set.labels is None else fixed_set.labels[rows]
-        ).sample
-        losses.append(diffusion.losses(model_pred, *part))
+    for fixed_set in fixed_sets:
+        for rows in torch.arange(len(fixed_set.latents)).split(64):
+            part = fixed_set.latents[rows], fixed_set.noise[rows], fixed_set.timesteps[rows]
+            model_pred = unet(
+                diffusion.add_noise(*part), part[2], None if fixed_set.labels is None else fixed_set.labels[rows]
+            ).sample
+            losses.append(diffusion.losses(model_pred, *part))
     losses = torch.cat(losses)
-    bands = fixed_set.timesteps * BANDS // diffusion.num_timesteps
+    bands = torch.cat([fixed_set.timesteps for fixed_set in fixed_sets]) * BANDS // diffusion.num_timesteps
     return {"loss": float(losses.mean())} | {
         f"loss_{band + 1}": float(losses[bands == band].mean()) for band in range(BANDS)
     }
 
 
 def overfitting_gauge(
-    unet: UNet2DModel, diffusion: Diffusion, training_set: FixedNoiseSet, held_out_set: FixedNoiseSet
+    unet: UNet2DModel,
+    diffusion: Diffusion,
+    training_sets: list[FixedNoiseSet],
+    held_out_sets: list[FixedNoiseSet],
 ) -> dict[str, float]:
     """Return the losses of held-out photos ("val_…") and training photos ("seen_…"), and their ratios ("gauge…").
 
@@ -192,8 +214,8 @@ def overfitting_gauge(
     photos. It stays level while the model learns what photos have in common. It rises when the model memorises the
     training photos.
     """
-    training_photo_losses = denoising_losses(unet, diffusion, training_set)
-    held_out_photo_losses = denoising_losses(unet, diffusion, held_out_set)
+    training_photo_losses = denoising_losses(unet, diffusion, training_sets)
+    held_out_photo_losses = denoising_losses(unet, diffusion, held_out_sets)
     values = {f"val_{name}": value for name, value in held_out_photo_losses.items()} | {
         f"seen_{name}": value for name, value in training_photo_losses.items()
     }

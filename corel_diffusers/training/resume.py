@@ -10,6 +10,7 @@ from datasets import DatasetDict
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.data.cache import digest
+from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.files import UserError, read_json
 from corel_diffusers.models.configs import load_config
 from corel_diffusers.runtime.processes import broadcast_from_main, run_on_main
@@ -31,7 +32,12 @@ DIFFERENCES = {  # messages for settings that are not flags, and for files that 
 
 
 def begin_or_resume(
-    args: TrainingArguments, accelerator: Accelerator, photos: DatasetDict, began: float, **more: object
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    photos: DatasetDict,
+    training_pixels: Pixels,
+    began: float,
+    **more: object,
 ) -> Run:
     """Return the run, at its beginning or in the state of the checkpoint of --resume.
 
@@ -44,7 +50,7 @@ def begin_or_resume(
     Raises:
         UserError: see `resumed_checkpoint`.
     """
-    plan = BatchPlan.of(args, accelerator, len(photos["train"]))
+    plan = BatchPlan.of(args, accelerator, [rows for rows, _ in training_pixels.by_size()])
     settings = run_settings(args, photos, global_batch=plan.global_batch, **more)
     # the main process searches for the checkpoint, because the files may be on its machine only
     checkpoint = run_on_main(accelerator, partial(resumed_checkpoint, args, settings))

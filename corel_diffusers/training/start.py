@@ -124,14 +124,24 @@ def load_training_photos(flags: TrainingArguments, accelerator: Accelerator) -> 
 
 
 def print_data_and_model(
-    run: Run, photos: DatasetDict, model: torch.nn.Module, size_px: tuple[int, int], latent_shape: tuple[int, ...]
+    run: Run,
+    photos: DatasetDict,
+    model: torch.nn.Module,
+    sizes_px: list[tuple[int, int]],
+    latent_shape: tuple[int, ...],
 ) -> None:
-    """Print the data and the model before the first step. latent_shape: (C, h, w)."""
+    """Print the data and the model before the first step.
+
+    Args:
+        sizes_px: the (height, width) of the photos, the most frequent one first.
+        latent_shape: the (C, h, w) of the first of these sizes.
+    """
     train, held_out = photos["train"], photos["validation"]
     classes = train.features["label"].names
+    sizes = " or ".join(f"{height}x{width}" for height, width in sizes_px)
     run.accelerator.print(
         f"{len(train)} training photos, {len(held_out)} held-out photos, {len(classes)} classes, "
-        f"{size_px[0]}x{size_px[1]} px; {MODEL_NAMES[run.args.MODEL]} of {parameter_count(model)}, "
+        f"{sizes} px; {MODEL_NAMES[run.args.MODEL]} of {parameter_count(model)}, "
         f"latents {'x'.join(map(str, latent_shape))}"
     )
 

@@ -46,7 +46,7 @@ def build_models(
     """Build the model that trains the UNet, its optimizer and the EMA."""
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    num_crop_params, num_features = latent_set.crop_params.shape[2], latent_set.features.shape[2]
+    num_crop_params, num_features = latent_set.crop_params.shape[2], latent_set.num_features
     model = UNetForTraining(unet, num_crop_params, num_features)
     inputs = zero_batch(args.batch_size, latent_set.latent_shape, num_crop_params)
     model = capture_if_faster(args, accelerator, "UNet", model, *inputs)

@@ -11,6 +11,7 @@ from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.losses.vae import loss_terms, weighted_sum
+from corel_diffusers.models.vae import decode_latents, encode_photos
 from corel_diffusers.runtime.processes import broadcast_from_main
 
 
@@ -29,13 +30,12 @@ def validate(
     too high, could have the lowest loss.
     """
     sums: dict[str, float] = {}
-    for first in range(0, len(held_out), args.batch_size):
-        photos = held_out.batch(slice(first, first + args.batch_size)).to(accelerator.device)
+    for _, batch in held_out.batches(args.batch_size):
+        photos = batch.to(accelerator.device)
         with accelerator.autocast():
-            posterior = vae.encode(photos).latent_dist
-            outputs = [
-                values.float() for values in (vae.decode(posterior.mean).sample, posterior.mean, posterior.logvar)
-            ]
+            posterior = encode_photos(vae, photos)
+            reconstruction = decode_latents(vae, posterior.mean)
+            outputs = [values.float() for values in (reconstruction, posterior.mean, posterior.logvar)]
         terms = loss_terms(args, accelerator, perceptual, photos, *outputs)
         image_pairs = (outputs[0].clamp(-1, 1) + 1) / 2, (photos + 1) / 2
         terms["psnr"] = peak_signal_noise_ratio(*image_pairs, data_range=1.0, dim=(1, 2, 3))

@@ -74,6 +74,7 @@ def card_text(folder: Path, repo_id: str) -> str:
         "",
         "`pipeline.py` is in this repository and imports torch and diffusers only.",
         *([f"Classes: {', '.join(names)}."] if names else []),
+        *size_lines(list(index.get("image_sizes") or {})),
         *([GUIDED] if has_guide(folder) else []),
         "",
     ]
@@ -81,6 +82,14 @@ def card_text(folder: Path, repo_id: str) -> str:
         lines += training_lines(read_json(folder / "run.json"), read_metrics(folder / "metrics.jsonl"))
         lines += evaluation_lines(folder)
     return "\n".join(lines) + "\n"
+
+
+def size_lines(sizes: list[str]) -> list[str]:
+    """Return the line of the model card about the image sizes, if there are several. sizes: such as "64x96"."""
+    if not sizes:
+        return []
+    height, width = sizes[-1].split("x")
+    return [f"Image sizes (height x width): {', '.join(sizes)}, for example `pipe(height={height}, width={width})`."]
 
 
 def describe_vae(location: Path | str) -> dict | None:

@@ -216,6 +216,7 @@ def trained(mixed_photos: Path, configs: Path, tmp_path_factory: pytest.TempPath
 def test_the_pipeline_draws_in_each_of_its_sizes(trained):
     pipe = DiffusionPipeline.from_pretrained(trained / "unet", trust_remote_code=True)
     assert list(pipe.config.image_sizes) == ["32x48", "48x32"]
+    assert "32x48, 48x32, for example `pipe(height=48, width=32)`" in (trained / "unet" / "README.md").read_text()
     assert pipe.config.image_sizes["32x48"] > pipe.config.image_sizes["48x32"]
     draw = {"num_images": 2, "num_inference_steps": 2, "output_type": "np"}
     assert pipe(**draw).images.shape == (2, 32, 48, 3)

@@ -18,7 +18,9 @@ from corel_diffusers.models.unet import UNetForTraining
 from corel_diffusers.runtime import cuda_graphs
 from corel_diffusers.runtime.cuda_graphs import capture_if_faster
 
-ARGS = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False)
+ARGS = SimpleNamespace(
+    cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False, aspect_buckets=False
+)
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ class DataDependent(torch.nn.Linear):
     def forward(self, values):
         return super().forward(values) * (1.0 if values.sum().item() > 0 else 2.0)
 
-args = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False)
+args = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False, aspect_buckets=False)
 capture_if_faster(args, Accelerator(), "layer", DataDependent(4, 4), torch.ones(2, 4))
 """
 

@@ -30,6 +30,22 @@ def wide_profile() -> bytes:
     return bytes(profile)
 
 
+def linear_grey_profile() -> bytes:
+    """Return the smallest ICC profile of grey values that are proportional to the light."""
+    curve = b"curv" + bytes(4) + struct.pack(">I", 0)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))
+    text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"g\0" + bytes(78)
+    tags, body = [], b""
+    for name, data in ((b"desc", text), (b"wtpt", white), (b"kTRC", curve)):
+        tags.append((name, 128 + 4 + 12 * 3 + len(body), len(data)))
+        body += data + bytes(-len(data) % 4)
+    table = struct.pack(">I", 3) + b"".join(name + struct.pack(">II", *place) for name, *place in tags)
+    size = 128 + len(table) + len(body)
+    header = struct.pack(">I4sI4s4s4s", size, b"none", 0x02400000, b"mntr", b"GRAY", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))
+    return header + bytes(128 - len(header)) + table + body
+
+
 def colours(mode: str = "RGB") -> Image.Image:
     """Return a photo with smooth colours, 40 x 40 px."""
     ramp = np.linspace(20, 230, 40)
@@ -48,7 +64,7 @@ def png_of_16_bits(values: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_a_colour_profile_is_converted_as_by_the_library(mode, tmp_path):
     photo, profile = colours(mode), wide_profile()
     photo.save(tmp_path / "photo.png", icc_profile=profile)
@@ -56,6 +72,19 @@ def test_a_colour_profile_is_converted_as_by_the_library(mode, tmp_path):
     expected = ImageCms.profileToProfile(photo.convert("RGB"), source, ImageCms.createProfile("sRGB"))
     assert np.array_equal(np.asarray(open_photo(tmp_path / "photo.png")), np.asarray(expected))
     assert not np.array_equal(np.asarray(expected), np.asarray(photo.convert("RGB"))), "the profile matters"
+
+
+def test_the_profile_of_a_grey_photo_with_transparency_is_that_of_the_grey_photo(tmp_path):
+    """The tone curve of the profile is linear, so that mid grey becomes brighter."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = colours("L")
+    for mode in ("L", "LA"):
+        grey.convert(mode).save(tmp_path / f"{mode}.png", icc_profile=linear_grey_profile())
+    grey.save(tmp_path / "rgb profile.png", icc_profile=profile)
+    opaque, transparent = (np.asarray(open_photo(tmp_path / f"{mode}.png")) for mode in ("L", "LA"))
+    assert np.array_equal(opaque, transparent)
+    assert opaque.mean() > np.asarray(grey).mean() + 20
+    assert np.array_equal(np.asarray(open_photo(tmp_path / "rgb profile.png"))[..., 0], np.asarray(grey))
 
 
 def test_a_damaged_colour_profile_is_ignored(tmp_path):
@@ -82,6 +111,40 @@ def test_formats_that_pillow_opens_are_photos(ending, tmp_path):
     colours().save(tmp_path / f"photo{ending}", "JPEG" if ending in (".jfif", ".jpe") else None)
     difference = np.asarray(open_photo(tmp_path / f"photo{ending}")).astype(int) - np.asarray(colours())
     assert np.abs(difference).mean() < 4
+
+
+def tiff_of_16_bits(values: np.ndarray, planar: int) -> bytes:
+    """Return a TIFF of uint16 (H, W, 3), which Pillow cannot write. planar 2: one plane after the other."""
+    height, width = values.shape[:2]
+    planes = values.transpose(2, 0, 1)[:, None] if planar == 2 else values[None]
+    strips = [plane.astype("<u2").tobytes() for plane in planes]
+    data, count = b"".join(strips), len(strips)
+    places = struct.pack(f"<{2 * count}I", *(8 + n * len(strips[0]) for n in range(count)), *map(len, strips))
+    bits, first = 8 + len(data), 8 + len(data) + 6
+    offsets = (first, first + 4 * count) if count > 1 else (8, len(data))
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, bits), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, count, offsets[0]), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, count, offsets[1]),
+            (284, 3, 1, planar)]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    body = data + struct.pack("<3H", 16, 16, 16) + places
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory
+
+
+def test_16_bits_in_separate_planes_are_refused(tmp_path):
+    values = 257 * np.asarray(colours()).astype(np.uint16)
+    together = np.asarray(open_photo(tiff_of_16_bits(values, planar=1)))
+    assert np.abs(together.astype(int) - np.asarray(colours())).max() <= 1
+    with pytest.raises(PhotoError, match="16-bit colours in separate planes"):
+        open_photo(tiff_of_16_bits(values, planar=2))
+
+
+def test_a_tiff_with_a_preview_is_one_photo_and_a_document_is_not(tmp_path):
+    photo = colours()
+    for name, second in (("preview", photo.resize((20, 20))), ("document", colours().rotate(90))):
+        photo.save(tmp_path / f"{name}.tif", save_all=True, append_images=[second])
+    assert np.array_equal(np.asarray(open_photo(tmp_path / "preview.tif")), np.asarray(photo))
+    with pytest.raises(PhotoError, match=r"animated or multi-page \(2 frames\)"):
+        open_photo(tmp_path / "document.tif")
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path):

@@ -7,10 +7,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import COREL_5K
 from datasets import Dataset, load_dataset
 from PIL import Image
+from pyarrow import parquet
 
 from corel_diffusers.config.checks import require_data_dir, user_path
 from corel_diffusers.data.corel5k import class_names, read_words
@@ -349,3 +351,51 @@ def test_a_link_to_a_folder_that_is_read_already_is_told(tmp_path):
     found = find_photos(folder)
     assert found.classes == {1: "lion", 2: "zebra"}
     assert "animal/ is a link to a folder that is read already" in " ".join(found.notices)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "split"),
+    [
+        ("train2017", "val2017", "validation"),
+        ("train_images", "test-images", "test"),
+        ("images_train", "images_val", "validation"),
+    ],
+)
+def test_folders_of_splits_can_have_a_year_or_another_word_in_their_names(train, held_out, split, tmp_path):
+    found = by_file(draw(tmp_path, *names(train, held_out)))
+    assert {class_name for class_name, _ in found.values()} == {"photo"}
+    assert [found[f"{folder}/0.png"][1] for folder in (train, held_out)] == ["train", split]
+
+
+def test_a_class_whose_name_contains_a_split_is_a_class(tmp_path):
+    found = by_file(draw(tmp_path, *names("steam train", "test_tube", "train")))
+    assert {class_name for class_name, _ in found.values()} == {"steam train", "test_tube", "train"}
+
+
+@pytest.mark.parametrize(("encoding", "delimiter"), [("utf-16", "\t"), ("utf-8-sig", ";"), ("utf-8", ",")])
+def test_tables_of_spreadsheets_are_read(encoding, delimiter, tmp_path):
+    draw(tmp_path, *(f"{n}.png" for n in range(6)))
+    rows = [("file_name", "label"), *((f"{n}.png", ("Käse", "Brot")[n % 2]) for n in range(6))]
+    (tmp_path / "metadata.csv").write_text("".join(delimiter.join(row) + "\n" for row in rows), encoding=encoding)
+    assert {class_name for class_name, _ in by_file(tmp_path).values()} == {"Käse", "Brot"}
+
+
+@pytest.mark.parametrize("as_objects", [True, False])
+def test_plain_bytes_in_a_table_are_photos(as_objects, tmp_path):
+    draw(tmp_path / "photos", *(f"{n}.png" for n in range(10)))
+    contents = [(tmp_path / "photos" / f"{n}.png").read_bytes() for n in range(10)]
+    column = [{"bytes": content, "path": None} for content in contents] if as_objects else contents
+    (tmp_path / "table").mkdir()
+    table = pyarrow.table({"image": column, "label": ["cat", "dog"] * 5})
+    parquet.write_table(table, tmp_path / "table" / "train.parquet")
+    photos = load_photos(tmp_path / "table")
+    assert photos["train"].features["label"].names == ["cat", "dog"]
+    assert {split: len(part) for split, part in photos.items()} == {"train": 8, "validation": 2}
+    assert photos["train"][0]["image"].size == (40, 40)
+
+
+def test_names_that_begin_with_a_year_are_no_classes(tmp_path):
+    assert find_photos(draw(tmp_path / "years", "2019_0007.png", "2020_0001.png")).layout == "flat"
+    assert find_photos(draw(tmp_path / "corel", "0001_0007.png", "2020_0001.png")).layout == "corel"
+    (draw(tmp_path / "named", "2019_0007.png", "2020_0001.png") / "classes.txt").write_text("2019 sea\n2020 snow\n")
+    assert find_photos(tmp_path / "named").layout == "corel"

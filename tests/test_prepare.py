@@ -161,6 +161,51 @@ def test_duplicates_are_listed_and_kept_in_the_same_split(tmp_path):
         assert len({name in split["validation"] for name in group}) == 1
 
 
+def test_held_out_duplicates_of_training_photos_are_told(tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", classes=1, each=8)
+    for split, numbers in (("train", range(1, 7)), ("val", (7, 8))):
+        (tmp_path / "raw" / split).mkdir(parents=True)
+        for number in numbers:
+            shutil.copy(photos / f"0001_{number:04d}.png", tmp_path / "raw" / split / f"photo {number}.png")
+    run(tmp_path / "raw", tmp_path / "first")
+    assert "duplicates of training photos" not in capsys.readouterr().out
+    shutil.copy(photos / "0001_0003.png", tmp_path / "raw" / "val" / "again.png")
+    run(tmp_path / "raw", tmp_path / "second")
+    assert "notice: 1 held-out photos are duplicates of training photos" in capsys.readouterr().out
+
+
+def test_photos_whose_originals_are_gone_are_removed(tmp_path, capsys):
+    raw = make_photos(tmp_path / "raw", each=4)
+    corel = run(raw, tmp_path)
+    (corel / "corel_all" / "mine.png").write_bytes((raw / "0001_0001.png").read_bytes())
+    for file in [*raw.glob("0003_*.png"), raw / "0001_0002.png"]:
+        file.unlink()
+    (raw / "classes.txt").write_text("".join((raw / "classes.txt").read_text().splitlines(keepends=True)[:2]))
+    capsys.readouterr()
+    run(raw, tmp_path)
+    assert "notice: 5 prepared photos were removed, because their originals are gone" in capsys.readouterr().out
+    assert not (corel / "class_0003").exists()
+    assert not (corel / "class_0001" / "0001_0002.png").exists()
+    assert {file.name for file in (corel / "corel_all").glob("*.png")} == {file.name for file in raw.glob("*.png")} | {
+        "mine.png"
+    }
+    run(raw, tmp_path)
+    assert "removed" not in capsys.readouterr().out
+
+
+def test_a_photo_that_got_another_class_moves_to_its_folder(tmp_path):
+    raw = make_photos(tmp_path / "raw", classes=2, each=4)
+    rows = [{"file_name": file.name, "label": "ab"[file.name[3] == "2"]} for file in sorted(raw.glob("*.png"))]
+    (raw / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corel = run(raw, tmp_path)
+    assert (corel / "class_0001" / "0001_0001.png").is_file()
+    rows[0]["label"] = "b"
+    (raw / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(raw, tmp_path)
+    assert not (corel / "class_0001" / "0001_0001.png").exists()
+    assert (corel / "class_0002" / "0001_0001.png").is_file()
+
+
 def test_prepared_folders_load_with_unusual_captions_and_names(tmp_path):
     raw = make_photos(tmp_path / "raw", classes=1)
     (raw / "0001_0001.png").rename(raw / f"0001_{'7' * 240}.png")

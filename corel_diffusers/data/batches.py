@@ -87,14 +87,17 @@ class BatchPlan:
     def indices(self, step: int, micro_step: int) -> np.ndarray:
         """Return the indices of the photos of one forward pass: (batch_size,). `step` and `micro_step` start at 0."""
         rows = self.rows(micro_step)
-        photos = np.arange(self.photos)
-        if len(self.photos_by_size) > 1:
-            block, place = divmod(step, BLOCK_STEPS)
-            sizes, earlier_steps = sizes_of_steps(tuple(map(len, self.photos_by_size)), block)
-            photos, step = self.photos_by_size[sizes[place]], int(earlier_steps[place])
+        if len(self.photos_by_size) < 2:
+            return self.stream(step, rows, self.photos)
+        block, place = divmod(step, BLOCK_STEPS)
+        sizes, earlier_steps = sizes_of_steps(tuple(map(len, self.photos_by_size)), block)
+        photos = self.photos_by_size[sizes[place]]
+        return photos[self.stream(int(earlier_steps[place]), rows, len(photos))]
+
+    def stream(self, step: int, rows: slice, photos: int) -> np.ndarray:
+        """Return the indices, below `photos`, of rows of the global batch of a step of an endless stream."""
         positions = np.arange(step * self.global_batch + rows.start, step * self.global_batch + rows.stop)
-        order = [epoch_order(self.seed, pos // len(photos), len(photos))[pos % len(photos)] for pos in positions]
-        return photos[order]
+        return np.array([epoch_order(self.seed, pos // photos, photos)[pos % photos] for pos in positions])
 
 
 @lru_cache(maxsize=4)

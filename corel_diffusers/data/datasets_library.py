@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 
 from corel_diffusers.data.columns import labelled
-from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, default_caption
+from corel_diffusers.data.folder_contents import default_caption, split_named
 from corel_diffusers.data.layouts import number_classes
 from corel_diffusers.data.metadata import CAPTION_KEYS, LABEL_KEYS
 from corel_diffusers.data.splits import with_split
@@ -61,7 +61,8 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
     Raises:
         UserError: there are no images, or some training photos have no label.
     """
-    splits = {SPLIT_FOLDERS.get(name.lower(), name): name for name in loaded}
+    loaded = with_image_column(loaded)
+    splits = {split_named(name) or name: name for name in loaded}
     train = splits.get("train", next(iter(loaded)))
     features = loaded[train].features
     image = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
@@ -99,6 +100,21 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
     if "validation" not in kept:
         photos = DatasetDict(photos | with_split(photos["train"]))
     return photos, numbers
+
+
+def with_image_column(loaded: DatasetDict) -> DatasetDict:
+    """Return the dataset with an Image column. Tables of other programs hold photos as plain bytes.
+
+    Without an Image column, the first column of bytes, or of objects with bytes, becomes one.
+    """
+    features = next(iter(loaded.values())).features
+    if any(isinstance(feature, Image) for feature in features.values()):
+        return loaded
+    for name, feature in features.items():
+        holds_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+        if holds_bytes or (isinstance(feature, dict) and "bytes" in feature):
+            return loaded.cast_column(name, Image())
+    return loaded
 
 
 def photos_of_split(

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from corel_diffusers import internals
 from corel_diffusers.data.tree import register_heif
@@ -52,8 +52,10 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
         photo = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         frames = getattr(photo, "n_frames", 1)
         # an MPO is a JPEG of a phone, followed by a preview; a HEIC file of a phone can hold a burst
-        if frames > 1 and photo.format not in ("MPO", "HEIF"):
+        if frames > 1 and photo.format not in ("MPO", "HEIF") and not has_previews_only(photo, frames):
             raise PhotoError(f"animated or multi-page ({frames} frames)")
+        if has_deep_planes(photo):
+            raise PhotoError("a TIFF with 16-bit colours in separate planes, which Pillow misreads: save it as PNG")
         photo = load_deep_colours(photo, file)
         if (turn := TURNS.get(orientation(photo))) is not None:
             photo = photo.transpose(turn)
@@ -92,21 +94,47 @@ def upright_shape(file: Path | str | bytes) -> tuple[int, int]:
         raise PhotoError(str(error)) from None
 
 
+def has_previews_only(photo: Image.Image, frames: int) -> bool:
+    """Return whether all pages of a TIFF after the first one are smaller, as previews of cameras and scanners are."""
+    if photo.format != "TIFF":
+        return False
+    width, height = photo.size
+    for frame in range(1, frames):
+        photo.seek(frame)
+        if photo.width >= width or photo.height >= height:
+            return False
+    photo.seek(0)
+    return True
+
+
+def has_deep_planes(photo: Image.Image) -> bool:
+    """Return whether a photo is a TIFF with more than 8 bits per colour, and one plane after the other."""
+    if photo.format != "TIFF":
+        return False
+    bits = photo.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    return photo.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and len(bits) > 1 and max(bits) > 8
+
+
 def to_srgb(photo: Image.Image) -> Image.Image:
     """Convert the colours of a photo to sRGB with its own colour profile, as a viewer does.
 
     A photo without a profile, with a damaged one, or with that of sRGB is returned unchanged.
     """
     profile = photo.info.get("icc_profile")
-    if not profile or photo.mode not in ("RGB", "RGBA", "L", "CMYK"):
+    if not profile:
+        return photo
+    if photo.mode in ("P", "PA"):  # the profile is that of the palette
+        photo = photo.convert("RGBA" if photo.has_transparency_data else "RGB")
+    colours = photo.mode.removesuffix("A")
+    if colours not in ("RGB", "L", "CMYK"):
         return photo
     try:
-        transform = transform_to_srgb(profile, "RGB" if photo.mode == "RGBA" else photo.mode)
+        transform = transform_to_srgb(profile, colours)
         if transform is None:
             return photo
-        if photo.mode != "RGBA":
+        if colours == photo.mode:
             return ImageCms.applyTransform(photo, transform)
-        converted = ImageCms.applyTransform(photo.convert("RGB"), transform)  # it knows no alpha channel
+        converted = ImageCms.applyTransform(photo.convert(colours), transform)  # it knows no alpha channel
         converted.putalpha(photo.getchannel("A"))
         return converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):

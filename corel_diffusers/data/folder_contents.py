@@ -1,12 +1,19 @@
 """What a folder of photos contains."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# names of folders that hold a split, and the split
+# words in the names of folders that hold a split, and the split
 SPLIT_FOLDERS = dict.fromkeys(("train", "training"), "train")
 SPLIT_FOLDERS |= dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation")
 SPLIT_FOLDERS |= dict.fromkeys(("test", "testing"), "test")
+
+
+# what may stand around such a word: train2017/ and val_images/ hold splits, and steam_train/ is a class
+WORD = "|".join(SPLIT_FOLDERS)
+BESIDE = r"images?|imgs?|photos?|pictures?|data|set|split"
+SPLIT_NAME = rf"(?:(?:{BESIDE})[ _-])?(?P<word>{WORD})(?:[ _-]?(?:20\d\d|{BESIDE}))*"
 
 
 @dataclass
@@ -33,6 +40,12 @@ class FolderContents:
     classes: dict[int, str]
     left_out: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+
+
+def split_named(folder: str) -> str | None:
+    """Return the split that a folder or a column value is named after, or None."""
+    match = re.fullmatch(SPLIT_NAME, folder.strip().lower())
+    return SPLIT_FOLDERS[match["word"]] if match else None
 
 
 def default_caption(class_name: str | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from corel_diffusers.data import corel5k
-from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, FolderContents, Photo
+from corel_diffusers.data.folder_contents import FolderContents, Photo, split_named
 from corel_diffusers.data.folder_files import read_captions, read_classes, read_split
 from corel_diffusers.data.layouts import classes_of_folders, classes_of_names, layout_by_names, number_classes
 from corel_diffusers.data.metadata import Row, read_metadata
@@ -117,11 +117,6 @@ def common_start(folders: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     first, last = min(folders), max(folders)
     length = next((i for i, parts in enumerate(zip(first, last, strict=False)) if len(set(parts)) > 1), len(first))
     return first[:length]
-
-
-def split_named(folder: str) -> str | None:
-    """Return the split that a folder is named after, or None."""
-    return SPLIT_FOLDERS.get(folder.lower())
 
 
 def is_camera_folder(name: str) -> bool:

@@ -19,9 +19,12 @@ NUMBERED = {"corel": (r"(\d+)_\d+", 1), "corel-1k": (r"(\d{1,3})", 100), "corel-
 def layout_by_names(stems: Sequence[str], folder: Path) -> str:
     """Return corel, corel-1k, corel-5k or flat, from the file names without their endings.
 
-    Names of one to three digits are read as flat, unless they reach from the first to the last class of Corel-1K.
+    Without classes.txt, names that begin with a year, such as 2019_0007, are read as flat. Names of one to three digits
+    are read as flat, unless they reach from the first to the last class of Corel-1K.
     """
-    if stems and sum(bool(re.fullmatch(r"\d{4}_\d+", s)) for s in stems) >= 0.9 * len(stems):
+    corel_names = [stem for stem in stems if re.fullmatch(r"\d{4}_\d+", stem)]
+    are_years = all(1900 <= int(stem[:4]) <= 2099 for stem in corel_names)
+    if stems and len(corel_names) >= 0.9 * len(stems) and not are_years:
         return "corel"
     if (folder / "classes.txt").is_file() and any(re.fullmatch(r"\d+_\d+", s) for s in stems):
         return "corel"

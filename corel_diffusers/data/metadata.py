@@ -1,5 +1,6 @@
 """Read metadata files: rows with the name, the label and the captions of each photo, as `datasets` reads them."""
 
+import codecs
 import csv
 import io
 import json
@@ -10,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from pyarrow import parquet
 
-from corel_diffusers.data.folder_contents import SPLIT_FOLDERS
+from corel_diffusers.data.folder_contents import split_named
 from corel_diffusers.files import UserError
 
 FILE_KEYS = ("file_name", "filename", "file", "image", "path")
@@ -84,7 +85,7 @@ def split_of(path: Path, value: object) -> str | None:
     """
     if value is None:
         return None
-    if (split := SPLIT_FOLDERS.get(str(value).strip().lower())) is None:
+    if (split := split_named(str(value))) is None:
         raise UserError(f"{path}: the split {value} is unknown: give train, validation or test")
     return split
 
@@ -98,9 +99,14 @@ def read_rows(path: Path) -> list[dict]:
     try:
         if path.suffix == ".parquet":
             return parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode(
+            "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        )
         if path.suffix == ".csv":
-            rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+            header = text.split("\n", 1)[0]
+            delimiter = max(",;\t", key=header.count)  # spreadsheets write ";" in many countries
+            rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
             return [row for row in rows if any(row.values())]
         # not splitlines(): it also splits at characters that JSON allows inside a line
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]

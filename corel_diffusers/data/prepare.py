@@ -23,7 +23,14 @@ from corel_diffusers.data.decoding import MIN_SIDE_PX, PhotoError, open_photo, o
 from corel_diffusers.data.duplicates import duplicate_groups, photo_hashes
 from corel_diffusers.data.folder_contents import FolderContents, Photo
 from corel_diffusers.data.folders import find_photos
-from corel_diffusers.data.prepared_folders import Prepared, draw_sheet, read_prepared, write_duplicates, write_folders
+from corel_diffusers.data.prepared_folders import (
+    Prepared,
+    draw_sheet,
+    read_prepared,
+    remove_old,
+    write_duplicates,
+    write_folders,
+)
 from corel_diffusers.data.splits import complete_split
 from corel_diffusers.data.tree import SHEET, most_common_reasons
 from corel_diffusers.files import UserError, atomic_file, read_json, write_json, write_text
@@ -81,11 +88,24 @@ def prepare(
         groups,
         test_fraction,
     )
+    tell_about_shared_photos(found, split_names, groups)
     write_folders(corel, found, photos, [done[photo.file_name].file_name for photo in photos], split_names)
+    remove_old(corel, found, done)
     if figs_dir:
         draw_sheet(figs_dir / SHEET, corel / "corel_all", found, photos, done)
 
     print_summary(found, photos, split_names, done, num_duplicates, skipped, corel)
+
+
+def tell_about_shared_photos(found: FolderContents, split_names: list[str], groups: list[int]) -> None:
+    """Add a notice if held-out photos are duplicates of training photos: the photos came with their own splits."""
+    trained = {group for group, split in zip(groups, split_names, strict=True) if split == "train"}
+    shared = sum(split != "train" and group in trained for group, split in zip(groups, split_names, strict=True))
+    if shared:
+        found.notices.append(
+            f"{shared} held-out photos are duplicates of training photos, because the photos came with their own "
+            "splits: measured on them, a model looks too good (see duplicates.json)"
+        )
 
 
 def print_summary(
@@ -105,7 +125,7 @@ def print_summary(
         f", {split_names.count('test')} for testing" if "test" in split_names else ""
     )
     print(f"{len(photos)} photos in {max(1, len(found.classes))} classes ({found.layout}): {counts}")
-    print(f"black borders trimmed: {trimmed}; duplicates kept in the same split: {num_duplicates}")
+    print(f"black borders trimmed: {trimmed}; duplicates: {num_duplicates}")
     if skipped:
         print(f"left out: {len(skipped)} ({most_common_reasons(skipped, 5)}), see {corel / 'skipped.json'}")
     print(f"prepared: {corel / 'corel_all'}")

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +18,8 @@ from corel_diffusers.data.folder_contents import FolderContents, Photo, default_
 from corel_diffusers.data.splits import SPLITS
 from corel_diffusers.files import atomic_file, write_json, write_text
 from corel_diffusers.plots import SHEET_PX, contact_sheet, save_image
+
+LISTS = ("metadata.jsonl", "captions.json", "split.json", "classes.txt")  # of each prepared folder
 
 
 @dataclass
@@ -81,6 +85,37 @@ def write_folders(
             link_or_copy(corel / "corel_all" / values["file_name"], folder / values["file_name"])
         if of_class:
             write_lists(folder, of_class, {number: class_name})
+
+
+def remove_old(corel: Path, found: FolderContents, done: dict[str, Prepared]) -> None:
+    """Remove the prepared photos whose originals are gone or have another class now. Add a notice with their number.
+
+    Only files that `prepare` has written are removed. A class folder without photos is removed too.
+
+    Args:
+        done: file name -> Prepared, of this run and of earlier ones.
+    """
+    class_of = {photo.file_name: photo.class_number for photo in found.photos}
+    gone = done.keys() - class_of.keys()
+    known = {line.file_name for line in done.values()}
+    for folder in (corel / "corel_all", *corel.glob("class_*")):
+        number = re.fullmatch(r"class_(\d+)", folder.name)
+        kept = {
+            line.file_name
+            for name, line in done.items()
+            if name not in gone and not (number and class_of[name] != int(number[1]))
+        }
+        for name in known - kept:
+            (folder / name).unlink(missing_ok=True)
+        if number and not kept:
+            for name in LISTS:
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds files of the user
+                folder.rmdir()
+    if gone:
+        lines = (json.dumps(asdict(line)) + "\n" for name, line in done.items() if name not in gone)
+        write_text(corel / "prepared.jsonl", "".join(lines))
+        found.notices.append(f"{len(gone)} prepared photos were removed, because their originals are gone")
 
 
 def write_lists(folder: Path, rows: list[tuple[dict, str, int | None]], classes: dict[int, str]) -> None:

@@ -131,7 +131,8 @@ class DataDependent(torch.nn.Linear):
     def forward(self, values):
         return super().forward(values) * (1.0 if values.sum().item() > 0 else 2.0)
 
-args = SimpleNamespace(cuda_graphs=True, grad_accum=1, compile=False, gradient_checkpointing=False, aspect_buckets=False)
+flags = {"grad_accum": 1, "compile": False, "gradient_checkpointing": False, "aspect_buckets": False}
+args = SimpleNamespace(cuda_graphs=True, **flags)
 capture_if_faster(args, Accelerator(), "layer", DataDependent(4, 4), torch.ones(2, 4))
 """
 

@@ -62,7 +62,7 @@ class CorelPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        num_images: int = 1,
+        num_images: int | str | list[str] | None = None,
         class_labels: str | int | list[str | int] | None = None,
         guidance_scale: float = 2.5,
         num_inference_steps: int = 50,
@@ -75,11 +75,13 @@ class CorelPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         height: int | None = None,
         width: int | None = None,
+        batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
         Args:
-            num_images: number of images.
+            num_images: number of images. None means one image, or one per class of a list `class_labels`. A class name
+                or a list of them here is taken as `class_labels`: pipe("sunset").
             class_labels: one class for all images or one class per image, each a name or a label (its position in
                 class_names, from 0). A number that is the name of a class means this class. None means no class:
                 the null label.
@@ -100,11 +102,13 @@ class CorelPipeline(DiffusionPipeline):
                 takes half the time. None means `default_guidance_interval`.
             height, width: size of the images in pixels. None means the size of `default_size`. The model draws well in
                 the sizes that it was trained on: see `image_sizes`.
+            batch_size: the name that num_images has in the pipelines of diffusers.
 
         Raises:
             ValueError: an unknown class, a size that the model cannot take, or class_labels, generator or latents that
                 do not fit num_images.
         """
+        num_images, class_labels = self.count_images(num_images, class_labels, batch_size)
         labels = self.label_ids(num_images, class_labels)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = self.initial_latents(num_images, generator, latents, self.checked_size(height, width))
@@ -115,6 +119,26 @@ class CorelPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def count_images(
+        self, num_images: object, class_labels: object, batch_size: int | None
+    ) -> tuple[int, str | int | list[str | int] | None]:
+        """Return the number of images and their classes, from the ways in which people give them.
+
+        Raises:
+            ValueError: the number is not a whole number above 0.
+        """
+        if isinstance(num_images, (str, list, tuple)) and class_labels is None:
+            num_images, class_labels = None, num_images
+        if num_images is None:
+            num_images = batch_size
+        if num_images is None:
+            num_images = len(class_labels) if isinstance(class_labels, (list, tuple)) else 1
+        if not isinstance(num_images, int) or num_images < 1:
+            raise ValueError(
+                f"num_images={num_images!r}: give the number of images, 1 or more, and the class as class_labels"
+            )
+        return num_images, class_labels
 
     def initial_latents(
         self,

@@ -27,7 +27,6 @@ from corel_diffusers import files, hub, plots
 from corel_diffusers.data import aspect, latents, pixels
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.data.latent_set import LatentSet
-from corel_diffusers.data.training_photos import training_photos
 from corel_diffusers.evaluation.judge import SampleJudge
 from corel_diffusers.evaluation.reconstruction import reconstruction_limit
 from corel_diffusers.losses.alignment import alignment_loss
@@ -41,10 +40,11 @@ from corel_diffusers.training import advice, checkpoints, history, intervals, me
 from corel_diffusers.training.ema import ema_weights
 from corel_diffusers.training.gauge import GAUGE, PANEL, OverfittingGauge, first_copy_lines, record_validation
 from corel_diffusers.training.guide import Guide
+from corel_diffusers.training.initial_weights import load_initial_unet
 from corel_diffusers.training.optimizers import optimizer_step
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.stopping import stop_reason
-from corel_diffusers.training.unet_models import UNetModels, build_models, names_of_classes, trial_step
+from corel_diffusers.training.unet_models import UNetModels, build_models, classes_of_model, trial_step
 from pipeline import CorelPipeline
 
 PANELS = {
@@ -79,12 +79,11 @@ def main(flags: UNetArguments) -> None:
     vae = latents.load_vae(flags.vae_location).to(accelerator.device)
     size_px = flags.size_px or trained_size_px(vae)
     photos, class_numbers = start.load_training_photos(flags, accelerator)
-    class_names = names_of_classes(flags, photos)
+    classes = classes_of_model(flags, photos, class_numbers)
     trial = partial(trial_step, flags, accelerator, vae)
     args = planning.plan_run(flags, accelerator, photos, presets.UNET_PRESETS, trial, size_px)
-    numbers = {name: class_numbers[name] for name in class_names}
     with start.explain_out_of_memory(args):
-        run, *parts = set_up(args, accelerator, vae, photos, numbers, size_px, began)
+        run, *parts = set_up(args, accelerator, vae, photos, classes, size_px, began)
         with run.stop.listening():
             train(run, *parts)
             parts.clear()  # frees the models, see end_run
@@ -115,20 +114,21 @@ def set_up(
     unet = build_unet(args.config, sizes_px[0], vae, len(classes) or None, args.dropout, args.attention)
     pixel_format = sizes_px[0], share, sizes_px[1:], vae.config.in_channels == 1
     photos, fitted = pixels.cache_pixels(photos, *pixel_format)
-    vae_keys = latents.vae_keys(vae)
-    run = resume.begin_or_resume(args, accelerator, photos, fitted["train"], began, size_px=size_px, **vae_keys)
+    run = resume.begin_or_resume(args, accelerator, photos, fitted, began, size_px=size_px, **latents.vae_keys(vae))
     large = pixels.cache_large_pixels(photos, *pixel_format) if args.views else None
     latent_set = LatentSet.of(args, vae, photos, fitted, large, unet, share)
     print_vae_quality(run, vae, photos, fitted["validation"])
 
     # models
     diffusion = Diffusion.of(args)
+    if args.init_from and not run.checkpoint:
+        accelerator.print(load_initial_unet(unet, args.init_location, list(classes), vae))
     models = build_models(args, accelerator, vae, unet, latent_set)
     validation = build_validation(run, models, diffusion, latent_set, fitted, classes)
     start.print_data_and_model(run, photos, models.unet, sizes_px, latent_set.latent_shape)
     checkpoints.load(run, models.parts)
-    seen, vae_run = training_photos(args.vae_location), hub.describe_vae(args.vae_location)
-    history.open_run_dir(run, photos, seen, vae=vae_run, sizes_px=sizes_px)
+    models_before, vae_run = [args.vae_location, args.init_location], hub.describe_vae(args.vae_location)
+    history.open_run_dir(run, photos, models_before, vae=vae_run, sizes_px=sizes_px)
     run.state.stop_reason = stop_reason(args, run.state, run.history)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, validation.overfitting.forward_passes)
     return run, models, diffusion, latent_set, validation
@@ -181,7 +181,7 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
     if accelerator.is_main_process and run.history:
         write_samples_and_card(run)
         if args.push_to_hub and run.is_complete:
-            hub.push(args.run_dir, args.hub_model_id)
+            hub.push(args.run_dir, args.hub_model_id, private=not args.hub_public)
 
 
 def print_vae_quality(run: Run, vae: AutoencoderKL, photos: DatasetDict, held_out: pixels.Pixels) -> None:

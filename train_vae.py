@@ -30,7 +30,18 @@ from corel_diffusers.models.configs import downsample_factor, latent_shape
 from corel_diffusers.models.vae import build_vae
 from corel_diffusers.runtime import compilation, devices
 from corel_diffusers.sampling import previews
-from corel_diffusers.training import advice, checkpoints, history, intervals, metrics, planning, presets, resume, start
+from corel_diffusers.training import (
+    advice,
+    checkpoints,
+    history,
+    initial_weights,
+    intervals,
+    metrics,
+    planning,
+    presets,
+    resume,
+    start,
+)
 from corel_diffusers.training.ema import ema_weights
 from corel_diffusers.training.optimizers import optimizer_step
 from corel_diffusers.training.run import Run
@@ -93,14 +104,16 @@ def set_up(
     pixel_format = sizes_px[0], share, sizes_px[1:], vae.config.in_channels == 1
     photos, fitted = pixels.cache_pixels(photos, *pixel_format)
     large = pixels.cache_large_pixels(photos, *pixel_format) if args.crop_chance else fitted["train"]
-    run = resume.begin_or_resume(args, accelerator, photos, fitted["train"], began, size_px=args.size_px)
+    run = resume.begin_or_resume(args, accelerator, photos, fitted, began, size_px=args.size_px)
 
     # models
+    if args.init_from and not run.checkpoint:
+        accelerator.print(initial_weights.load_initial_vae(vae, args.init_location))
     models = build_models(args, accelerator, vae)
     start.print_data_and_model(run, photos, vae, sizes_px, latent_shape(vae, sizes_px[0]))
     start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, vae))
     checkpoints.load(run, models.parts)
-    history.open_run_dir(run, photos, sizes_px=sizes_px)
+    history.open_run_dir(run, photos, [args.init_location], sizes_px=sizes_px)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, len(fitted["validation"]))
     return run, models, fitted, large
 

@@ -3,10 +3,20 @@
 The flags are checked before heavy modules such as torch are imported, so an error in a flag appears at once.
 """
 
+import inspect
+import subprocess
+import sys
+
 import tyro
 
+from corel_diffusers import __version__
 from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
+from corel_diffusers.config.parsing import training_words, use_files_for_plots
+from corel_diffusers.config.train import Env, Train
+from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import one_line_errors
 
 
@@ -17,6 +27,25 @@ def run_prepare(args: Prepare) -> None:
     data_dir, output_dir, figs_dir = (user_path(args.base_dir, name) for name in names)
     figs_dir = figs_dir if args.visualize else None
     prepare(data_dir, output_dir, figs_dir, args.layout, args.trim_borders, args.strict, args.test_fraction)
+
+
+def run_train(args: Train) -> None:
+    for words in args.commands():
+        print(f"corel-diffusers {' '.join(words)}", flush=True)
+        # a process of its own: it gives back all its memory
+        done = subprocess.run([sys.executable, "-c", "from corel_diffusers.cli import main; main()", *words])
+        if done.returncode:
+            sys.exit(done.returncode)
+
+
+def run_training_script(args: TrainingArguments) -> None:
+    import importlib
+
+    from corel_diffusers.training.start import explain_out_of_memory
+
+    script = importlib.import_module(args.script)  # train_vae.py or train_unet.py
+    with explain_out_of_memory(args):
+        script.main(args)
 
 
 def run_generate(args: Generate) -> None:
@@ -37,13 +66,41 @@ def run_evaluate(args: Evaluate) -> None:
 def run_push(args: Push) -> None:
     from corel_diffusers.hub import push
 
-    push(args.folder, args.repo_id, args.private, args.dry_run)
+    push(args.folder, args.repo_id, args.private, args.dry_run, args.revision)
+
+
+def run_env(args: Env) -> None:
+    from corel_diffusers.environment import environment
+
+    print(environment())
+
+
+COMMANDS = {
+    "train": (Train, run_train),
+    "prepare": (Prepare, run_prepare),
+    "train-vae": (VAEArguments, run_training_script),
+    "train-unet": (UNetArguments, run_training_script),
+    "generate": (Generate, run_generate),
+    "evaluate": (Evaluate, run_evaluate),
+    "push": (Push, run_push),
+    "env": (Env, run_env),
+}
 
 
 def main() -> None:
     """Parse the command line, check the flags and run the subcommand. Heavy modules are imported after the check."""
-    runners = {Prepare: run_prepare, Generate: run_generate, Evaluate: run_evaluate, Push: run_push}
+    words = sys.argv[1:]
+    if words == ["--version"]:
+        print(f"corel-diffusers {__version__}")
+        return
+    use_files_for_plots()
     with one_line_errors():
-        subcommands = {kind.__name__.lower(): kind for kind in runners}
-        args = tyro.extras.subcommand_cli_from_dict(subcommands, prog="corel-diffusers").checked()
-        runners[type(args)](args)
+        if not words or words[0] not in COMMANDS:
+            # prints the help, or the error for an unknown command, and exits
+            tyro.extras.subcommand_cli_from_dict(
+                {name: kind for name, (kind, _) in COMMANDS.items()}, prog="corel-diffusers", args=words
+            )
+        (kind, run), name, words = COMMANDS[words[0]], words[0], words[1:]
+        if issubclass(kind, TrainingArguments):
+            words = training_words(words)
+        run(tyro.cli(kind, prog=f"corel-diffusers {name}", description=inspect.getdoc(kind), args=words).checked())

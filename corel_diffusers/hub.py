@@ -152,14 +152,16 @@ def require_token() -> None:
         raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
 
 
-def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
+def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = False, revision: str | None = None) -> None:
     """Upload the pipeline folder with its model card in one commit.
 
     Checkpoints, photos and files of the run are not uploaded. The token is that of `hf auth login` or of HF_TOKEN. It
     is never written or printed.
 
     Args:
+        private: create a private repository.
         dry_run: only list the files.
+        revision: the branch. None: the main branch.
 
     Raises:
         UserError: there is no pipeline in the folder, there is no token, or the Hub refuses the upload.
@@ -176,7 +178,7 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     total_mb = sum(file.stat().st_size for file in files) / 1e6
     print(
         f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total_mb:.1f} MB, "
-        f"to {repo_id}{' (private)' if private else ''}:"
+        f"to {repo_id}{f' (branch {revision})' if revision else ''}{' (private)' if private else ' (public)'}:"
     )
     for file in files:
         print(f"  {file.relative_to(folder)}")
@@ -187,10 +189,17 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     try:
         # create_repo would leave an existing public repository public
         if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
-            raise UserError("it exists and is public: make it private in its settings on the Hub, or omit --private")
+            raise UserError("it exists and is public: make it private in its settings on the Hub, or allow a public upload "
+                "(push without --private, train_unet.py with --hub-public)")
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message="Upload pipeline"
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=list(patterns),
+            commit_message="Upload pipeline",
+            revision=revision,
         )
     except Exception as error:  # many types: refused, not found, no network, a name that the Hub does not accept
         hint = f"to try again, run corel-diffusers push --pipeline {folder} --repo-id {repo_id}"

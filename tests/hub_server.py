@@ -70,7 +70,11 @@ class Handler(BaseHTTPRequestHandler):
                 for f in requested
             ]
             return self.answer({"files": modes})
+        if "branch" in parts:
+            hub.branches.append(parts[-1])
+            return self.answer(b"", 201)
         if "commit" in parts:
+            hub.revision = parts[-1]
             for entry in map(json.loads, body.splitlines()):
                 value = entry["value"]
                 if entry["key"] == "file":
@@ -123,6 +127,8 @@ class HubServer:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.private = False
+        self.branches: list[str] = []
+        self.revision = ""  # of the last commit
 
     def env(self, home: object, token: str = TOKEN) -> dict[str, str]:
         """Return the environment of a process that uses this Hub, with its cache in `home`."""

@@ -105,6 +105,15 @@ def test_train_unet_pushes_when_training_ends(hub, unet_flags, tmp_path):
     flags = ["--output-dir", folder, "--max-train-steps", 2, "--push-to-hub", "--hub-model-id", "user/fresh"]
     script("train_unet", *unet_flags, *flags, env={k: v for k, v in hub.env("").items() if k != "HF_HOME"})
     check_loaded(hub, "user/fresh", folder, tmp_path)
+    assert hub.private, "a repository is private unless --hub-public is given"
+
+
+def test_a_push_to_a_branch_leaves_main_as_it_is(hub, trained_unet, tmp_path):
+    flags = ["push", "--pipeline", trained_unet, "--repo-id", "user/corel", "--revision", "try-2"]
+    pushed = tool(*flags, env=hub.env(tmp_path / "home"))
+    assert "to user/corel (branch try-2) (public):" in pushed.stdout
+    assert hub.branches == ["try-2"]
+    assert hub.revision == "try-2"
 
 
 def test_push_to_hub_without_a_token_is_refused_before_training(unet_flags, tmp_path, monkeypatch):

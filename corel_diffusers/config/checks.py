@@ -1,10 +1,11 @@
 """Check the values of flags."""
 
+import os
 import re
 from dataclasses import field
 from pathlib import Path
 
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, require_writable
 
 SCENES = "scenes"
 HUB_ID = r"[\w.-]+/[\w.-]+"  # user/name
@@ -48,6 +49,20 @@ def require_data_dir(folder: Path) -> None:
         raise UserError(f"--data-dir {folder} is an archive: unpack it, and give the folder with the photos")
     if not folder.is_dir():
         raise UserError(f"--data-dir {folder} is not a folder: {DATA_DIR_HINT}")
+
+
+def cache_home() -> Path:
+    """Return the folder of the caches, as the Hub client chooses it: HF_HOME, or huggingface/ in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface").expanduser()
+
+
+def require_cache() -> None:
+    """Raise UserError if the folder of the caches cannot be written to."""
+    try:
+        require_writable(cache_home(), "HF_HOME")
+    except UserError as error:
+        raise UserError(f"{error} by setting the environment variable HF_HOME") from None
 
 
 def parse_size(text: str, flag: str = "--image-size") -> tuple[int, int]:

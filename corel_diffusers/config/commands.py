@@ -13,6 +13,7 @@ from corel_diffusers.config.checks import (
     model_location,
     parse_size,
     require,
+    require_cache,
     require_data_dir,
     user_path,
 )
@@ -95,6 +96,7 @@ class Sampling:
         for name in ("num_images", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         require(self.steps is None or 1 <= self.steps <= 1000, "steps", self.steps, "give 1 to 1000")
+        require_cache()
         low, high = self.guidance_interval or (0, 1)
         require(
             0 <= low <= high <= 1,
@@ -228,6 +230,8 @@ class Push:
     """Folder at which relative paths start."""
     private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make the repository private."""
+    revision: str | None = None
+    """Branch of the repository (default: main). It is created if it does not exist."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only list the files that would be pushed."""
 

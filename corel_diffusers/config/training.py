@@ -5,7 +5,7 @@ Parsing needs no torch, so `--help` and a refused flag answer at once.
 
 import importlib.util
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -15,8 +15,10 @@ from corel_diffusers.config.checks import (
     SCENES,
     flag,
     flag_name,
+    model_location,
     parse_size,
     require,
+    require_cache,
     require_data_dir,
     user_path,
 )
@@ -40,7 +42,7 @@ class TrainingArguments:
     MUON_SCALE: ClassVar[float] = 30.0  # Muon's learning rate / AdamW's; the best measured value for tiny
 
     # photos
-    data_dir: Annotated[str, tyro.conf.arg(aliases=["--image-dir"])] = flag(SCENES, may_change=True)
+    data_dir: Annotated[str | None, tyro.conf.arg(aliases=["--image-dir"])] = flag(None, may_change=True)
     """Folder of photos: prepared, raw Corel, one folder per class, or flat. "scenes": this package draws the photos."""
     dataset_name: str | None = flag(None, may_change=True)
     """Id of a Hub dataset, instead of --data-dir."""
@@ -64,9 +66,15 @@ class TrainingArguments:
     base_dir: str = flag(".", may_change=True, in_card=False)
     """Folder at which relative paths start."""
 
+    config_file: str | None = flag(None, may_change=True, in_card=False)
+    """YAML or JSON file with flags, as lines `image-size: 64`, or the run.json of a run.
+    Flags on the command line have precedence."""
+
     # model
     config: str | None = flag(None, may_change=True)
     """Model size: tiny, base, large, or the path of a diffusers config JSON."""
+    init_from: str | None = flag(None, may_change=True)
+    """Begin with the weights of a trained model of the same config: the --output-dir of a run, or a Hub id."""
     gradient_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Recompute activations in the backward pass instead of storing them.
     The gradients are the same. Training needs less memory and is slower."""
@@ -132,6 +140,8 @@ class TrainingArguments:
     checkpoint_every: int | None = flag(None, may_change=True)
     """Epochs between checkpoints (default: 20 for a VAE, 10 for a UNet; with --max-train-minutes, a tenth of the run).
     By default, the script also saves a checkpoint every ten minutes."""
+    checkpoint_steps: int | None = flag(None, may_change=True)
+    """Optimizer steps between checkpoints, instead of --checkpoint-every."""
     keep_checkpoints: int = flag(3, may_change=True)
     """Number of newest checkpoints to keep (0 keeps all)."""
     resume: str | None = flag(None, may_change=True, in_card=False)
@@ -152,7 +162,12 @@ class TrainingArguments:
     @property
     def photo_source(self) -> str | Path:
         """The source of the photos for `load_photos`: a folder as a Path, or "scenes" or a Hub id as a string."""
-        return self.dataset_name or (SCENES if self.data_dir == SCENES else self.path(self.data_dir))
+        return self.dataset_name or (SCENES if self.data_dir == SCENES else self.path(self.data_dir or "."))
+
+    @property
+    def init_location(self) -> Path | str | None:
+        """The folder of --init-from as a Path, its Hub id as a string, or None."""
+        return self.init_from and model_location(self.init_from, self.base_dir, "--init-from")
 
     @property
     def run_dir(self) -> Path:
@@ -176,25 +191,6 @@ class TrainingArguments:
         """The name of the script, without .py."""
         return f"train_{self.MODEL}"
 
-    def command(self) -> str:
-        """Return the command line that gives these settings.
-
-        Absolute paths are shortened to their last part, because the command line is written to public model cards.
-        """
-        words = ["python", f"{self.script}.py"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value == field.default or not field.metadata.get("in_card", True):
-                continue
-            option = flag_name(field.name)
-            if isinstance(value, bool):
-                words.append(option if value else option.replace("--", "--no-", 1))
-                continue
-            values = value if isinstance(value, tuple) else (value,)
-            shown = [Path(str(v)).name if Path(str(v)).is_absolute() else str(v) for v in values]
-            words += [option, *(f'"{v}"' if " " in v else v for v in shown)]
-        return " ".join(words)
-
     def checked(self) -> Self:
         """Check the values, and return the flags with --no-mixed-precision and the path of --config resolved.
 
@@ -202,7 +198,7 @@ class TrainingArguments:
             UserError: a value that no run can use.
         """
         counts = ("grad_accum", "epochs", "batch_size", "max_train_steps", "max_train_samples")
-        for name in (*counts, "validate_every", "sample_every", "checkpoint_every"):
+        for name in (*counts, "validate_every", "sample_every", "checkpoint_every", "checkpoint_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more")
         minutes = self.max_train_minutes
@@ -220,7 +216,12 @@ class TrainingArguments:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "give a number from 0 to below 1")
         if self.image_size:
             parse_size(self.image_size)
-        if self.dataset_name and self.data_dir != SCENES:
+        if not self.data_dir and not self.dataset_name:
+            raise UserError(
+                "--data-dir is missing: give a folder of photos, or --dataset-name user/name, "
+                "or --data-dir scenes to try the script on photos that it draws"
+            )
+        if self.dataset_name and self.data_dir:
             raise UserError("--dataset-name and --data-dir exclude each other: give only one of them")
         if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
             raise UserError(f"--report-to {self.report_to} is not installed: pip install {self.report_to}")
@@ -233,6 +234,10 @@ class TrainingArguments:
             )
         if isinstance(self.photo_source, Path):
             require_data_dir(self.photo_source)
+        require_cache()
+        _ = self.init_location  # raises UserError if there is no such folder
+        if self.checkpoint_every and self.checkpoint_steps:
+            raise UserError("--checkpoint-every and --checkpoint-steps exclude each other: give only one of them")
         is_file = bool(self.config) and self.config.endswith(".json")
         if not is_file and self.config not in (None, "tiny", "base", "large"):
             raise UserError(f"--config {self.config} is unknown: give tiny, base, large or a JSON file")

@@ -86,7 +86,9 @@ class UNetArguments(TrainingArguments):
     push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Push the pipeline to the Hub when training ends."""
     hub_model_id: str | None = flag(None, may_change=True)
-    """Id of the repository on the Hub: user/name."""
+    """Id of the repository on the Hub: user/name. It is created as a private repository."""
+    hub_public: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
+    """Create a public repository: everybody can load the model."""
 
     def checked(self) -> Self:
         """See TrainingArguments.checked."""

@@ -3,17 +3,19 @@
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from datasets import DatasetDict
 
-from corel_diffusers.data.training_photos import TRAINING_PHOTOS
+from corel_diffusers.config.command_line import command_line, given_flags
+from corel_diffusers.data.training_photos import TRAINING_PHOTOS, training_photos
 from corel_diffusers.files import finish_model_save, read_metrics, write_json, write_text
 from corel_diffusers.runtime.devices import device_name
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.training.run import Run
 
 
-def open_run_dir(run: Run, photos: DatasetDict, seen_before: Sequence[str] = (), **more: object) -> None:
+def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | None] = (), **more: object) -> None:
     """Write run.json, training_photos.txt and metrics.jsonl, start the trackers, and read the metrics so far.
 
     A resumed run keeps the metrics up to the step of the state. The later lines are removed, because the run will write
@@ -24,8 +26,7 @@ def open_run_dir(run: Run, photos: DatasetDict, seen_before: Sequence[str] = (),
     In this case, the next validation saves its model as best.
 
     Args:
-        seen_before: names of photos that a part of the model was already trained on. They are added to the training
-            photos of this run.
+        models: the trained models that this run builds on. Their training photos are added to those of this run.
         more: more entries for run.json.
 
     Raises:
@@ -45,6 +46,7 @@ def open_run_dir(run: Run, photos: DatasetDict, seen_before: Sequence[str] = (),
         state.best = math.inf
     if accelerator.is_main_process:
         write_text(path, "".join(json.dumps(record) + "\n" for record in run.history))
+        seen_before = [name for model in models if model for name in training_photos(model)]
         names = dict.fromkeys([*photos["train"]["file_name"][:], *seen_before])
         write_text(args.run_dir / TRAINING_PHOTOS, "".join(f"{name}\n" for name in names))
         data = {
@@ -56,7 +58,8 @@ def open_run_dir(run: Run, photos: DatasetDict, seen_before: Sequence[str] = (),
             args.run_dir / "run.json",
             {
                 "finished": False,
-                "command": args.command(),
+                "command": command_line(args),
+                "flags": given_flags(args),
                 "plan": args.planned | args.timed,
                 "device": device_name(accelerator),
                 "data": data,

@@ -12,11 +12,13 @@ CHECKPOINT_SECONDS = 600  # maximum time between checkpoints, so a crash loses a
 def checkpoint_due(run: Run) -> bool:
     """Return whether to save a checkpoint after this step.
 
-    --checkpoint-every is the number of epochs between checkpoints. If it is unset, a checkpoint is saved every ten
-    minutes. A run that ends by time then saves one after each tenth of its time, if that is sooner. Any other run also
-    saves one every CHECKPOINT_EVERY epochs.
+    --checkpoint-every is the number of epochs between checkpoints, --checkpoint-steps the number of steps. If both are
+    unset, a checkpoint is saved every ten minutes. A run that ends by time then saves one after each tenth of its time,
+    if that is sooner. Any other run also saves one every CHECKPOINT_EVERY epochs.
     """
     args, length, step, seconds = run.args, run.length, run.state.step, run.state.seconds
+    if args.checkpoint_steps:
+        return step % args.checkpoint_steps == 0
     if args.checkpoint_every:
         return run.plan.ends_epoch(step, args.checkpoint_every)
     interval = min(length.seconds / 10, CHECKPOINT_SECONDS) if length.seconds else CHECKPOINT_SECONDS

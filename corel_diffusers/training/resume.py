@@ -35,7 +35,7 @@ def begin_or_resume(
     args: TrainingArguments,
     accelerator: Accelerator,
     photos: DatasetDict,
-    training_pixels: Pixels,
+    pixels: dict[str, Pixels],
     began: float,
     **more: object,
 ) -> Run:
@@ -44,13 +44,15 @@ def begin_or_resume(
     The weights are not loaded: see `checkpoints.load`.
 
     Args:
+        photos: the photos by split.
+        pixels: their pixels by split.
         began: time.monotonic() at the start of this process.
         more: settings that must not change when the run is resumed, in addition to those of `run_settings`.
 
     Raises:
         UserError: see `resumed_checkpoint`.
     """
-    plan = BatchPlan.of(args, accelerator, [rows for rows, _ in training_pixels.by_size()])
+    plan = BatchPlan.of(args, accelerator, [rows for rows, _ in pixels["train"].by_size()])
     settings = run_settings(args, photos, global_batch=plan.global_batch, **more)
     # the main process searches for the checkpoint, because the files may be on its machine only
     checkpoint = run_on_main(accelerator, partial(resumed_checkpoint, args, settings))

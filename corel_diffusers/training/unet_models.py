@@ -109,16 +109,21 @@ def zero_batch(batch_size: int, latent_shape: tuple[int, int, int], num_crop_par
     )
 
 
-def names_of_classes(flags: UNetArguments, photos: DatasetDict) -> list[str]:
-    """Return the names of the classes, in the order of their labels. The list is empty for a model without classes.
+def classes_of_model(flags: UNetArguments, photos: DatasetDict, numbers: dict[str, int]) -> dict[str, int]:
+    """Return the classes of the UNet, in the order of their labels: class name -> number in the data.
+
+    It is empty for a model without classes.
+
+    Args:
+        numbers: class name -> number in the data, of all classes.
 
     Raises:
         UserError: the null label would never be trained.
     """
     names = photos["train"].features["label"].names
     if flags.unconditional or len(names) < 2:
-        return []
+        return {}
     if not flags.label_dropout:
         hint = "give --label-dropout 0.1, or --unconditional for a model without classes"
         raise UserError(f"--label-dropout 0: guidance needs the null label, but it would never be trained: {hint}")
-    return names
+    return {name: numbers[name] for name in names}

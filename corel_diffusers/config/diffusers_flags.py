@@ -1,0 +1,120 @@
+"""The flags of diffusers' training examples: the flags here that mean the same, and what to give instead of the rest.
+
+The examples are `train_unconditional.py` and `train_autoencoderkl.py`. `translate` replaces their flags in a command
+line before it is parsed. docs/from-diffusers.md has the same table; a test compares the two.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from corel_diffusers.files import UserError
+
+
+class OtherFlag(NamedTuple):
+    """A flag of diffusers' examples. Exactly one of `ours`, `always`, `instead` and `variable` is given."""
+
+    ours: str = ""  # the flag here that means the same
+    values: Mapping[str, str] = {}  # their values -> ours, where the names differ
+    always: str = ""  # why the flag changes nothing: it is accepted
+    instead: str = ""  # what to give instead: the flag is refused
+    variable: str = ""  # the environment variable that gets the value
+    has_value: bool = True
+
+
+FLAGS = {
+    # photos
+    "--train-data-dir": OtherFlag("--data-dir"),
+    "--resolution": OtherFlag("--image-size"),
+    "--center-crop": OtherFlag(always="photos are cut to their centre", has_value=False),
+    "--random-flip": OtherFlag(always="half of the photos are mirrored in each step", has_value=False),
+    "--dataloader-num-workers": OtherFlag("--num-workers"),
+    "--cache-dir": OtherFlag(instead="set the environment variable HF_HOME"),
+    "--dataset-config-name": OtherFlag(instead="save the configuration as a folder (save_to_disk), give --data-dir"),
+    "--image-column": OtherFlag(instead="omit it: the first column of images is used"),
+    "--caption-column": OtherFlag(instead="omit it: captions are not used in training"),
+    # model
+    "--model-config-name-or-path": OtherFlag("--config"),
+    "--pretrained-model-name-or-path": OtherFlag("--init-from"),
+    "--revision": OtherFlag(instead="omit it: the main branch is used"),
+    "--non-ema-revision": OtherFlag(instead="omit it: the main branch is used"),
+    "--enable-xformers-memory-efficient-attention": OtherFlag(always="torch's attention is used", has_value=False),
+    # length and batch size
+    "--num-epochs": OtherFlag("--epochs"),
+    "--num-train-epochs": OtherFlag("--epochs"),
+    "--train-batch-size": OtherFlag("--batch-size"),
+    "--eval-batch-size": OtherFlag(always="the training batch size is used"),
+    "--gradient-accumulation-steps": OtherFlag("--grad-accum"),
+    # optimisation
+    "--adam-weight-decay": OtherFlag("--weight-decay"),
+    "--adam-beta1": OtherFlag(instead="omit it: AdamW has the betas 0.9 and 0.999"),
+    "--adam-beta2": OtherFlag(instead="omit it: AdamW has the betas 0.9 and 0.999"),
+    "--adam-epsilon": OtherFlag(instead="omit it: AdamW has the epsilon 1e-8"),
+    "--use-8bit-adam": OtherFlag(instead="omit it, or give --optimizer muon, which keeps one state", has_value=False),
+    "--scale-lr": OtherFlag(instead="give the scaled rate as --learning-rate", has_value=False),
+    "--lr-num-cycles": OtherFlag(instead="omit it: cosine_with_restarts has one cycle"),
+    "--lr-power": OtherFlag(instead="omit it: polynomial has the power 1"),
+    "--use-ema": OtherFlag("--ema", has_value=False),
+    "--ema-max-decay": OtherFlag("--ema-decay"),
+    "--ema-inv-gamma": OtherFlag(instead="omit it: the decay rises with the number of steps (see --ema-decay)"),
+    "--ema-power": OtherFlag(instead="omit it: the decay rises with the number of steps (see --ema-decay)"),
+    "--allow-tf32": OtherFlag(always="TF32 is on", has_value=False),
+    "--set-grads-to-none": OtherFlag(always="gradients are set to None", has_value=False),
+    # loss of the VAE
+    "--rec-loss": OtherFlag("--reconstruction", values={"l2": "mse"}),
+    "--kl-scale": OtherFlag(instead="omit it, or give --kl-weight, which is per nat and photo"),
+    "--disc-start": OtherFlag(instead="give --adversarial-start, a fraction of the run"),
+    "--disc-factor": OtherFlag(instead="give --adversarial-weight"),
+    "--disc-scale": OtherFlag(instead="give --adversarial-weight"),
+    "--disc-loss": OtherFlag(instead="omit it: the discriminator has a hinge loss"),
+    "--decoder-only": OtherFlag(instead="omit it: encoder and decoder are trained together", has_value=False),
+    # diffusion
+    "--ddpm-num-steps": OtherFlag(instead="omit it: there are 1000 timesteps"),
+    "--ddpm-num-inference-steps": OtherFlag(always="samples during training are drawn in 20 steps"),
+    "--ddpm-beta-schedule": OtherFlag("--schedule", values={"squaredcos_cap_v2": "cosine"}),
+    # intervals and outputs
+    "--save-images-epochs": OtherFlag("--sample-every"),
+    "--save-model-epochs": OtherFlag("--checkpoint-every"),
+    "--checkpointing-steps": OtherFlag("--checkpoint-steps"),
+    "--checkpoints-total-limit": OtherFlag("--keep-checkpoints"),
+    "--resume-from-checkpoint": OtherFlag("--resume"),
+    "--overwrite-output-dir": OtherFlag(instead="give another --output-dir, or remove that folder", has_value=False),
+    "--validation-steps": OtherFlag(instead="give --validate-every, in epochs"),
+    "--validation-image": OtherFlag(instead="omit it: held-out photos are reconstructed"),
+    "--logger": OtherFlag("--report-to"),
+    "--logging-dir": OtherFlag(instead="omit it: the logs are in the --output-dir"),
+    "--tracker-project-name": OtherFlag(instead="omit it: the tracker's project has the name of the script"),
+    "--local-rank": OtherFlag(always="accelerate launch sets it"),
+    # the Hub
+    "--hub-token": OtherFlag(variable="HF_TOKEN"),
+    "--hub-private-repo": OtherFlag(always="a new repository is private", has_value=False),
+}
+
+
+def translate(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the flags of diffusers' examples replaced by ours.
+
+    Raises:
+        UserError: a flag has no meaning here. The message says what to give instead.
+    """
+    result, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        other = FLAGS.get(name.replace("_", "-")) if name.startswith("--") else None
+        if other is None:
+            result.append(word)
+            continue
+        if other.instead:
+            raise UserError(f"{name} has no meaning here: {other.instead}")
+        if other.has_value and not equals:
+            if not rest:
+                raise UserError(f"{name} needs a value")
+            value = rest.pop(0)
+        if other.always:
+            print(f"notice: {name} changes nothing: {other.always}")
+        elif other.variable:
+            os.environ[other.variable] = value
+        else:
+            result += [other.ours, *([other.values.get(value, value)] if other.has_value else [])]
+    return result

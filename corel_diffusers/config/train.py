@@ -1,0 +1,83 @@
+"""The flags of `corel-diffusers train` and `corel-diffusers env`."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import tyro
+
+from corel_diffusers.config.checks import SCENES, parse_size, require, require_cache, require_data_dir, user_path
+from corel_diffusers.files import UserError, require_writable
+
+VAE_FRACTION = 1 / 3  # of the minutes; the UNet has the rest (benchmarks/contest.py)
+
+
+@dataclass(kw_only=True, frozen=True)
+class Train:
+    """Train a VAE and a UNet, evaluate the pipeline, and leave a grid of samples. The same command continues a run."""
+
+    data_dir: str | None = None
+    """Folder of photos, in any layout of docs/data.md. "scenes": this package draws the photos."""
+    dataset_name: str | None = None
+    """Id of a Hub dataset, instead of --data-dir."""
+    minutes: float = 60
+    """Minutes of training: a third for the VAE, two thirds for the UNet."""
+    output_dir: str = "."
+    """Folder for vae_models/ and diffusion_models/."""
+    base_dir: str = "."
+    """Folder at which relative paths start."""
+    image_size: str | None = None
+    """Image size in pixels: 128, or 96x144 (height x width). Default: planned."""
+    aspect_buckets: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train on a few image sizes, so that photos of every shape keep their frame."""
+    config: str | None = None
+    """Model size: tiny, base or large (default: planned)."""
+    seed: int = 42
+    """Random seed."""
+    num_images: int = 300
+    """Number of samples that the evaluation draws."""
+
+    def checked(self) -> Self:
+        """Return the flags, or raise UserError for values that cannot be used."""
+        require(0 < self.minutes < math.inf, "minutes", self.minutes, "give a number above 0")
+        if bool(self.data_dir) == bool(self.dataset_name):
+            raise UserError("train needs photos: give --data-dir, a folder of photos, or --dataset-name")
+        if self.data_dir and self.data_dir != SCENES:
+            require_data_dir(user_path(self.base_dir, self.data_dir))
+        if self.image_size:
+            parse_size(self.image_size)
+        require(self.config in (None, "tiny", "base", "large"), "config", self.config, "give tiny, base or large")
+        require(
+            self.num_images >= 4, "num_images", self.num_images, "give 4 or more, and some hundreds for good numbers"
+        )
+        require_writable(user_path(self.base_dir, self.output_dir), "--output-dir")
+        require_cache()
+        return self
+
+    def commands(self) -> Iterator[list[str]]:
+        """Yield the words of the three commands: train-vae, train-unet and evaluate."""
+        output = user_path(self.base_dir, self.output_dir)
+        vae, pipeline = str(output / "vae_models"), str(output / "diffusion_models")
+        source = ["--dataset-name", self.dataset_name] if self.dataset_name else ["--data-dir", self.data_dir]
+        photos = [*source, "--base-dir", self.base_dir]
+        shared = [*photos, "--seed", str(self.seed), "--resume", "latest"]
+        shared += ["--config", self.config] if self.config else []
+        shared += ["--aspect-buckets"] if self.aspect_buckets else []
+        size = ["--image-size", self.image_size] if self.image_size else []
+        minutes = [VAE_FRACTION * self.minutes, (1 - VAE_FRACTION) * self.minutes]
+        # absolute paths do not start at --base-dir
+        vae, pipeline = (str(user_path(".", path).absolute()) for path in (vae, pipeline))
+        yield ["train-vae", *shared, *size, "--output-dir", vae, "--max-train-minutes", f"{minutes[0]:g}"]
+        yield ["train-unet", *shared, "--vae-checkpoint", vae, "--output-dir", pipeline,
+               "--max-train-minutes", f"{minutes[1]:g}"]  # fmt: skip
+        yield ["evaluate", *photos, "--pipeline", pipeline, "--num-images", str(self.num_images)]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Env:
+    """Print the versions and the devices that a bug report needs."""
+
+    def checked(self) -> Self:
+        """Return the flags: there is nothing to check."""
+        return self

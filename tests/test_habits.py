@@ -1,0 +1,217 @@
+"""What people type by habit: flags of diffusers' examples, files with flags, calls of other pipelines, notebooks."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, launch, make_photos, run_here, script, tool
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from corel_diffusers import __version__
+from corel_diffusers.config.checks import flag_name
+from corel_diffusers.config.diffusers_flags import FLAGS, translate
+from corel_diffusers.config.parsing import with_config_file
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.files import UserError
+
+OURS = {flag_name(name) for kind in (VAEArguments, UNetArguments) for name in kind.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_each_flag_of_the_examples_is_ours_accepted_or_refused(name, capsys, monkeypatch):
+    other = FLAGS[name]
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert [bool(other.ours), bool(other.always), bool(other.instead), bool(other.variable)].count(True) == 1
+    assert name not in OURS, "a flag of ours needs no translation"
+    document = (ROOT / "docs" / "from-diffusers.md").read_text()
+    row = next(
+        line
+        for line in document.splitlines()
+        if line.startswith(f"| `{name.replace('-', '_').replace('__', '--', 1)}` |")
+    )
+    words = [name.replace("-", "_").replace("__", "--", 1), *(["7"] if other.has_value else []), "--seed", "3"]
+    if other.instead:
+        assert other.instead in row
+        with pytest.raises(UserError, match="has no meaning here: ") as refused:
+            translate(words)
+        assert other.instead in str(refused.value)
+        return
+    translated = translate(words)
+    assert translated[-2:] == ["--seed", "3"]
+    if other.ours:
+        assert other.ours in OURS
+        assert f"`{other.ours}`" in row
+        assert translated[:-2] == [other.ours, *(["7"] if other.has_value else [])]
+        assert translate([f"{name}=7"]) == ([f"{other.ours}", "7"] if other.has_value else [other.ours])
+    else:
+        assert translated == ["--seed", "3"]
+    if other.always:
+        assert other.always in row
+        assert f"changes nothing: {other.always}" in capsys.readouterr().out
+    if other.variable:
+        assert os.environ[other.variable] == "7"
+
+
+def test_values_with_another_name_are_translated():
+    assert translate(["--ddpm_beta_schedule", "squaredcos_cap_v2"]) == ["--schedule", "cosine"]
+    assert translate(["--rec_loss=l2"]) == ["--reconstruction", "mse"]
+    with pytest.raises(UserError, match="--resolution needs a value"):
+        translate(["--resolution"])
+
+
+def test_the_commands_of_the_examples_run(raw_photos, configs, trained_vae, tmp_path):
+    """The commands of the READMEs in diffusers/examples, with another script name and small numbers."""
+    done = script(
+        "train_unet", f"--train_data_dir={raw_photos}", "--model_config_name_or_path", configs / "unet.json",
+        "--vae-checkpoint", trained_vae, "--center_crop", "--random_flip", f"--output_dir={tmp_path / 'unet'}",
+        "--train_batch_size=4", "--max_train_steps=4", "--gradient_accumulation_steps=1", "--use_ema",
+        "--learning_rate=1e-4", "--lr_warmup_steps=2", "--mixed_precision=no", "--checkpointing_steps=2",
+    )  # fmt: skip
+    assert "notice: --random_flip changes nothing" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "unet" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    done = script("train_vae", "--train_data_dir", raw_photos, "--image_column=img", check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: --image_column has no meaning here: omit it: the first column of images is used\n"
+
+
+@pytest.mark.parametrize("name", ["train_vae", "train_unet"])
+def test_without_photos_one_line_says_what_to_give(name):
+    done = script(name, check=False)
+    assert done.returncode == 2
+    assert "--data-dir is missing: give a folder of photos" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_file_gives_flags_and_the_command_line_wins(vae_flags, raw_photos, configs, tmp_path):
+    (tmp_path / "flags.yaml").write_text(
+        f"data-dir: {raw_photos}\nconfig: {configs / 'vae.json'}\nimage_size: 32\nema: false\nmax-train-steps: 2\n"
+        "mixed-precision: 'no'\nperceptual: false\nclasses: [1, 2]\nbatch-size: 2\n"
+    )
+    script("train_vae", "--config_file", tmp_path / "flags.yaml", "--batch-size", 4, "--output-dir", tmp_path / "a")
+    flags = json.loads((tmp_path / "a" / "run.json").read_text())["flags"]
+    assert flags["batch_size"] == 4
+    assert flags["ema"] is False
+    assert flags["classes"] == ["1", "2"]
+    script("train_vae", "--config-file", tmp_path / "a" / "run.json", "--output-dir", tmp_path / "b")
+    weights = [load_file(tmp_path / run / "diffusion_pytorch_model.safetensors") for run in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "no such file"), ("- 1\n- 2\n", "expected lines such as"), ("a: [", "is not valid YAML")],
+)
+def test_a_wrong_file_of_flags_is_one_line(content, expected, tmp_path):
+    if content:
+        (tmp_path / "flags.yaml").write_text(content)
+    with pytest.raises(UserError, match=expected):
+        with_config_file(["--config-file", str(tmp_path / "flags.yaml")])
+
+
+def test_the_backend_of_a_notebook_does_not_end_a_run(raw_photos, vae_flags, tmp_path):
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    script("train_vae", *vae_flags, "--max-train-steps", 1, "--output-dir", tmp_path, env=notebook)
+    assert (tmp_path / "training_losses.png").is_file()
+    tool("evaluate", "--pictures", raw_photos, "--data-dir", raw_photos, "--against", "all", "--output-dir", tmp_path,
+         env=notebook)  # fmt: skip
+
+
+def test_a_folder_of_caches_that_cannot_be_written_to_is_named(vae_flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = script("train_vae", *vae_flags, "--output-dir", tmp_path, env={"HF_HOME": tmp_path / "file"}, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: HF_HOME: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ({"num_images": "snowy mountain"}, 1),
+        ({"num_images": ["snowy mountain", "sunset at sea"]}, 2),
+        ({"class_labels": ["snowy mountain", "sunset at sea", "sunset at sea"]}, 3),
+        ({"batch_size": 2}, 2),
+        ({"num_images": 3, "class_labels": 1}, 3),
+        ({}, 1),
+    ],
+)
+def test_the_first_calls_that_people_try_draw(arguments, count, trained_unet):
+    pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
+    assert len(pipe(**arguments, num_inference_steps=2).images) == count
+
+
+@pytest.mark.parametrize("num_images", [0, -1, 1.5])
+def test_a_wrong_number_of_images_says_what_to_give(num_images, trained_unet):
+    pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
+    with pytest.raises(ValueError, match="give the number of images, 1 or more, and the class as class_labels"):
+        pipe(num_images)
+
+
+def test_a_run_begins_with_trained_weights(trained_vae, trained_unet, vae_flags, unet_flags, tmp_path, capsys):
+    """With a learning rate of almost 0, the weights after one step are those of the trained model."""
+    still = ["--max-train-steps", 1, "--lr", 1e-12, "--lr-min", 0, "--weight-decay", 0, "--no-ema"]
+    run_here("train_vae", [*vae_flags, *still, "--init-from", trained_vae, "--output-dir", tmp_path / "vae"])
+    name = "diffusion_pytorch_model.safetensors"
+    before, after = load_file(trained_vae / name), load_file(tmp_path / "vae" / name)
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+    more = make_photos(tmp_path / "photos", classes=4)
+    flags = [*unet_flags, *still, "--init-from", trained_unet, "--output-dir", tmp_path / "unet", "--data-dir", more]
+    flags.remove("--image-dir")
+    flags.pop(0)
+    run_here("train_unet", flags)
+    assert "new classes: " in capsys.readouterr().out
+    before, after = (load_file(folder / "unet" / name) for folder in (trained_unet, tmp_path / "unet"))
+    for key in before:
+        if key != "class_embedding.weight":
+            assert torch.allclose(before[key], after[key], atol=1e-6), key
+    old, new = before["class_embedding.weight"], after["class_embedding.weight"]
+    assert torch.allclose(new[:3], old[:3], atol=1e-6), "classes that are known"
+    assert torch.allclose(new[3], old[3], atol=1e-6), "a new class begins with the null label"
+    assert torch.allclose(new[4], old[3], atol=1e-6), "the null label"
+    seen = (tmp_path / "vae" / "training_photos.txt").read_text().splitlines()
+    assert set((trained_vae / "training_photos.txt").read_text().splitlines()) <= set(seen)
+
+
+def test_weights_of_another_model_are_refused(trained_vae, trained_unet, vae_flags, unet_flags, tmp_path):
+    done = script("train_vae", *vae_flags, "--config", "tiny", "--init-from", trained_vae, "--output-dir", tmp_path,
+                  "--max-train-steps", 1, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "the model has another config, give it as --config" in done.stderr
+    script("train_vae", *vae_flags, "--seed", 7, "--max-train-steps", 1, "--output-dir", tmp_path / "other")
+    done = script("train_unet", *unet_flags, "--vae-checkpoint", tmp_path / "other", "--init-from", trained_unet,
+                  "--max-train-steps", 1, "--output-dir", tmp_path / "unet", check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert f"give --vae-checkpoint {trained_unet / 'vae'}" in done.stderr
+
+
+def test_one_command_trains_both_models_evaluates_and_goes_on(tmp_path):
+    photos = make_photos(tmp_path / "photos", each=10)
+    flags = ["--data-dir", photos, "--minutes", 0.15, "--config", "tiny", "--image-size", 32, "--num-images", 6,
+             "--output-dir", tmp_path]  # fmt: skip
+    tool("train", *flags)
+    for file in ("vae_models/config.json", "diffusion_models/grid.png", "diffusion_models/evaluation.json"):
+        assert (tmp_path / file).is_file(), file
+    assert "resuming from" in tool("train", *flags).stdout
+
+
+def test_the_scripts_are_commands_and_the_version_and_the_environment_are_printed(vae_flags, tmp_path):
+    tool("train-vae", *vae_flags, "--max-train-steps", 1, "--no-perceptual", "--output-dir", tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    assert tool("--version").stdout == f"corel-diffusers {__version__}\n"
+    printed = tool("env").stdout
+    assert f"torch: {torch.__version__}" in printed
+    assert os.environ["HF_HOME"] in printed
+    refused = tool("train", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: train needs photos: give --data-dir, a folder of photos, or --dataset-name\n"
+
+
+def test_a_misspelt_flag_names_the_nearest_one():
+    done = launch(sys.executable, ROOT / "train_vae.py", "--image-sise", 64, check=False)
+    assert done.returncode == 2
+    assert "--image-size" in done.stderr

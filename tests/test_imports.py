@@ -17,7 +17,7 @@ LAYERS = [
     ["losses", "data"],
     ["training", "sampling"],
 ]
-LAYERS += [["evaluation"], ["hub"], ["cli"]]
+LAYERS += [["evaluation"], ["hub", "environment"], ["cli"]]
 
 
 def imports_of(module: str, source: str) -> Iterable[str]:
@@ -32,7 +32,9 @@ def imports_of(module: str, source: str) -> Iterable[str]:
             parent = node.module.removeprefix("corel_diffusers").lstrip(".")
             for name in node.names:
                 child = f"{parent}.{name.name}".lstrip(".")
-                yield child if PACKAGE.joinpath(*child.split(".")).with_suffix(".py").is_file() else parent
+                found = child if PACKAGE.joinpath(*child.split(".")).with_suffix(".py").is_file() else parent
+                if found:  # not __version__ of the package itself
+                    yield found
 
 
 def check(sources: dict[str, str]) -> None:

@@ -189,8 +189,10 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     try:
         # create_repo would leave an existing public repository public
         if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
-            raise UserError("it exists and is public: make it private in its settings on the Hub, or allow a public upload "
-                "(push without --private, train_unet.py with --hub-public)")
+            raise UserError(
+                "it exists and is public: make it private in its settings on the Hub, or allow a public upload "
+                "(push without --private, train_unet.py with --hub-public)"
+            )
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -17,7 +17,7 @@ LAYERS = [
     ["losses", "data"],
     ["training", "sampling"],
 ]
-LAYERS += [["evaluation"], ["hub", "environment"], ["cli"]]
+LAYERS += [["evaluation"], ["hub", "environment"], ["cli"], ["api"]]
 
 
 def imports_of(module: str, source: str) -> Iterable[str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Self
 
 import tyro
@@ -55,10 +56,14 @@ class Train:
         require_cache()
         return self
 
+    def folders(self) -> tuple[Path, Path]:
+        """Return the folders of the VAE and of the pipeline, as absolute paths, which do not start at --base-dir."""
+        output = user_path(self.base_dir, self.output_dir).absolute()
+        return output / "vae_models", output / "diffusion_models"
+
     def commands(self) -> Iterator[list[str]]:
         """Yield the words of the three commands: train-vae, train-unet and evaluate."""
-        output = user_path(self.base_dir, self.output_dir)
-        vae, pipeline = str(output / "vae_models"), str(output / "diffusion_models")
+        vae, pipeline = map(str, self.folders())
         source = ["--dataset-name", self.dataset_name] if self.dataset_name else ["--data-dir", self.data_dir]
         photos = [*source, "--base-dir", self.base_dir]
         shared = [*photos, "--seed", str(self.seed), "--resume", "latest"]
@@ -66,8 +71,6 @@ class Train:
         shared += ["--aspect-buckets"] if self.aspect_buckets else []
         size = ["--image-size", self.image_size] if self.image_size else []
         minutes = [VAE_FRACTION * self.minutes, (1 - VAE_FRACTION) * self.minutes]
-        # absolute paths do not start at --base-dir
-        vae, pipeline = (str(user_path(".", path).absolute()) for path in (vae, pipeline))
         yield ["train-vae", *shared, *size, "--output-dir", vae, "--max-train-minutes", f"{minutes[0]:g}"]
         yield ["train-unet", *shared, "--vae-checkpoint", vae, "--output-dir", pipeline,
                "--max-train-minutes", f"{minutes[1]:g}"]  # fmt: skip

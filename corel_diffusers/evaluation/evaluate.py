@@ -36,8 +36,11 @@ MAX_CONTROL_PHOTOS = 500
 MAX_PLANTED = 200
 
 
-def evaluate(args: Evaluate) -> None:
+def evaluate(args: Evaluate) -> dict:
     """Evaluate samples, write evaluation.json and evaluation.html to `args.results_dir`, and print the table.
+
+    Returns:
+        The content of evaluation.json.
 
     Raises:
         UserError: a flag or a file cannot be used. The message says what to do.
@@ -96,6 +99,7 @@ def evaluate(args: Evaluate) -> None:
         f"numbers: {output_dir / 'evaluation.json'}\n"
         f"report with images: {output_dir / 'evaluation.html'} (it contains your photos)"
     )
+    return results
 
 
 def sample_scores(photos: ComparedPhotos, samples: Sequence[np.ndarray], labels: torch.Tensor | None) -> dict:

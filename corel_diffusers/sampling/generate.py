@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from corel_diffusers.config.checks import parse_size
@@ -21,8 +22,10 @@ INDIVIDUAL_UP_TO = 16  # up to this many samples are also saved as single images
 LONGEST_SIDE_PX = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # maximum side of the formats
 
 
-def generate(args: Generate, output: Path) -> None:
-    """Generate samples. Save each one in `<output>_individual/` as soon as it is done, and then a grid in `output`.
+def generate(args: Generate, output: Path) -> list[Image.Image]:
+    """Generate samples and return them.
+
+    Each one is saved in `<output>_individual/` as soon as it is done, and then a grid of all in `output`.
 
     Without --individual, single images are saved for up to INDIVIDUAL_UP_TO samples only. Each sample has its own
     random generator with the seed `seed + index`. The batch size and the number of samples therefore do not change a
@@ -56,6 +59,7 @@ def generate(args: Generate, output: Path) -> None:
         for old_file in set(folder.glob("image_*.png")) - set(files):
             old_file.unlink()
         print(f"single images: {folder}/")
+    return images
 
 
 def check_size(pipe: DiffusionPipeline, args: Generate) -> tuple[int, int]:

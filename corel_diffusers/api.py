@@ -1,0 +1,183 @@
+"""The Python API: the commands as functions. Their keywords are the flags, with underscores.
+
+A value that cannot be used raises `corel_diffusers.files.UserError`. Its text says what to do.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
+from corel_diffusers.config.train import Train
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.files import read_json, read_metrics
+from corel_diffusers.models.unet import build_unet
+from corel_diffusers.models.vae import build_vae
+
+__all__ = ["TrainedRun", "build_unet", "build_vae", "evaluate", "generate", "load_photos", "prepare", "push", "train"]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What `train` leaves: the folders of the VAE and of the pipeline."""
+
+    vae_dir: Path
+    pipeline_dir: Path
+
+    @cached_property
+    def pipeline(self) -> DiffusionPipeline:
+        """The trained pipeline, loaded when it is first used. `run.pipeline("sunset").images[0]` draws an image."""
+        return DiffusionPipeline.from_pretrained(self.pipeline_dir, trust_remote_code=True)
+
+    @property
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl of the UNet: one dict per validation."""
+        return read_metrics(self.pipeline_dir / "metrics.jsonl")
+
+    @property
+    def evaluation(self) -> dict:
+        """The content of evaluation.json: how near the samples are to held-out photos, and how many are copies."""
+        return read_json(self.pipeline_dir / "evaluation.json")
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The files of the curves and of the grid of samples."""
+        files = [self.vae_dir / "training_losses.png", self.pipeline_dir / "loss_history.png"]
+        return [file for file in [*files, self.pipeline_dir / "grid.png"] if file.is_file()]
+
+
+def train(photos: str | Path, *, minutes: float = 60, output_dir: str | Path = ".", **flags: object) -> TrainedRun:
+    """Train a VAE and a UNet, and evaluate the pipeline. The same call continues an interrupted run.
+
+    Training runs in processes of its own, so it works from a thread and several times in one notebook. In a notebook,
+    the curves and the grid of samples are shown at the end.
+
+    Args:
+        photos: a folder of photos, "scenes" for photos that this package draws, or the id of a Hub dataset.
+        minutes: minutes of training: a third for the VAE, two thirds for the UNet.
+        output_dir: the folder for vae_models/ and diffusion_models/.
+        flags: more flags of `corel-diffusers train`, such as image_size="96x144" or aspect_buckets=True.
+
+    Returns:
+        The folders of the models. `run.pipeline` is the pipeline, `run.metrics` and `run.evaluation` are the numbers.
+
+    Raises:
+        UserError: a flag cannot be used.
+        RuntimeError: training failed. Its output says why.
+
+    Example:
+        >>> import corel_diffusers as cd
+        >>> run = cd.train("scenes", minutes=0.1, image_size=32, num_images=6, output_dir="example")
+        >>> run.pipeline(class_labels="sunset at sea").images[0].size
+        (32, 32)
+    """
+    is_hub_id = not Path(photos).expanduser().is_dir() and str(photos).count("/") == 1
+    source = {"dataset_name" if is_hub_id else "data_dir": str(photos)}
+    flags = {name: value if value is None or isinstance(value, bool) else str(value) for name, value in flags.items()}
+    numbers = {name: int(flags[name]) for name in ("seed", "num_images") if name in flags}
+    args = Train(**source, minutes=minutes, output_dir=str(output_dir), **(flags | numbers)).checked()
+    for words in args.commands():
+        command = [sys.executable, "-c", "from corel_diffusers.cli import main; main()", *words]
+        # the output passes through this process: a notebook shows only what Python prints
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            print(line, end="")
+        if process.wait():
+            raise RuntimeError(f"corel-diffusers {words[0]} ended with {process.returncode}: {''.join(lines[-5:])}")
+    run = TrainedRun(*args.folders())
+    show_in_notebook(run.pictures)
+    return run
+
+
+def show_in_notebook(files: list[Path]) -> None:
+    """Show image files, if this process is a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None and "IPKernelApp" in shell.config:
+        from IPython.display import Image as Shown
+        from IPython.display import display
+
+        display(*(Shown(str(file)) for file in files))
+
+
+def prepare(data_dir: str | Path, **flags: object) -> Path:
+    """Convert a folder of photos to folders that are ready for training.
+
+    Args:
+        data_dir: a folder of photos, in any layout of docs/data.md. It is only read.
+        flags: more flags of `corel-diffusers prepare`, such as output_dir or test_fraction=0.15.
+
+    Returns:
+        The folder corel_all/ with all photos, for `train` and for --data-dir.
+
+    Raises:
+        UserError: the photos cannot be prepared.
+    """
+    from corel_diffusers.cli import run_prepare
+
+    args = Prepare(data_dir=str(data_dir), **flags).checked()
+    run_prepare(args)
+    return Path(args.base_dir).expanduser() / Path(args.output_dir).expanduser() / "corel" / "corel_all"
+
+
+def generate(pipeline: str | Path, num_images: int = 16, **flags: object) -> list[Image.Image]:
+    """Generate samples with a trained pipeline, and save a grid and single images.
+
+    Args:
+        pipeline: a folder of train_unet.py, or a Hub id together with trust_remote_code=True.
+        num_images: the number of samples.
+        flags: more flags of `corel-diffusers generate`, such as class_=("sunset",), seed=1 or output="grid.png".
+
+    Returns:
+        The samples, RGB images, or grey ones from a model of grey photos.
+
+    Raises:
+        UserError: a flag cannot be used.
+    """
+    from corel_diffusers.config.checks import user_path
+    from corel_diffusers.sampling import generate as sampling
+
+    args = Generate(pipeline=str(pipeline), num_images=num_images, **flags).checked()
+    return sampling.generate(args, user_path(args.base_dir, args.output))
+
+
+def evaluate(pipeline: str | Path, data_dir: str | Path, **flags: object) -> dict:
+    """Measure how near samples are to held-out photos, and how many of them are copies of training photos.
+
+    Args:
+        pipeline: a folder of train_unet.py, or a Hub id together with trust_remote_code=True.
+        data_dir: the photos that the model was trained on, with the held-out photos, or "scenes".
+        flags: more flags of `corel-diffusers evaluate`, such as num_images=300 or features="dinov2".
+
+    Returns:
+        The content of evaluation.json: `results["generation"]["kid_e3"]` is KID x1000.
+
+    Raises:
+        UserError: a flag cannot be used.
+    """
+    from corel_diffusers.evaluation.evaluate import evaluate as run_evaluation
+
+    return run_evaluation(Evaluate(pipeline=str(pipeline), data_dir=str(data_dir), **flags).checked())
+
+
+def push(pipeline: str | Path, repo_id: str, *, private: bool = True, **flags: object) -> None:
+    """Push a pipeline folder with its model card to the Hugging Face Hub.
+
+    Args:
+        pipeline: the folder that train_unet.py wrote.
+        repo_id: user/name.
+        private: create a private repository. Otherwise everybody can load the model.
+        flags: more flags of `corel-diffusers push`: revision, dry_run.
+
+    Raises:
+        UserError: there is no pipeline or no token, or the Hub refuses the upload.
+    """
+    from corel_diffusers.cli import run_push
+
+    run_push(Push(pipeline=str(pipeline), repo_id=repo_id, private=private, **flags).checked())

@@ -1,0 +1,72 @@
+"""The Python API: the examples of its docstrings, and its functions on small models."""
+
+import doctest
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT
+from datasets import DatasetDict
+from diffusers import AutoencoderKL
+
+import corel_diffusers as cd
+from corel_diffusers import api
+from corel_diffusers.files import UserError
+
+
+def test_the_package_is_imported_without_torch():
+    code = "import sys, corel_diffusers as cd; assert 'train' in dir(cd); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = cd.nothing
+
+
+def test_the_example_of_train_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the scripts are beside the package
+    results = doctest.DocTestRunner(verbose=False)
+    (example,) = [test for test in doctest.DocTestFinder().find(api.train, "train") if test.examples]
+    results.run(example)
+    assert results.summarize().failed == 0
+    run = api.TrainedRun(tmp_path / "example" / "vae_models", tmp_path / "example" / "diffusion_models")
+    assert run.metrics[-1]["val_loss"] > 0
+    assert run.evaluation["generation"]["n"][0] == 6
+    assert [file.name for file in run.pictures] == ["training_losses.png", "loss_history.png", "grid.png"]
+
+
+def test_models_and_photos_are_built_by_name(raw_photos):
+    assert isinstance(cd.load_photos(raw_photos), DatasetDict)
+    vae = cd.build_vae("tiny", (32, 32))
+    assert isinstance(vae, AutoencoderKL)
+    assert cd.build_unet("tiny", (32, 32), vae, num_classes=3).config.num_class_embeds == 4
+
+
+def test_the_commands_are_functions(trained_unet, raw_photos, tmp_path, capsys):
+    folder = cd.prepare(raw_photos, output_dir=str(tmp_path / "prepared"), visualize=False)
+    assert (folder / "metadata.jsonl").is_file()
+    images = cd.generate(trained_unet, 2, steps=2, seed=0, output=str(tmp_path / "grid.png"))
+    assert [image.size for image in images] == [(32, 32)] * 2
+    results = cd.evaluate(
+        trained_unet, raw_photos, num_images=4, steps=2, against="all", output_dir=str(tmp_path / "evaluation")
+    )
+    assert results["generation"]["n"] == [4, 18]
+    cd.push(trained_unet, "user/name", dry_run=True)
+    assert "would push" in capsys.readouterr().out
+
+
+def test_a_wrong_flag_raises_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="--minutes -1: give a number above 0"):
+        cd.train("scenes", minutes=-1)
+    with pytest.raises(UserError, match="is not a folder"):
+        cd.train(tmp_path / "missing")
+
+
+def test_generate_works_from_a_thread(trained_unet, tmp_path):
+    images = []
+    thread = threading.Thread(
+        target=lambda: images.extend(cd.generate(trained_unet, 1, steps=1, output=str(tmp_path / "grid.png")))
+    )
+    thread.start()
+    thread.join()
+    assert len(images) == 1

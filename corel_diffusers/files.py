@@ -44,8 +44,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def require_writable(folder: Path, flag: str) -> None:
     """Raise UserError if `folder` cannot be created or cannot be written to. This function itself writes nothing."""
     existing = next((path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)), folder)
-    if os.path.isfile(existing):
-        raise UserError(f"{flag}: {existing} is a file, so no folder can be created there: give another path")
+    if not os.path.isdir(existing):
+        raise UserError(f"{flag}: {existing} is not a folder, so no folder can be created there: give another path")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{flag}: {existing} cannot be written to: give another path")
 
@@ -179,5 +179,5 @@ def read_json(path: Path) -> object:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, and lists in lists in lists
         raise UserError(f"{path} is not valid JSON ({error}): correct it or remove it") from None

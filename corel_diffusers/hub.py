@@ -1,5 +1,6 @@
 """The Hub: write a model card with measured numbers, and upload a pipeline folder."""
 
+import glob
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData, get_token
@@ -37,7 +38,7 @@ def write_card(folder: Path, repo_id: str = "user/name") -> None:
     card = folder / "README.md"
     if not (folder / "model_index.json").is_file():  # stopped before the first epoch: there is no pipeline
         return
-    if card.is_file() and WRITTEN_BY not in card.read_text(encoding="utf-8"):
+    if card.is_file() and WRITTEN_BY not in card.read_text(encoding="utf-8", errors="replace"):
         return
     write_text(card, card_text(folder, repo_id))
 
@@ -152,6 +153,12 @@ def require_token() -> None:
         raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
 
 
+def is_part_of(folder: Path, file: Path) -> bool:
+    """Return whether a file may be uploaded: it is no hidden file, and no link that leads out of the folder."""
+    inside = file.resolve().is_relative_to(folder.resolve())
+    return file.is_file() and inside and not file.name.startswith(".")
+
+
 def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = False, revision: str | None = None) -> None:
     """Upload the pipeline folder with its model card in one commit.
 
@@ -172,9 +179,10 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
             "give the --output-dir of train_unet.py"
         )
     if not dry_run:
+        require_token()
         write_card(folder, repo_id)
     patterns = PIPELINE_FILES + (("guide/*",) if has_guide(folder) else ())
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if is_part_of(folder, file))
     total_mb = sum(file.stat().st_size for file in files) / 1e6
     print(
         f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total_mb:.1f} MB, "
@@ -184,7 +192,6 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
         print(f"  {file.relative_to(folder)}")
     if dry_run:
         return
-    require_token()
     api = HfApi()
     try:
         # create_repo would leave an existing public repository public
@@ -199,7 +206,7 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=list(patterns),
+            allow_patterns=[glob.escape(file.relative_to(folder).as_posix()) for file in files],
             commit_message="Upload pipeline",
             revision=revision,
         )

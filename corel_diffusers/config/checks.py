@@ -1,13 +1,21 @@
 """Check the values of flags."""
 
+import math
 import os
 import re
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 
 from corel_diffusers.files import UserError, require_writable
 
 SCENES = "scenes"
+LARGEST_WHOLE = 2**63 - 1  # of a number in a tensor, and of a random seed
+LARGEST = {  # more than any machine can use
+    **dict.fromkeys(("batch_size", "grad_accum", "num_images"), 1_000_000),
+    **dict.fromkeys(("views", "nrow", "latent_dim"), 10_000),
+    "num_workers": 1_000,
+}
+SIDES_PX = (16, 16_384)  # smallest and largest side of an image; SSIM has a window of 11 px
 HUB_ID = r"[\w.-]+/[\w.-]+"  # user/name
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 DATA_DIR_HINT = "check the path (relative paths start at --base-dir)"
@@ -30,9 +38,34 @@ def require(condition: bool, name: str, value: object, hint: str) -> None:
         raise UserError(f"{flag_name(name)} {value}: {hint}")
 
 
+def require_usable(flags: object) -> None:
+    """Raise UserError for a value that no command can use, whatever the flag is.
+
+    It is empty text, text that is not UTF-8 or has control characters, or a number that is not finite or too large.
+
+    Args:
+        flags: a dataclass of flags.
+    """
+    for flag_field in fields(flags):
+        value = getattr(flags, flag_field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            name = flag_field.name
+            if isinstance(part, str):
+                require(part.strip() != "", name, repr(part), "the value is empty: give one, or omit the flag")
+                is_text = all(
+                    character.isprintable() for character in part
+                )  # a byte that is not UTF-8 is not printable
+                require(is_text, name, ascii(part), "give text in UTF-8, without control characters")
+            elif isinstance(part, float):
+                require(math.isfinite(part), name, part, "give a finite number")
+            elif isinstance(part, int):
+                largest = LARGEST.get(name, LARGEST_WHOLE)
+                require(abs(part) <= largest, name, part, f"give at most {largest:,}")
+
+
 def flag_name(field_name: str) -> str:
-    """Return the flag of a field: "--max-train-steps" for "max_train_steps"."""
-    return "--" + field_name.replace("_", "-")
+    """Return the flag of a field: "--max-train-steps" for "max_train_steps", "--class" for "class_"."""
+    return "--" + field_name.rstrip("_").replace("_", "-")
 
 
 def user_path(base_dir: str, path: str) -> Path:
@@ -67,9 +100,12 @@ def require_cache() -> None:
 
 def parse_size(text: str, flag: str = "--image-size") -> tuple[int, int]:
     """Convert "128" or "96x144" to (height, width) in pixels. Raise UserError for any other text."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())
-    if not match or not int(match[1]) or (match[2] and not int(match[2])):
-        raise UserError(f"{flag} {text}: give pixels as 128, or as 96x144 (height x width)")
+    match = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text.lower())
+    smallest, largest = SIDES_PX
+    if not match or not all(smallest <= int(side) <= largest for side in match.groups(match[1])):
+        raise UserError(
+            f"{flag} {text}: give pixels as 128, or as 96x144 (height x width), from {smallest} to {largest}"
+        )
     return int(match[1]), int(match[2] or match[1])
 
 

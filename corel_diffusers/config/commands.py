@@ -15,6 +15,7 @@ from corel_diffusers.config.checks import (
     require,
     require_cache,
     require_data_dir,
+    require_usable,
     user_path,
 )
 from corel_diffusers.files import UserError, require_writable
@@ -45,6 +46,7 @@ class Prepare:
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
+        require_usable(self)
         require_data_dir(user_path(self.base_dir, self.data_dir))
         require(0 <= self.test_fraction <= 0.5, "test_fraction", self.test_fraction, "give a fraction from 0 to 0.5")
         require_writable(user_path(self.base_dir, self.output_dir), "--output-dir")
@@ -93,6 +95,7 @@ class Sampling:
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
+        require_usable(self)
         for name in ("num_images", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         require(self.steps is None or 1 <= self.steps <= 1000, "steps", self.steps, "give 1 to 1000")
@@ -156,6 +159,7 @@ class Generate(Sampling):
         output = user_path(self.base_dir, self.output)
         if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
+        require(not output.is_dir(), "output", self.output, "this is a folder: give the name of a file")
         require_writable(output.parent, "--output")
         return super().checked()
 
@@ -201,6 +205,7 @@ class Evaluate(Sampling):
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
+        require_usable(self)
         if self.pictures:
             folder = user_path(self.base_dir, self.pictures)
             require(folder.is_dir(), "pictures", folder, "this is not a folder: check the path")
@@ -242,6 +247,7 @@ class Push:
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
+        require_usable(self)
         check_repo_id(self.repo_id, "--repo-id")
         if not self.folder.is_dir():
             raise UserError(f"--pipeline {self.folder} is not a folder: give the --output-dir of train_unet.py")

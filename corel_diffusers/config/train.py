@@ -8,7 +8,15 @@ from typing import Annotated, Self
 
 import tyro
 
-from corel_diffusers.config.checks import SCENES, parse_size, require, require_cache, require_data_dir, user_path
+from corel_diffusers.config.checks import (
+    SCENES,
+    parse_size,
+    require,
+    require_cache,
+    require_data_dir,
+    require_usable,
+    user_path,
+)
 from corel_diffusers.files import UserError, require_writable
 
 VAE_FRACTION = 1 / 3  # of the minutes; the UNet has the rest (benchmarks/contest.py)
@@ -41,6 +49,7 @@ class Train:
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
+        require_usable(self)
         require(0 < self.minutes < math.inf, "minutes", self.minutes, "give a number above 0")
         if bool(self.data_dir) == bool(self.dataset_name):
             raise UserError("train needs photos: give --data-dir, a folder of photos, or --dataset-name")

@@ -20,6 +20,7 @@ from corel_diffusers.config.checks import (
     require,
     require_cache,
     require_data_dir,
+    require_usable,
     user_path,
 )
 from corel_diffusers.files import UserError
@@ -197,6 +198,7 @@ class TrainingArguments:
         Raises:
             UserError: a value that no run can use.
         """
+        require_usable(self)
         counts = ("grad_accum", "epochs", "batch_size", "max_train_steps", "max_train_samples")
         for name in (*counts, "validate_every", "sample_every", "checkpoint_every", "checkpoint_steps"):
             value = getattr(self, name)

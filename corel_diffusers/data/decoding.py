@@ -5,6 +5,7 @@ file that can be shown. For other files it raises PhotoError with a reason. `pre
 it.
 """
 
+import errno
 import io
 import struct
 import warnings
@@ -64,7 +65,7 @@ def open_photo(file: Path | str | bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise PhotoError("too many pixels to open safely") from None
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, RuntimeError, struct.error) as error:
-        if getattr(error, "errno", None):
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # a damaged file can name an impossible place
             raise unreadable_file(file, error) from None
         raise PhotoError("truncated" if "truncated" in str(error) else f"damaged ({error})") from None
     if min(photo.size) < MIN_SIDE_PX:
@@ -215,13 +216,18 @@ def to_eight_bits(photo: Image.Image) -> Image.Image:
     The largest value that its bit depth allows becomes 255: see `largest_value`. The range of a float image is 0 to 1,
     0 to 255 or 0 to 65535, whichever holds 99.9 % of its values.
     """
-    values = np.nan_to_num(np.asarray(photo).astype(np.float64), posinf=0.0, neginf=0.0)
+    values = np.asarray(photo)
     if photo.mode == "F":
+        values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
         typical_maximum = np.percentile(values, 99.9)  # a filter can leave single values above 1
         scale = 255 if typical_maximum <= 1 else 1 if typical_maximum <= 255 else 255 / 65535
     else:
         scale = 255 / largest_value(values)
-    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+    result = np.empty(values.shape, np.uint8)
+    for rows in range(0, len(values), 64):  # in parts: float64 takes four times the memory of the photo
+        scaled = np.rint(values[rows : rows + 64].astype(np.float64) * scale)
+        result[rows : rows + 64] = np.clip(scaled, 0, 255)
+    return Image.fromarray(result)
 
 
 def is_grey(photo: Image.Image) -> bool:

@@ -43,6 +43,7 @@ def load_vae(location: Path | str) -> AutoencoderKL:
         raise UserError(
             f"--vae-checkpoint {location}: its training is not finished: continue it with train_vae.py --resume latest"
         )
+    vae.register_to_config(_name_or_path="")  # the pipeline is published with this config: no path of this machine
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import posixpath
+import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -45,6 +46,8 @@ def read_metadata(files: dict[str, Path]) -> dict[str, Row]:
             if not isinstance(name, str):
                 raise UserError(f"{path}: each row must have file_name, the path of a photo relative to this file")
             photo = posixpath.normpath(PurePosixPath(relative).parent / name.replace("\\", "/"))
+            if photo.startswith(("../", "/")) or re.match(r"[A-Za-z]:", photo):
+                raise UserError(f"{path}: {name!a} lies outside the folder of photos: copy it into the folder")
             photo = unicodedata.normalize("NFC", photo)
             row = rows.setdefault(photo, Row())
             label = label_of(path, first_given(values, LABEL_KEYS))

@@ -43,6 +43,8 @@ def read_prepared(record: Path) -> Iterable[Prepared]:
             values = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if Path(str(values.get("file_name", ""))).name != values.get("file_name"):
+            continue  # a name that leads out of the folder
         if "phashes" in values:  # otherwise an older version wrote the line, and the photo is prepared again
             yield Prepared(**values | {name: tuple(values[name]) for name in ("borders", "phashes")})
 

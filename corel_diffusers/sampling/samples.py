@@ -94,7 +94,7 @@ def labels_for_images(pipe: DiffusionPipeline, classes: Sequence[str], num_image
     for class_ in classes:
         label = next(
             (label for label, name in names.items() if name == class_),
-            label_of_number.get(int(class_)) if class_.isdigit() else None,
+            label_of_number.get(int(class_)) if class_.isdecimal() and len(class_) < 10 else None,
         )
         if label is None:
             known = ", ".join(f"{number} {names[label]}" for number, label in label_of_number.items())

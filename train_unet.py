@@ -82,7 +82,7 @@ def main(flags: UNetArguments) -> None:
     classes = classes_of_model(flags, photos, class_numbers)
     trial = partial(trial_step, flags, accelerator, vae)
     args = planning.plan_run(flags, accelerator, photos, presets.UNET_PRESETS, trial, size_px)
-    with start.explain_out_of_memory(args):
+    with start.running(args, accelerator):
         run, *parts = set_up(args, accelerator, vae, photos, classes, size_px, began)
         with run.stop.listening():
             train(run, *parts)

@@ -78,7 +78,7 @@ def main(flags: VAEArguments) -> None:
     photos, _ = start.load_training_photos(flags, accelerator)
     trial = partial(trial_step, flags, accelerator)
     args = planning.plan_run(flags, accelerator, photos, presets.VAE_PRESETS, trial, flags.size_px)
-    with start.explain_out_of_memory(args):
+    with start.running(args, accelerator):
         run, *parts = set_up(args, accelerator, photos, began)
         with run.stop.listening():
             train(run, *parts)

@@ -4,11 +4,7 @@ All functions were tested with torch 2.6 and 2.13, diffusers 0.36 and 0.42, acce
 and 5.2. tests/test_internals.py has one test for each of them. If it fails after an upgrade, it says what changed.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from PIL import Image
@@ -47,17 +43,6 @@ class FastAutocast(AutocastKwargs):
 
     def to_kwargs(self) -> dict[str, bool]:
         return {"enabled": self.enabled, "cache_enabled": self.cache_enabled}
-
-
-@contextmanager
-def prepared_optimizers(accelerator: Accelerator, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Let `accelerator.load_state` load these optimizers instead of the prepared ones, inside this context."""
-    prepared = accelerator._optimizers
-    accelerator._optimizers = optimizers
-    try:
-        yield
-    finally:
-        accelerator._optimizers = prepared
 
 
 def forget_models() -> None:

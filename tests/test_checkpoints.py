@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ from conftest import make_run
 
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
-from corel_diffusers.files import UserError, write_json
+from corel_diffusers.files import UserError
 from corel_diffusers.training import checkpoints
 from corel_diffusers.training.checkpoints import Parts, Trained, find_checkpoints, read_state
 from corel_diffusers.training.learning_rate import LearningRate
-from corel_diffusers.training.optimizers import CombinedOptimizer, build_optimizer
-from corel_diffusers.training.resume import resumed_checkpoint
+from corel_diffusers.training.optimizers import build_optimizer, optimizer_step
+from corel_diffusers.training.resume import newest_whole, refuse_pickles, resumed_checkpoint
+from corel_diffusers.training.run_lock import LOCK, locked
 
 
 def test_a_flag_added_after_the_run_began_counts_as_its_default(tmp_path):
@@ -27,7 +30,7 @@ def test_a_flag_added_after_the_run_began_counts_as_its_default(tmp_path):
         saved.pop(name)
     checkpoint = tmp_path / "checkpoints" / "step-000005"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
+    (checkpoint / "state.json").write_text(json.dumps({"settings": saved, "scaler": {}}))
     assert resumed_checkpoint(args, args.settings()) == checkpoint
     other = UNetArguments(output_dir=str(tmp_path), resume="latest", config="tiny", dropout=0.1)
     other = other.resolved({})
@@ -61,7 +64,7 @@ def test_changed_settings_are_refused_and_listed(tmp_path):
     saved = UNetArguments(output_dir=str(tmp_path), config="tiny", learning_rate=1e-4).settings()
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"settings": saved}))
+    (checkpoint / "state.json").write_text(json.dumps({"settings": saved, "scaler": {}}))
     same = UNetArguments(
         output_dir=str(tmp_path),
         config="tiny",
@@ -123,48 +126,105 @@ def test_a_resumed_run_has_the_same_optimizer_state(tmp_path):
     train(part, range(3))
     checkpoints.save(make_run(args, 3), Parts([part], rate, None))
     current = find_checkpoints(tmp_path)[-1]
-    older = current.with_name("step-000004")
-    accelerator._models, accelerator._optimizers = [part.model], [part.optimizer]
-    accelerator.save_state(str(older))
-    saved = json.loads((current / "state.json").read_text())
-    (older / "state.json").write_text(json.dumps({name: value for name, value in saved.items() if name != "scaler"}))
     uninterrupted = train(part, range(3, 6))
-    for checkpoint in (older, current):
-        part, rate = fresh()
-        accelerator._models, accelerator._optimizers = [part.model], [part.optimizer]
-        checkpoints.load(make_run(args, 3, accelerator=accelerator, checkpoint=checkpoint), Parts([part], rate, None))
-        assert all(map(torch.equal, train(part, range(3, 6)), uninterrupted)), checkpoint.name
+    part, rate = fresh()
+    checkpoints.load(make_run(args, 3, accelerator=accelerator, checkpoint=current), Parts([part], rate, None))
+    assert all(map(torch.equal, train(part, range(3, 6)), uninterrupted))
 
 
-def test_checkpoints_of_two_models_from_older_versions_are_read(tmp_path):
-    """The VAE and its discriminator each had a prepared optimizer. Now one prepared optimizer steps both."""
-    args = VAEArguments(output_dir=str(tmp_path))
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
+def save_checkpoints(folder: Path, steps: range) -> None:
+    """Save checkpoints of a small model at these steps."""
+    args = VAEArguments(output_dir=str(folder), keep_checkpoints=0).resolved({"image_size": "32"})
+    module = torch.nn.Linear(2, 2)
+    part = Trained("model", module, torch.optim.AdamW(module.parameters()))
+    for step in steps:
+        checkpoints.save(make_run(args, step), Parts([part], LearningRate([part.optimizer], args), None))
 
-    def untrained() -> list[Trained]:
-        modules = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)]
-        return [Trained(f"model_{i}", m, torch.optim.AdamW(m.parameters(), lr=1e-2)) for i, m in enumerate(modules)]
 
-    saved = untrained()
-    for part in saved:
-        part.model(torch.ones(1, 2)).sum().backward()
-        part.optimizer.step()
-    accelerator._models = [part.model for part in saved]
-    accelerator._optimizers = [part.optimizer for part in saved]
-    checkpoint = tmp_path / "checkpoints" / "step-000001"
-    accelerator.save_state(str(checkpoint))
-    write_json(checkpoint / "state.json", {"state": {"step": 1}, "settings": {}, "learning_rate": {}})
-    loaded = untrained()
-    combined = accelerator.prepare(CombinedOptimizer(*(part.optimizer for part in loaded)))
-    accelerator._models, accelerator._optimizers = [part.model for part in loaded], [combined]
-    rate = LearningRate([part.optimizer for part in loaded], args)
-    checkpoints.load(make_run(args, 1, accelerator=accelerator, checkpoint=checkpoint), Parts(loaded, rate, None))
-    assert accelerator._optimizers == [combined]
-    for part, expected in zip(loaded, saved, strict=True):
-        assert all(map(torch.equal, part.model.parameters(), expected.model.parameters()))
-        moments = [[state["exp_avg"] for state in each.optimizer.state.values()] for each in (part, expected)]
-        assert len(moments[0]) == 2
-        assert all(map(torch.equal, *moments))
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "empty", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(name, fault, tmp_path, capsys):
+    save_checkpoints(tmp_path, range(1, 4))
+    found = find_checkpoints(tmp_path)
+    assert not any(map(checkpoints.damage, found))
+    file = found[-1] / name
+    content = bytearray(file.read_bytes())
+    if fault == "flipped":
+        content[len(content) // 2] ^= 0x10
+    else:
+        content = content[: {"truncated": len(content) // 2, "empty": 0, "missing": 0}[fault]]
+    file.write_bytes(content)
+    if fault == "missing":
+        file.unlink()
+    if (name, fault) == ("manifest.json", "missing"):
+        return  # then it is a checkpoint of an earlier version
+    assert newest_whole(tmp_path, found) == found[-2]
+    assert f"notice: step-000003 is damaged ({name}" in capsys.readouterr().out
+    for checkpoint in found[:-1]:
+        (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+        newest_whole(tmp_path, found)
+
+
+def test_a_checkpoint_of_pickles_is_refused_by_name(tmp_path):
+    save_checkpoints(tmp_path, range(1, 2))
+    (checkpoint,) = find_checkpoints(tmp_path)
+    saved = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({name: v for name, v in saved.items() if name != "scaler"}))
+    (checkpoint / "optimizer.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match=r"as pickles \(optimizer.bin\), which are not loaded"):
+        refuse_pickles(checkpoint)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    args = VAEArguments(output_dir=str(tmp_path)).resolved({"image_size": "32"})
+    module = torch.nn.Linear(2, 2)
+    part = Trained("model", module, torch.optim.AdamW(module.parameters()))
+    with torch.no_grad():
+        module.bias[1] = float("inf")
+    with pytest.raises(UserError, match="a weight is NaN or infinite at step 3, so no checkpoint is saved"):
+        checkpoints.save(make_run(args, 3), Parts([part], LearningRate([part.optimizer], args), None))
+    assert not find_checkpoints(tmp_path)
+
+
+def test_the_gradients_of_a_step_that_are_not_finite_are_skipped(capsys):
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    accelerator, before = Accelerator(cpu=True, mixed_precision="no"), module.weight.detach().clone()
+    for value in (float("nan"), 1.0):
+        module.weight.grad = torch.full((2, 2), value)
+        module.bias.grad = torch.zeros(2)
+        optimizer_step(accelerator, optimizer, list(module.parameters()), 1.0)
+        assert torch.equal(module.weight, before) == (value != 1.0)
+    assert capsys.readouterr().out.count("the step is skipped") == 1
+
+
+def test_only_one_living_run_holds_the_lock_of_a_folder(tmp_path):
+    with locked(tmp_path, True):
+        owner = json.loads((tmp_path / LOCK).read_text())
+        with (
+            pytest.raises(UserError, match=rf"is in use by another run, process {os.getpid()} on {owner['machine']}"),
+            locked(tmp_path, True),
+        ):
+            pass
+        with locked(tmp_path, False):  # the other ranks write nothing
+            pass
+    assert not (tmp_path / LOCK).exists()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead = [owner | {"process": ended.pid}, owner | {"started": "an earlier process with this number"}, "half a"]
+    for lock in dead:
+        (tmp_path / LOCK).write_text(lock if isinstance(lock, str) else json.dumps(lock))
+        os.utime(tmp_path / LOCK, (0, 0))
+        with locked(tmp_path, True):
+            pass
+    elsewhere = tmp_path / LOCK
+    elsewhere.write_text(json.dumps(owner | {"machine": "another"}))
+    with pytest.raises(UserError, match="on another: wait for its end"), locked(tmp_path, True):
+        pass
+    os.utime(elsewhere, (0, 0))
+    with locked(tmp_path, True):
+        pass
 
 
 def test_resuming_from_an_older_checkpoint_removes_the_newer_ones(tmp_path):
@@ -195,7 +255,7 @@ def test_a_changed_vae_config_is_refused_and_changed_arithmetic_is_reported(tmp_
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     began = args.settings() | {"vae": "a", "vae_config": "b", "arithmetic": "sm90-tf32"}
-    (checkpoint / "state.json").write_text(json.dumps({"settings": began}))
+    (checkpoint / "state.json").write_text(json.dumps({"settings": began, "scaler": {}}))
     with pytest.raises(UserError, match="the config of --vae-checkpoint has changed"):
         resumed_checkpoint(args, began | {"vae_config": "c"})
     assert resumed_checkpoint(args, began) == checkpoint
@@ -205,7 +265,7 @@ def test_a_changed_vae_config_is_refused_and_changed_arithmetic_is_reported(tmp_
         "notice: the arithmetic that computes the latents has changed (sm90-tf32 when the run began, avx512 now)"
         in capsys.readouterr().out
     )
-    (checkpoint / "state.json").write_text(json.dumps({"settings": args.settings() | {"vae": "a"}}))
+    (checkpoint / "state.json").write_text(json.dumps({"settings": args.settings() | {"vae": "a"}, "scaler": {}}))
     assert resumed_checkpoint(args, began) == checkpoint, "older versions saved neither"
 
 

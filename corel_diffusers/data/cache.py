@@ -7,8 +7,10 @@ time and the memory of one photo, whatever the size of the array.
 """
 
 import hashlib
+import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -136,8 +138,8 @@ def cached_array(
     array = ShardedArray(folder)
     photos_per_shard = array.photos_per_shard
 
-    def fill(shards: range, hide_progress: bool) -> None:
-        missing = [shard for shard in shards if not shard_path(folder, shard).is_file()]
+    def fill(shards: range, hide_progress: bool, is_known: Callable[[Path], bool]) -> None:
+        missing = [shard for shard in shards if not is_known(shard_path(folder, shard))]
         for shard in tqdm(
             missing, description, unit=" shards", leave=False, disable=hide_progress or not missing or None
         ):
@@ -145,15 +147,33 @@ def cached_array(
             parts = [compute(slice(start, min(start + at_once, last))) for start in range(first, last, at_once)]
             if parts[0].shape[1:] != tuple(shape[1:]):
                 raise ValueError(f"{key}: values of shape {parts[0].shape[1:]} instead of {tuple(shape[1:])}")
+            values = np.ascontiguousarray(np.concatenate(parts).astype(dtype, copy=False))
             with atomic_file(shard_path(folder, shard)) as temporary:
-                save_file({"values": np.concatenate(parts).astype(dtype, copy=False)}, temporary)
+                save_file({"values": values}, temporary, metadata={"crc32": str(zlib.crc32(values.tobytes()))})
 
     num_shards = math.ceil(shape[0] / photos_per_shard)
-    fill(range(share.process_index, num_shards, share.num_processes), hide_progress=share.process_index > 0)
+    # each process checks the content of its own shards
+    fill(range(share.process_index, num_shards, share.num_processes), share.process_index > 0, is_whole)
     share.wait_for_everyone()
     # No shard is missing now, unless this machine has fewer processes than `num_processes`.
-    fill(range(num_shards), hide_progress=False)
+    fill(range(num_shards), hide_progress=False, is_known=Path.is_file)
     return array
+
+
+def is_whole(shard: Path) -> bool:
+    """Return whether the file of a shard exists and its content fits the CRC-32 in its header.
+
+    Shards of earlier versions have no CRC-32. They must be as long as their header says.
+    """
+    try:
+        content = shard.read_bytes()
+        header_end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:header_end])
+        is_complete = len(content) == header_end + header["values"]["data_offsets"][1]
+        crc = header.get("__metadata__", {}).get("crc32")
+        return is_complete and (crc is None or int(crc) == zlib.crc32(memoryview(content)[header_end:]))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return False
 
 
 def digest(*parts: object) -> str:

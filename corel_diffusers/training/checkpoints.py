@@ -1,8 +1,10 @@
 """Save, find and load the checkpoints of a training run."""
 
+import math
 import os
 import re
 import shutil
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +15,14 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as torch_state
 
-from corel_diffusers.files import fsync_folder, read_json, remove_folder, write_json
-from corel_diffusers.internals import prepared_optimizers
+from corel_diffusers.files import UserError, fsync_folder, read_json, remove_folder, write_json
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
 from corel_diffusers.training.learning_rate import LearningRate
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.state import RunState
+
+MANIFEST = "manifest.json"  # file name -> [bytes, CRC-32], of all other files of the checkpoint
 
 
 class Trained(NamedTuple):
@@ -110,6 +113,43 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """Write the size and the CRC-32 of each file of a checkpoint, so that a damaged file is noticed."""
+    files = {file.name: [file.stat().st_size, crc32_of(file)] for file in sorted(checkpoint.iterdir())}
+    write_json(checkpoint / MANIFEST, files)
+
+
+def damage(checkpoint: Path) -> str:
+    """Return what is damaged in a checkpoint, or "" if it is whole.
+
+    Checkpoints of earlier versions have no manifest: only the sizes that are in their files are checked.
+    """
+    if not (checkpoint / MANIFEST).is_file():
+        return "" if (checkpoint / "state.json").is_file() else "state.json is missing"
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+        for name, (size, crc) in manifest.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size or crc32_of(file) != crc:
+                return f"{name} is damaged: its content does not fit the manifest"
+    except (UserError, AttributeError, TypeError, ValueError):
+        return f"{MANIFEST} is damaged"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return ""
+
+
+def crc32_of(file: Path) -> int:
+    """Return the CRC-32 of a file."""
+    crc = 0
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 def read_state(checkpoint: Path) -> RunState:
     """Return the state of the run in a checkpoint. Entries of other versions are ignored."""
     saved = read_json(checkpoint / "state.json")["state"]
@@ -126,6 +166,7 @@ def save(run: Run, parts: Parts) -> None:
     it is loaded. No state of a random generator is saved, because every random value is derived from the step.
     """
     accelerator, ema = run.accelerator, parts.ema
+    refuse_broken_weights(run, parts)
     run.means.store(run.state, accelerator)
     path = run.args.run_dir / "checkpoints" / f"step-{run.state.step:06d}"
     temporary = path.with_name(f".{path.name}.partial")
@@ -146,6 +187,7 @@ def save(run: Run, parts: Parts) -> None:
         values = {"state": asdict(run.state), "settings": run.settings, "learning_rate": parts.rate.state_dict()}
         values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
         write_json(temporary / "state.json", values)
+        write_manifest(temporary)
         fsync_folder(temporary)  # otherwise a power cut could leave a checkpoint of empty files
         remove_folder(path)
         os.replace(temporary, path)
@@ -154,6 +196,18 @@ def save(run: Run, parts: Parts) -> None:
         for old in find_checkpoints(run.args.run_dir)[:-keep] if keep else ():
             remove_folder(old)
     accelerator.wait_for_everyone()
+
+
+def refuse_broken_weights(run: Run, parts: Parts) -> None:
+    """Raise UserError if a weight is NaN or infinite. Such a checkpoint would replace a good one."""
+    parameters = [parameter for part in parts.trained for parameter in part.model.parameters()]
+    if math.isfinite(float(full_tensor(torch.nn.utils.get_total_norm(parameters)))):
+        return
+    rate = run.args.learning_rate
+    raise UserError(
+        f"a weight is NaN or infinite at step {run.state.step}, so no checkpoint is saved: continue from the last one "
+        f"with --resume latest; if it happens again, try --lr {rate / 3:.1g} (was {rate:g}) with another --output-dir"
+    )
 
 
 def load(run: Run, parts: Parts) -> None:
@@ -167,15 +221,10 @@ def load(run: Run, parts: Parts) -> None:
         return
     is_main, is_distributed = accelerator.is_main_process, accelerator.num_processes > 1
     saved = broadcast_from_main(accelerator, read_json(checkpoint / "state.json") if is_main else None)
-    if "scaler" in saved:
-        for part in parts.trained:
-            part.load(accelerator, checkpoint)
-        if accelerator.scaler and saved["scaler"]:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-    else:
-        # older versions saved accelerate's own files, and prepared each optimizer separately
-        with prepared_optimizers(accelerator, [part.optimizer for part in parts.trained]):
-            accelerator.load_state(str(checkpoint))
+    for part in parts.trained:
+        part.load(accelerator, checkpoint)
+    if accelerator.scaler and saved["scaler"]:
+        accelerator.scaler.load_state_dict(saved["scaler"])
     parts.rate.load_state_dict(saved["learning_rate"])
     if ema:
         values = load_file(checkpoint / "ema.safetensors") if is_main else {}

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from corel_diffusers.runtime.sharding import is_sharded
+from corel_diffusers.runtime.sharding import full_tensor, is_sharded
 
 # coefficients of the quintic polynomial that raises small singular values fastest (Jordan et al. 2024)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -192,24 +192,29 @@ def optimizer_step(
     """Clip the gradients, update the weights and clear the gradients, after the last backward pass of a step.
 
     After the earlier ones, with --grad-accum, accelerate lets the optimizer do nothing.
+
+    On a CPU, a step whose gradients are NaN or infinite is skipped. In fp16 the gradient scaler does this.
     """
+    norm = None
     if accelerator.sync_gradients:
-        clip_gradients(accelerator, optimizer, parameters, max_norm)
-    optimizer.step()
+        norm = clip_gradients(accelerator, optimizer, parameters, max_norm)
+    if norm is None or accelerator.device.type != "cpu" or norm.isfinite():
+        optimizer.step()
+    else:
+        accelerator.print("notice: the gradients of a step are NaN or infinite: the step is skipped")
     optimizer.zero_grad()
 
 
 def clip_gradients(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], limit: float
-) -> None:
-    """Scale the gradients down to the norm `limit` if their norm is larger.
+) -> torch.Tensor:
+    """Scale the gradients down to the norm `limit` if their norm is larger. Return their norm before that: a scalar.
 
     On a CPU the gradients are not scaled if their norm is within the limit. Reading the norm costs nothing there, and
     scaling by 1 would be one more pass over the gradients.
     """
     if is_sharded(accelerator):
-        accelerator.clip_grad_norm_(parameters, limit)  # it adds up the norm over the ranks
-        return
+        return full_tensor(accelerator.clip_grad_norm_(parameters, limit))  # it adds up the norm over the ranks
     # only this optimizer: the gradients of another one may still be accumulating
     accelerator.unscale_gradients(optimizer)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -221,3 +226,4 @@ def clip_gradients(
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     elif norm > limit:
         torch._foreach_mul_(gradients, float(limit / (norm + 1e-6)))  # as torch does, but not grouped by device
+    return norm

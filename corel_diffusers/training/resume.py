@@ -14,7 +14,7 @@ from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.files import UserError, read_json
 from corel_diffusers.models.configs import load_config
 from corel_diffusers.runtime.processes import broadcast_from_main, run_on_main
-from corel_diffusers.training.checkpoints import find_checkpoints, read_state
+from corel_diffusers.training.checkpoints import damage, find_checkpoints, read_state
 from corel_diffusers.training.length import RunLength
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.running_mean import RunningMean
@@ -72,6 +72,32 @@ def run_settings(args: TrainingArguments, photos: DatasetDict, **more: object) -
     return args.settings() | {"photos": digest(rows), "config": digest(load_config(args.MODEL, args.config))} | more
 
 
+def newest_whole(run_dir: Path, checkpoints: list[Path]) -> Path:
+    """Return the newest checkpoint that is not damaged, and print a notice for each damaged one.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    for checkpoint in reversed(checkpoints):
+        if not (reason := damage(checkpoint)):
+            return checkpoint
+        print(f"notice: {checkpoint.name} is damaged ({reason}): it is not used")
+    raise UserError(f"--resume latest: all checkpoints in {run_dir} are damaged: start again in another --output-dir")
+
+
+def refuse_pickles(checkpoint: Path) -> None:
+    """Raise UserError for a checkpoint of an earlier version, whose files are pickles. A pickle can run code.
+
+    They are safetensors since the checkpoint names the gradient scaler.
+    """
+    if "scaler" not in read_json(checkpoint / "state.json"):
+        pickles = ", ".join(sorted(file.name for file in checkpoint.glob("*.bin"))) or "optimizer.bin"
+        raise UserError(
+            f"--resume: {checkpoint} was written by an earlier version as pickles ({pickles}), which are not loaded: "
+            "start again in another --output-dir, or with --init-from"
+        )
+
+
 def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
     """Return the checkpoint of --resume, which is "latest" or a path. Return None to start from the beginning.
 
@@ -94,7 +120,7 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
                 )
             print(f"no checkpoint in {args.run_dir} yet: starting from the beginning")
             return None
-        checkpoint = checkpoints[-1]
+        checkpoint = newest_whole(args.run_dir, checkpoints)
     else:
         wanted = args.path(args.resume).resolve()
         checkpoint = next((path for path in checkpoints if path.resolve() == wanted), None)
@@ -104,6 +130,9 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
                 f"--resume {args.resume} is not a checkpoint of --output-dir {args.run_dir} ({names}): "
                 "give one of its checkpoints, or latest"
             )
+        if reason := damage(checkpoint):
+            raise UserError(f"--resume {args.resume}: {reason}: give another checkpoint, or latest")
+    refuse_pickles(checkpoint)
     default_args = type(args)(config=args.config, image_size=args.image_size).resolved({})
     defaults, now = (json.loads(json.dumps(values)) for values in (default_args.settings(), settings))
     # older versions did not save these two: they count as unchanged

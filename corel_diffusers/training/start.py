@@ -36,6 +36,7 @@ from corel_diffusers.runtime.precision import resolve_precision
 from corel_diffusers.runtime.sharding import is_sharded, set_sharding
 from corel_diffusers.training.checkpoints import find_checkpoints
 from corel_diffusers.training.run import Run
+from corel_diffusers.training.run_lock import locked
 
 MODEL_NAMES = {"vae": "VAE", "unet": "UNet"}
 
@@ -150,6 +151,17 @@ def print_notices(accelerator: Accelerator, lines: list[str]) -> None:
     """Print one notice per line."""
     for line in lines:
         accelerator.print(f"notice: {line}")
+
+
+@contextmanager
+def running(args: TrainingArguments, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the lock of the run's folder inside this context, and explain an out-of-memory error.
+
+    Raises:
+        UserError: another run holds the lock, or there is not enough memory.
+    """
+    with explain_out_of_memory(args), locked(args.run_dir, accelerator.is_main_process):
+        yield
 
 
 @contextmanager

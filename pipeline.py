@@ -56,6 +56,8 @@ class CorelPipeline(DiffusionPipeline):
             values and dict(sorted(values.items(), key=lambda item: int(item[0])))
             for values in (class_names, class_numbers)
         )
+        # as in training, the most frequent size first: see above
+        image_sizes = image_sizes and dict(sorted(image_sizes.items(), key=lambda item: (-item[1], item[0])))
         self.register_to_config(class_names=class_names, class_numbers=class_numbers, image_sizes=image_sizes)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 

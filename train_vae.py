@@ -46,7 +46,7 @@ from corel_diffusers.training.ema import ema_weights
 from corel_diffusers.training.optimizers import optimizer_step
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.stopping import update_best_loss
-from corel_diffusers.training.vae_models import VAEModels, build_models, trial_step
+from corel_diffusers.training.vae_models import VAEModels, build_models, trains_grey, trial_step
 from corel_diffusers.training.vae_validation import validate
 
 PANELS = {
@@ -97,23 +97,24 @@ def set_up(
     # data
     torch.manual_seed(args.seed)
     # the model is built before the photos are decoded, so that an invalid image size is an error at once
-    grey = args.grey or (not args.no_grey and pixels.are_grey(photos))
-    vae = build_vae(args.config, args.size_px, args.latent_dim, args.downsample, args.attention, grey)
     share = process_share(accelerator)
+    grey = trains_grey(args, accelerator, photos, share)
+    vae = build_vae(args.config, args.size_px, args.latent_dim, args.downsample, args.attention, grey)
     sizes_px = aspect.training_sizes(args, photos["train"], args.size_px, 4 * downsample_factor(vae), share)
     pixel_format = sizes_px[0], share, sizes_px[1:], vae.config.in_channels == 1
     photos, fitted = pixels.cache_pixels(photos, *pixel_format)
     large = pixels.cache_large_pixels(photos, *pixel_format) if args.crop_chance else fitted["train"]
-    run = resume.begin_or_resume(args, accelerator, photos, fitted, began, size_px=args.size_px)
+    settings = {"size_px": args.size_px, "channels": vae.config.in_channels}
+    run = resume.begin_or_resume(args, accelerator, photos, fitted, began, **settings)
 
     # models
     if args.init_from and not run.checkpoint:
         accelerator.print(initial_weights.load_initial_vae(vae, args.init_location))
     models = build_models(args, accelerator, vae)
     start.print_data_and_model(run, photos, vae, sizes_px, latent_shape(vae, sizes_px[0]))
-    start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, vae))
+    start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, grey))
     checkpoints.load(run, models.parts)
-    history.open_run_dir(run, photos, [args.init_location], sizes_px=sizes_px)
+    history.open_run_dir(run, photos, [args.init_location], sizes_px=sizes_px, channels=vae.config.in_channels)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, len(fitted["validation"]))
     return run, models, fitted, large
 

@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,19 +13,29 @@ import torch
 from conftest import make_photos, run_here, script, tool
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from corel_diffusers.config.commands import Evaluate
+from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.data.aspect import choose_sizes, kept_area, nearest_size, photo_shapes
 from corel_diffusers.data.augmented_crops import AugmentedCrops
 from corel_diffusers.data.batches import BLOCK_STEPS, BatchPlan, sizes_of_steps, training_batches
-from corel_diffusers.data.decoding import fit_photo
+from corel_diffusers.data.decoding import fit_photo, open_photo
 from corel_diffusers.data.latents import cache_moments, measure_latent_scale
 from corel_diffusers.data.mixed_sizes import MixedArray, join, parts_of
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_large_pixels, cache_pixels
+from corel_diffusers.evaluation.evaluate import make_samples
+from corel_diffusers.evaluation.inputs import ComparedPhotos
+from corel_diffusers.evaluation.judge import stratified_rows
+from corel_diffusers.files import UserError
+from corel_diffusers.losses.diffusion import Diffusion
+from corel_diffusers.models.unet import build_unet
 from corel_diffusers.models.vae import build_vae
+from corel_diffusers.training import gauge
+from pipeline import CorelPipeline
 
 CPU = torch.device("cpu")
 WIDE, TALL = (32, 48), (48, 32)
@@ -72,16 +84,27 @@ def test_chosen_sizes_are_few_and_have_about_the_same_area():
     assert kept_area(shapes, sizes).max(1).mean() > kept_area(shapes, [(64, 64)]).mean() + 0.1
 
 
+def test_sizes_are_multiples_and_no_photo_gives_the_given_size():
+    squares_and_portraits = np.array([(100, 80)] * 6 + [(90, 90)] * 4)
+    assert all(side % 16 == 0 for size in choose_sizes(squares_and_portraits, (72, 72), 16) for side in size)
+    assert choose_sizes(np.empty((0, 2), int), (64, 96), 16) == [(64, 96)]
+    with pytest.raises(UserError, match="--image-size 40"):
+        choose_sizes(squares_and_portraits, (40, 40), 64)
+
+
 def test_shapes_are_those_of_the_upright_photos():
-    def row(width: int, height: int, orientation: int = 1) -> dict:
+    def row(width: int, height: int, orientation: int = 1, kind: str = "JPEG") -> dict:
         buffer, exif = io.BytesIO(), Image.Exif()
         exif[0x0112] = orientation
-        Image.new("RGB", (width, height)).save(buffer, "JPEG", exif=exif)
+        Image.new("RGB", (width, height)).save(buffer, kind, exif=exif)
         return {"bytes": buffer.getvalue(), "path": None}
 
-    rows = [row(60, 40), row(60, 40, 6), row(60, 40, 3), {"bytes": b"no photo", "path": None}]
-    photos = Dataset.from_dict({"image": rows}).cast_column("image", ImageFeature())
-    assert photo_shapes(photos).tolist() == [[40, 60], [60, 40], [40, 60], [1, 1]]
+    rows = [row(60, 40, *values) for values in ((), (6,), (3,), (6, "TIFF"), (1, "TIFF"), (8, "PNG"), (1, "PNG"))]
+    photos = Dataset.from_dict({"image": [*rows, {"bytes": b"no photo", "path": None}]})
+    shapes = photo_shapes(photos.cast_column("image", ImageFeature())).tolist()
+    assert shapes == [[40, 60], [60, 40], [40, 60], [60, 40], [40, 60], [60, 40], [40, 60], [1, 1]]
+    for values, shape in zip(rows, shapes, strict=False):
+        assert list(open_photo(values["bytes"]).size) == shape[::-1]
 
 
 def test_mixed_pixels_equal_the_photos_resized_one_by_one(mixed_photos, tmp_path, capsys):
@@ -92,7 +115,7 @@ def test_mixed_pixels_equal_the_photos_resized_one_by_one(mixed_photos, tmp_path
     rows[3]["image"] = {"bytes": None, "path": str(broken)}
     photos["train"] = Dataset.from_list(rows, features=photos["train"].features)
     kept, pixels = cache_pixels(photos, WIDE, more_sizes_px=[TALL])
-    assert "broken" not in capsys.readouterr().err
+    assert f"1 photos cannot be read and are left out: {rows[3]['file_name']}" in capsys.readouterr().out
     assert len(kept["train"]) == len(pixels["train"]) == len(rows) - 1
     for split, part in kept.items():
         for index, image in enumerate(part["image"]):
@@ -197,6 +220,40 @@ def test_moments_of_mixed_photos_equal_those_of_each_photo(mixed_photos):
     assert (np.array(std) > means.std(1)).all()
 
 
+def test_a_saved_pipeline_keeps_the_order_of_its_sizes(tmp_path):
+    vae = build_vae("tiny", (32, 48))
+    sizes = {"48x32": 9, "32x48": 4, "16x96": 4}
+    pipe = CorelPipeline(vae, build_unet("tiny", (48, 32), vae, None), DDPMScheduler(), image_sizes=sizes)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert list(loaded.config.image_sizes) == ["48x32", "16x96", "32x48"]
+    assert loaded.default_size == (48, 32)
+
+
+def test_the_gauge_compares_photos_of_the_same_size_and_class():
+    """In the smaller size, one class has no training photo: photos of other classes take its place."""
+    shapes = {"wide": (4, 6), "tall": (6, 4)}
+    labels = {"train": np.array([0, 0, 0, 1, 1, 1, 0, 0]), "validation": np.array([0, 1, 0, 1, 1])}
+    kinds = {"train": "wide wide wide wide wide wide tall tall", "validation": "wide wide tall tall tall"}
+    moments = {}
+    for split, names in kinds.items():
+        parts = []
+        for kind, shape in shapes.items():
+            rows = np.flatnonzero(np.array(names.split()) == kind)
+            values = np.broadcast_to(rows[:, None, None, None, None], (len(rows), 2, 8, *shape)).astype(np.float32)
+            parts.append((rows, values))
+        moments[split] = MixedArray.of(parts)
+    config = SimpleNamespace(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0)
+    vae = SimpleNamespace(config=config, device=CPU)
+    measured = gauge.OverfittingGauge.of(vae, moments, labels, True, Diffusion.of(UNetArguments()))
+    for seen, held_out in zip(measured.training_sets, measured.held_out_sets, strict=True):
+        assert torch.equal(seen.noise, held_out.noise), "the same noise, so the same size and number"
+        assert torch.equal(seen.timesteps, held_out.timesteps)
+    rows = [sorted(set(part.latents[:, 0, 0, 0].int().tolist())) for part in measured.training_sets]
+    assert rows[0] == [0, 3], "one photo of each class of the wide held-out photos"
+    assert rows[1] == [6, 7]
+
+
 @pytest.fixture(scope="module")
 def trained(mixed_photos: Path, configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with vae/ and unet/: runs with --aspect-buckets."""
@@ -252,6 +309,27 @@ def test_evaluate_compares_samples_and_photos_of_the_same_sizes(trained, mixed_p
     assert "32x48 and 48x32 px" in done.stdout
     assert results["generation"]["n"] == [12, 36]
     assert results["copies"]["n"]["pictures"] == 12
+    photos = ComparedPhotos.load(
+        Evaluate(data_dir=str(mixed_photos), against="all"),
+        DiffusionPipeline.from_pretrained(trained / "unet", trust_remote_code=True),
+        [WIDE, TALL],
+        CPU,
+    )
+    assert sorted(set(photos.pixels["all"].sizes_px())) == [WIDE, TALL]
+    assert len(photos.training_pixels()) == len(photos.files["train"])
+
+
+def test_the_samples_of_an_evaluation_have_the_sizes_of_the_photos(trained, mixed_photos):
+    pipe = DiffusionPipeline.from_pretrained(trained / "unet", trust_remote_code=True)
+    args = Evaluate(
+        data_dir=str(mixed_photos), pipeline=str(trained / "unet"), against="all", num_images=6, steps=1, device="cpu"
+    )
+    photos = ComparedPhotos.load(args, pipe, [WIDE, TALL], CPU)
+    images, _, _ = make_samples(replace(args, mixed_precision="no"), pipe, photos)
+    sizes_px = photos.pixels["all"].sizes_px()
+    expected = [sizes_px[row] for row in stratified_rows(photos.labels["all"], 6)]
+    assert sorted((image.height, image.width) for image in images) == sorted(expected)
+    assert set(expected) == {WIDE, TALL}
 
 
 @pytest.mark.parametrize("name", ["train_vae", "train_unet"])

@@ -96,6 +96,25 @@ def test_grey_photos_train_one_channel_and_give_grey_images(grey_photos, configs
     assert colours["photos"]["red"] == colours["photos"]["blue"]
 
 
+def test_a_resumed_run_keeps_its_channels(grey_photos, configs, tmp_path):
+    """Runs of earlier versions had three channels, also for grey photos. A run of grey photos stays grey."""
+    flags = ["--data-dir", grey_photos, "--config", configs / "vae.json", "--image-size", 32, "--batch-size", 4,
+             "--checkpoint-every", 1, "--mixed-precision", "no", "--no-perceptual"]  # fmt: skip
+    script("train_vae", *flags, "--no-grey", "--epochs", 1, "--output-dir", tmp_path / "old")
+    run = json.loads((tmp_path / "old" / "run.json").read_text())
+    run.pop("channels")
+    (tmp_path / "old" / "run.json").write_text(json.dumps(run))
+    script("train_vae", *flags, "--epochs", 2, "--resume", "latest", "--output-dir", tmp_path / "old")
+    assert AutoencoderKL.from_pretrained(tmp_path / "old").config.in_channels == 3
+    script("train_vae", *flags, "--epochs", 1, "--output-dir", tmp_path / "grey")
+    coloured = make_photos(tmp_path / "photos")
+    for file in coloured.glob("*.png"):  # the same names: only the colours are new
+        assert (grey_photos / file.name).is_file()
+    flags[1] = coloured
+    script("train_vae", *flags, "--epochs", 2, "--resume", "latest", "--output-dir", tmp_path / "grey")
+    assert AutoencoderKL.from_pretrained(tmp_path / "grey").config.in_channels == 1
+
+
 @pytest.mark.parametrize(("flag", "photos", "channels"), [("--no-grey", "grey_photos", 3), ("--grey", "raw_photos", 1)])
 def test_the_flag_decides(flag, photos, channels, configs, tmp_path, request):
     done = script("train_vae", "--data-dir", request.getfixturevalue(photos), "--config", configs / "vae.json",

@@ -11,6 +11,7 @@ from conftest import ROOT, make_photos, tool
 from datasets import load_dataset
 from PIL import Image, ImageOps
 
+from corel_diffusers.data import tree
 from corel_diffusers.data.borders import black_borders
 from corel_diffusers.data.duplicates import duplicate_groups
 from corel_diffusers.data.folders import Photo
@@ -191,6 +192,24 @@ def test_photos_whose_originals_are_gone_are_removed(tmp_path, capsys):
     }
     run(raw, tmp_path)
     assert "removed" not in capsys.readouterr().out
+
+
+def test_prepared_photos_stay_if_their_originals_are_only_left_out(tmp_path, capsys, monkeypatch):
+    """A package is missing this time, or a folder cannot be read: the originals are still there."""
+    raw = make_photos(tmp_path / "raw", classes=1)
+    shutil.copy(raw / "0001_0001.png", raw / "0001_0009.webp")
+    corel = run(raw, tmp_path)
+    (corel / "class_0100").mkdir()
+    (corel / "class_0100" / "metadata.jsonl").write_text("")  # of the user
+    (corel / "class_0001_backup").mkdir()
+    shutil.copy(corel / "corel_all" / "0001_0001.png", corel / "class_0001_backup")
+    (corel / "class_notes.txt").write_text("")
+    before = {file: file.read_bytes() for file in corel.rglob("*.png")}
+    monkeypatch.setattr(tree, "photo_endings", lambda: (".png",))
+    run(raw, tmp_path)
+    assert "removed" not in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in corel.rglob("*.png")} == before
+    assert (corel / "class_0100" / "metadata.jsonl").is_file()
 
 
 def test_a_photo_that_got_another_class_moves_to_its_folder(tmp_path):

@@ -30,10 +30,10 @@ class VAEArguments(TrainingArguments):
     """Optimizer. muon makes the steps of convolutions and matrices orthogonal, and uses AdamW for all other weights."""
 
     # photos
-    grey: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    grey: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Convert the photos to grey and train with one channel: the pipeline then generates grey images.
     This is the default if all photos are grey."""
-    no_grey: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    no_grey: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Train with three channels even if all photos are grey."""
 
     # model

@@ -11,6 +11,7 @@ from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.cache import SINGLE_PROCESS, Share, cached_array, digest
 from corel_diffusers.data.content_keys import content_key
 from corel_diffusers.data.decoding import PhotoError, upright_shape
+from corel_diffusers.models.configs import check_size
 
 SizePx = tuple[int, int]  # (height, width) in pixels
 MAX_SIZES = 5
@@ -58,12 +59,16 @@ def choose_sizes(shapes: np.ndarray, size_px: SizePx, multiple: int) -> list[Siz
     """Return the sizes for photos of these shapes, at most MAX_SIZES. Each of them is used by some photo.
 
     One size after the other is added: the one with which the photos keep the most of their area. The candidates are
-    `size_px`, the same size turned by 90 degrees, and all sizes of about the same area.
+    `size_px`, the same size turned by 90 degrees, and all sizes of about the same area. The sizes with the most photos
+    come first; sizes with equally many are sorted by name, so that a saved pipeline has the same order.
 
     Args:
         shapes: (N, 2), the height and the width of each photo.
         size_px: the size of --image-size.
         multiple: both sides of a size are multiples of this number of pixels.
+
+    Raises:
+        UserError: there is no such size.
     """
     area = size_px[0] * size_px[1]
     sides = range(multiple, int(MAX_ASPECT * area**0.5) + 1, multiple)
@@ -73,7 +78,11 @@ def choose_sizes(shapes: np.ndarray, size_px: SizePx, multiple: int) -> list[Siz
         for width in sides
         if abs(height * width / area - 1) <= AREA_TOLERANCE and max(height, width) <= MAX_ASPECT * min(height, width)
     ]
-    candidates = list(dict.fromkeys(candidates))
+    candidates = list(dict.fromkeys(size for size in candidates if not (size[0] % multiple or size[1] % multiple)))
+    if not candidates:
+        check_size(size_px, multiple, "with --aspect-buckets, the model")
+    if not len(shapes):
+        return candidates[:1]
     kept, chosen = kept_area(shapes, candidates), []
     while len(chosen) < MAX_SIZES:
         best_so_far = kept[:, chosen].max(1) if chosen else np.zeros(len(shapes))
@@ -84,7 +93,8 @@ def choose_sizes(shapes: np.ndarray, size_px: SizePx, multiple: int) -> list[Siz
         chosen.append(best)
     sizes = [candidates[index] for index in chosen]
     counts = np.bincount(nearest_size(shapes, sizes), minlength=len(sizes))
-    return [sizes[index] for index in np.argsort(-counts, kind="stable") if counts[index]]
+    used = [index for index in range(len(sizes)) if counts[index]]
+    return [sizes[index] for index in sorted(used, key=lambda index: (-counts[index], "{}x{}".format(*sizes[index])))]
 
 
 def training_sizes(

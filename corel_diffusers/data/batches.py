@@ -119,7 +119,7 @@ def sizes_of_steps(num_photos: tuple[int, ...], block: int) -> tuple[np.ndarray,
     return last, earlier[np.arange(BLOCK_STEPS), last]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=12)  # two epochs of each image size
 def epoch_order(seed: int, epoch: int, photos: int) -> np.ndarray:
     """Return the order of the photos in one epoch: (photos,)."""
     return np.random.default_rng([seed, epoch]).permutation(photos)
@@ -156,6 +156,9 @@ class ArrayBatches(Dataset):
         self.arrays = arrays
 
     def __getitem__(self, indices: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
+        if all(isinstance(array, torch.Tensor) for array in self.arrays):  # of one image size: see `preload`
+            indices = tuple(to_device(torch.from_numpy(values), self.arrays[0].device) for values in indices)
+            return [array[indices] for array in self.arrays]
         return [self.values(array, *indices) for array in self.arrays]
 
     def values(self, array: Array | MixedArray, photos: np.ndarray, *versions: np.ndarray) -> torch.Tensor:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from corel_diffusers.files import atomic_file, read_json, write_json
 
-CACHE_VERSION = "2"  # increase it when the code that fills a cache computes different values
+CACHE_VERSION = "3"  # increase it when the code that fills a cache computes different values
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
 # A small array gets smaller shards, of at least MIN_PHOTOS photos, so that several processes have shards to divide.
 SHARD_BYTES, MIN_PHOTOS = 2**26, 64

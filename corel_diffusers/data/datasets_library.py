@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 
 from corel_diffusers.data.columns import labelled
-from corel_diffusers.data.folder_contents import default_caption, split_named
+from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, default_caption, split_named
 from corel_diffusers.data.layouts import number_classes
 from corel_diffusers.data.metadata import CAPTION_KEYS, LABEL_KEYS
 from corel_diffusers.data.splits import with_split
@@ -61,8 +61,13 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
     Raises:
         UserError: there are no images, or some training photos have no label.
     """
-    loaded = with_image_column(loaded)
-    splits = {split_named(name) or name: name for name in loaded}
+    loaded = with_image_column(loaded, source)
+    splits = {}
+    for name in sorted(loaded, key=lambda name: name.lower() not in SPLIT_FOLDERS):  # exact names first
+        if (split := split_named(name) or name) in splits:
+            print(f"notice: the split {name} of {source} is not used: {splits[split]} is its {split} split")
+        else:
+            splits[split] = name
     train = splits.get("train", next(iter(loaded)))
     features = loaded[train].features
     image = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
@@ -102,10 +107,13 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
     return photos, numbers
 
 
-def with_image_column(loaded: DatasetDict) -> DatasetDict:
+def with_image_column(loaded: DatasetDict, source: str) -> DatasetDict:
     """Return the dataset with an Image column. Tables of other programs hold photos as plain bytes.
 
     Without an Image column, the first column of bytes, or of objects with bytes, becomes one.
+
+    Raises:
+        UserError: the column cannot be read as images.
     """
     features = next(iter(loaded.values())).features
     if any(isinstance(feature, Image) for feature in features.values()):
@@ -113,7 +121,15 @@ def with_image_column(loaded: DatasetDict) -> DatasetDict:
     for name, feature in features.items():
         holds_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
         if holds_bytes or (isinstance(feature, dict) and "bytes" in feature):
-            return loaded.cast_column(name, Image())
+            try:
+                return DatasetDict(
+                    {
+                        split: part.cast_column(name, Image()) if name in part.features else part
+                        for split, part in loaded.items()
+                    }
+                )
+            except Exception as error:  # pyarrow raises many types
+                raise UserError(f"{source}: its column {name} cannot be read as images ({first_line(error)})") from None
     return loaded
 
 

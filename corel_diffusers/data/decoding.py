@@ -84,14 +84,23 @@ def upright_shape(file: Path | str | bytes) -> tuple[int, int]:
 
     Raises:
         PhotoError: the header cannot be read.
+        UserError: see `open_photo`.
     """
     register_heif()
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as photo:
-            return photo.size if orientation(photo) >= 5 else photo.size[::-1]  # from 5 on, it is turned by 90 degrees
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, RuntimeError, struct.error) as error:
-        raise PhotoError(str(error)) from None
+            width, height = photo.size
+            if photo.format == "TIFF":  # some versions of Pillow have turned its size already
+                width, height = photo.tag_v2[TiffImagePlugin.IMAGEWIDTH], photo.tag_v2[TiffImagePlugin.IMAGELENGTH]
+            # without EXIF data in the header of a PNG, Pillow would decode the photo to search for it at the end
+            has_orientation = photo.format != "PNG" or "exif" in photo.info
+            is_turned = has_orientation and orientation(photo) >= 5  # from 5 on, by 90 degrees
+            return (width, height) if is_turned else (height, width)
     except Image.DecompressionBombError as error:
+        raise PhotoError(str(error)) from None
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, RuntimeError, KeyError, struct.error) as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise unreadable_file(file, error) from None
         raise PhotoError(str(error)) from None
 
 

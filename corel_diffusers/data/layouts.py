@@ -112,6 +112,11 @@ def offer_layouts(found: FolderContents, stems: list[str]) -> None:
             f"file names begin with {len(words)} words ({shown}{', …' if len(words) > 5 else ''}): "
             "if these are classes, give corel-diffusers prepare --layout names"
         )
+    elif stems and all(re.fullmatch(r"(19|20)\d\d_\d+", stem) for stem in stems):
+        found.notices.append(
+            "file names begin with years: read as photos without classes (if they are class numbers of Corel, give "
+            "prepare --layout corel)"
+        )
     elif stems and all(re.fullmatch(r"\d{1,3}", stem) for stem in stems) and len({len(stem) for stem in stems}) > 1:
         found.notices.append(
             "file names are numbers: read as photos without classes (for the photos of Corel-1K see prepare --layout)"

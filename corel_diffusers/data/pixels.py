@@ -17,6 +17,7 @@ from corel_diffusers.data.decoding import PhotoError, fit_photo, is_grey, open_p
 from corel_diffusers.data.mixed_sizes import MixedArray, join
 from corel_diffusers.files import UserError, read_json, write_json
 
+COLOURED, GREY, UNREADABLE = range(3)
 CROP_SCALE = 2.5  # random crops are cut from photos of at most this many times the training size
 
 
@@ -73,7 +74,7 @@ class Pixels:
             return self
         chosen = evenly_spaced(len(self), at_most)
         is_mixed = isinstance(self.values, MixedArray)
-        return Pixels(self.values.select(chosen) if is_mixed else self.values[chosen], f"{self.key}-evenly")
+        return Pixels(self.values.select(chosen) if is_mixed else self.values[chosen], f"{self.key}-evenly-{at_most}")
 
 
 def evenly_spaced(count: int, at_most: int) -> np.ndarray:
@@ -131,7 +132,11 @@ def cache_pixels(
         kept[split] = part.select(np.flatnonzero(is_good))
         places = np.cumsum(is_good) - 1  # of the readable photos among each other
         values = join([(places[rows], decoded.values) for rows, decoded in parts])
-        key = parts[0][1].key if len(parts) == 1 else "pixels-" + digest([decoded.key for _, decoded in parts])
+        key = (
+            parts[0][1].key
+            if len(parts) == 1
+            else "pixels-" + digest([(decoded.key, rows.tolist()) for rows, decoded in parts])
+        )
         pixels[split] = Pixels(values, key)
     if bad:
         refuse_lost_classes(photos, kept, bad)
@@ -181,20 +186,37 @@ def cache_large_pixels(
     return pixels["train"]
 
 
-def are_grey(photos: DatasetDict) -> bool:
-    """Return whether all photos are grey. Unreadable photos do not count. The first coloured photo ends the search."""
-    is_any_readable = False
-    for part in photos.values():
-        # photos of all classes first: a folder of coloured photos can begin with grey ones
-        order = np.concatenate([evenly_spaced(len(part), 16), np.arange(len(part))])
-        for row in part.cast_column("image", ImageFeature(decode=False)).select(order)["image"]:
-            try:
-                if not is_grey(open_photo(row["bytes"] or row["path"])):
-                    return False
-            except PhotoError:  # `cache_pixels` reports it
-                continue
-            is_any_readable = True
-    return is_any_readable
+def are_grey(photos: DatasetDict, share: Share = SINGLE_PROCESS) -> bool:
+    """Return whether all photos are grey. Unreadable photos do not count.
+
+    A few evenly spaced photos are opened first. Only if they are grey, all photos are, and the result is cached.
+    """
+    parts = [part.cast_column("image", ImageFeature(decode=False)) for part in photos.values()]
+    for part in parts:
+        chosen = part.select(evenly_spaced(len(part), 16))["image"]
+        if any(kind_of_colours(row) == COLOURED for row in chosen):
+            return False
+    kinds = []
+    for part in parts:
+        rows = part["image"]
+
+        def kinds_of(chosen: slice, rows: Sequence[dict] = rows) -> np.ndarray:
+            with ThreadPoolExecutor() as pool:
+                found = pool.map(kind_of_colours, (rows[index] for index in range(chosen.start, chosen.stop)))
+                return np.array(list(found), np.uint8)
+
+        key = "grey-" + digest(content_key(part, rows))
+        kinds.append(cached_array(key, (len(rows),), np.uint8, kinds_of, "looking for colours", share)[:])
+    found = set(np.concatenate(kinds).tolist())
+    return GREY in found and COLOURED not in found
+
+
+def kind_of_colours(row: dict) -> int:
+    """Return COLOURED, GREY or UNREADABLE for a photo that is not decoded yet."""
+    try:
+        return GREY if is_grey(open_photo(row["bytes"] or row["path"])) else COLOURED
+    except PhotoError:  # `cache_pixels` reports it
+        return UNREADABLE
 
 
 def native_side_px(photos: DatasetDict, max_opened: int = 16) -> float:

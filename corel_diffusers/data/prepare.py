@@ -90,7 +90,7 @@ def prepare(
     )
     tell_about_shared_photos(found, split_names, groups)
     write_folders(corel, found, photos, [done[photo.file_name].file_name for photo in photos], split_names)
-    remove_old(corel, found, done)
+    remove_old(corel, data_dir, found, done)
     if figs_dir:
         draw_sheet(figs_dir / SHEET, corel / "corel_all", found, photos, done)
 

@@ -89,27 +89,32 @@ def write_folders(
             write_lists(folder, of_class, {number: class_name})
 
 
-def remove_old(corel: Path, found: FolderContents, done: dict[str, Prepared]) -> None:
+def remove_old(corel: Path, data_dir: Path, found: FolderContents, done: dict[str, Prepared]) -> None:
     """Remove the prepared photos whose originals are gone or have another class now. Add a notice with their number.
 
-    Only files that `prepare` has written are removed. A class folder without photos is removed too.
+    Only files that `prepare` has written are removed. A class folder from which all photos were removed goes too.
 
     Args:
+        data_dir: the folder of the originals.
         done: file name -> Prepared, of this run and of earlier ones.
     """
     class_of = {photo.file_name: photo.class_number for photo in found.photos}
-    gone = done.keys() - class_of.keys()
+    # a photo that is only left out, for example because a package is missing, keeps its prepared file
+    gone = {name for name in done if name not in class_of and name not in found.left_out and is_gone(data_dir / name)}
     known = {line.file_name for line in done.values()}
     for folder in (corel / "corel_all", *corel.glob("class_*")):
         number = re.fullmatch(r"class_(\d+)", folder.name)
+        if not folder.is_dir() or not (number or folder.name == "corel_all"):
+            continue
         kept = {
             line.file_name
             for name, line in done.items()
-            if name not in gone and not (number and class_of[name] != int(number[1]))
+            if name not in gone and (not number or class_of.get(name, int(number[1])) == int(number[1]))
         }
-        for name in known - kept:
-            (folder / name).unlink(missing_ok=True)
-        if number and not kept:
+        removed = [folder / name for name in known - kept if (folder / name).is_file()]
+        for file in removed:
+            file.unlink()
+        if number and removed and not any((folder / name).is_file() for name in known):
             for name in LISTS:
                 (folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # it holds files of the user
@@ -117,7 +122,19 @@ def remove_old(corel: Path, found: FolderContents, done: dict[str, Prepared]) ->
     if gone:
         lines = (json.dumps(asdict(line)) + "\n" for name, line in done.items() if name not in gone)
         write_text(corel / "prepared.jsonl", "".join(lines))
-        found.notices.append(f"{len(gone)} prepared photos were removed, because their originals are gone")
+    if removed_photos := sum(not done[name].reason for name in gone):
+        found.notices.append(f"{removed_photos} prepared photos were removed, because their originals are gone")
+
+
+def is_gone(file: Path) -> bool:
+    """Return whether a file does not exist. A file in a folder that cannot be read may exist."""
+    try:
+        file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def write_lists(folder: Path, rows: list[tuple[dict, str, int | None]], classes: dict[int, str]) -> None:

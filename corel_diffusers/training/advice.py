@@ -86,9 +86,9 @@ def on_latent_size(vae: AutoencoderKL, size_px: tuple[int, int]) -> list[str]:
     return []
 
 
-def on_grey(args: VAEArguments, vae: AutoencoderKL) -> list[str]:
-    """Return a line if the VAE has one channel and the user did not ask for it."""
-    if vae.config.in_channels > 1 or args.grey:
+def on_grey(args: VAEArguments, grey: bool) -> list[str]:
+    """Return a line if the VAE is built for grey photos and the user did not ask for it."""
+    if not grey or args.grey:
         return []
     return ["all photos are grey, so the VAE has one channel and generates grey images: --no-grey gives it three"]
 
@@ -135,4 +135,4 @@ def mean_photo_psnr(train: Pixels, held_out: Pixels) -> float:
             photos = (compared.batch(slice(None)).double() + 1) / 2
             psnr = peak_signal_noise_ratio(((mean + 1) / 2).expand_as(photos), photos, data_range=1.0, dim=(1, 2, 3))
             sum_psnr, count = sum_psnr + len(photos) * float(psnr), count + len(photos)
-    return sum_psnr / count
+    return sum_psnr / count if count else math.nan

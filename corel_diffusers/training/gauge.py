@@ -72,23 +72,23 @@ class OverfittingGauge:
             labels: the label of each photo, by split.
             has_classes: whether the UNet is conditioned on the labels.
         """
+        rows = {split: [] for split in ("train", "validation")}  # one array of rows per image size
         held_out_rows = evenly_spaced(len(labels["validation"]), MAX_MEASURED)
         sizes = {split: size_numbers(array) for split, array in moments.items()}
-        # one number for each pair of a class and an image size
-        kinds = {split: labels[split] * (1 + max(map(max, sizes.values()))) + sizes[split] for split in sizes}
-        rows = {
-            "train": matching_photos(kinds["train"], kinds["validation"][held_out_rows]),
-            "validation": held_out_rows,
-        }
+        for size in np.unique(sizes["validation"][held_out_rows]):
+            held_out = held_out_rows[sizes["validation"][held_out_rows] == size]
+            candidates = np.flatnonzero(sizes["train"] == size)
+            chosen = matching_photos(labels["train"][candidates], labels["validation"][held_out])
+            rows["train"].append(candidates[chosen])
+            rows["validation"].append(held_out)
+        repeats = -(-FIXED_NOISE_PAIRS // len(held_out_rows))
 
         def fixed_sets(split: str) -> list[FixedNoiseSet]:
-            chosen = rows[split]
-            repeats = -(-FIXED_NOISE_PAIRS // len(chosen))
             return [
                 fixed_noise_set(
                     vae, moments[split][photos, 0], labels[split][photos] if has_classes else None, repeats, diffusion
                 )
-                for photos in (chosen[sizes[split][chosen] == size] for size in np.unique(sizes[split][chosen]))
+                for photos in rows[split]
             ]
 
         return cls(fixed_sets("train"), fixed_sets("validation"))
@@ -174,10 +174,15 @@ def matching_photos(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"the gauge compares photos per class: labels must be integers, not {labels.dtype}")
-    chosen = []
+    chosen, missing = [], 0
     for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
-        candidates = np.flatnonzero(labels == label) if label in labels else np.arange(len(labels))
-        chosen.append(np.resize(candidates[evenly_spaced(len(candidates), count)], count))
+        candidates = np.flatnonzero(labels == label)
+        if len(candidates):
+            chosen.append(np.resize(candidates[evenly_spaced(len(candidates), count)], count))
+        else:
+            missing += count
+    if missing:
+        chosen.append(np.resize(evenly_spaced(len(labels), missing), missing))
     return np.sort(np.concatenate(chosen))
 
 

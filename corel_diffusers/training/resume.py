@@ -135,8 +135,8 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
     refuse_pickles(checkpoint)
     default_args = type(args)(config=args.config, image_size=args.image_size).resolved({})
     defaults, now = (json.loads(json.dumps(values)) for values in (default_args.settings(), settings))
-    # older versions did not save these two: they count as unchanged
-    unrecorded = {name: now[name] for name in ("vae_config", "arithmetic") if name in now}
+    # older versions did not save these: they count as unchanged
+    unrecorded = {name: now[name] for name in ("vae_config", "arithmetic", "channels") if name in now}
     # a flag that did not exist when the run began counts as its default
     saved = defaults | unrecorded | read_json(checkpoint / "state.json")["settings"]
     if saved.get("arithmetic") != now.get("arithmetic"):

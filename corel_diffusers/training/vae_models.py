@@ -5,15 +5,20 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from datasets import DatasetDict
 from diffusers import AutoencoderKL
 
 from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.cache import Share
+from corel_diffusers.data.pixels import are_grey
+from corel_diffusers.files import read_json
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.losses.vae import loss_terms
 from corel_diffusers.models.configs import latent_shape
 from corel_diffusers.models.discriminator import build_discriminator
 from corel_diffusers.models.vae import VAEWithPosterior, build_vae
 from corel_diffusers.runtime.cuda_graphs import capture_if_faster
+from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.training.checkpoints import Parts, Trained
 from corel_diffusers.training.ema import build_ema
 from corel_diffusers.training.learning_rate import LearningRate
@@ -64,6 +69,17 @@ def build_models(args: VAEArguments, accelerator: Accelerator, vae: AutoencoderK
     parameters = list(model.parameters())
     optimizer = accelerator.prepare(optimizer)
     return VAEModels(vae, model, discriminator, perceptual, perceptual_pass, optimizer, parameters, parts)
+
+
+def trains_grey(args: VAEArguments, accelerator: Accelerator, photos: DatasetDict, share: Share) -> bool:
+    """Return whether the VAE has one channel: by the flags, as when the run began, or because all photos are grey."""
+    if args.grey or args.no_grey:
+        return args.grey
+    file = args.run_dir / "run.json"
+    began = read_json(file) if args.resume and accelerator.is_main_process and file.is_file() else None
+    # runs of earlier versions had three channels
+    channels = broadcast_from_main(accelerator, began and began.get("channels", 3))
+    return channels == 1 if channels else are_grey(photos, share)
 
 
 def trial_step(

@@ -3,6 +3,7 @@
 This module imports no heavy modules, because the command line uses it before torch is loaded.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -51,17 +52,45 @@ def require_writable(folder: Path, flag: str) -> None:
 
 
 @contextmanager
+def explain_full_disk(folder: Path, name: str = "") -> Iterator[None]:
+    """Turn the error of a full or read-only disk into a UserError that names the folder.
+
+    Libraries raise many types for it, so the text of the error decides.
+
+    Args:
+        name: the environment variable or the flag that names the folder.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+        if not (reason := next((reason for reason in reasons if reason in str(error)), None)):
+            raise
+        raise UserError(
+            f"{name and name + ': '}{folder} cannot be written to ({reason}): make room there, then give the same "
+            "command again (a training script with --resume latest)"
+        ) from None
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename that file to `path` at the end of the context.
 
     A reader therefore never sees an incomplete file.
+
+    Raises:
+        UserError: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # a random name: containers that share a disk can have the same process ids
     temporary = path.with_name(f".{uuid4().hex}{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with explain_full_disk(path.parent):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,8 +106,9 @@ def atomic_model_save(folder: Path) -> Iterator[Path]:
     finish_model_save(folder)
     staged = folder / ".publishing"
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    yield staged
+    with explain_full_disk(folder):
+        staged.mkdir(parents=True)
+        yield staged
     os.replace(staged, folder / ".published")  # complete: finish_model_save can now finish the save, even after a kill
     finish_model_save(folder)
 
@@ -135,13 +165,18 @@ def first_line(error: Exception) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read metrics.jsonl up to the first incomplete line: a kill can cut off the last one."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    """Read metrics.jsonl. A last line that a kill has cut off is left out, and any other damaged line with a notice."""
+    records, text = [], path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and {"step", "epoch"} <= record.keys():
+            records.append(record)
+        elif number < len(lines) or text.endswith("\n"):
+            print(f"notice: {path} line {number} is damaged: it is left out")
     return records
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "corel_diffusers"
 # A folder may import from itself and from the folders of earlier rows.
 LAYERS = [
     ["files"],
-    ["config", "plots", "internals"],
+    ["config", "plots", "internals", "trust"],
     ["models"],
     ["runtime"],
     ["losses", "data"],

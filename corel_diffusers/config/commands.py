@@ -62,7 +62,7 @@ class Sampling:
     pipeline: Annotated[str, tyro.conf.arg(aliases=["--diffusion-checkpoint"])] = "diffusion_models"
     """Pipeline folder that train_unet.py wrote, or the Hub id of a pipeline."""
     trust_remote_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Allow the pipeline.py of a Hub repository to run."""
+    """Allow the code of the pipeline to run: of a Hub repository, or of a folder that this toolkit did not write."""
     base_dir: str = "."
     """Folder at which relative paths start."""
     num_images: int = 16

@@ -22,7 +22,7 @@ from datasets import config
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from corel_diffusers.files import atomic_file, read_json, write_json
+from corel_diffusers.files import atomic_file, explain_full_disk, read_json, write_json
 
 CACHE_VERSION = "3"  # increase it when the code that fills a cache computes different values
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
@@ -127,7 +127,21 @@ def cached_array(
         share: the place of this process. Each of its `num_processes` processes must call this function.
         at_once: `compute` gets at most this many photos per call.
     """
-    folder, dtype = cache_folder(key), np.dtype(dtype)
+    with explain_full_disk(CACHE_DIR, "HF_HOME"):
+        return fill_cache(key, shape, np.dtype(dtype), compute, description, share, at_once)
+
+
+def fill_cache(
+    key: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    compute: Callable[[slice], np.ndarray],
+    description: str,
+    share: Share,
+    at_once: int,
+) -> ShardedArray:
+    """Do the work of `cached_array`."""
+    folder = cache_folder(key)
     if not (folder / "index.json").is_file():
         photos_per_shard = min(
             SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(MIN_PHOTOS, math.ceil(shape[0] / 64))

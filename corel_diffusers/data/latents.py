@@ -10,6 +10,7 @@ The scale of the latents comes only from the VAE's config. This module applies i
 import hashlib
 import inspect
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from corel_diffusers.config.checks import SIDES_PX
 from corel_diffusers.data.augmented_crops import AugmentedCrops
 from corel_diffusers.data.cache import SINGLE_PROCESS, Share, digest
 from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
@@ -43,8 +45,42 @@ def load_vae(location: Path | str) -> AutoencoderKL:
         raise UserError(
             f"--vae-checkpoint {location}: its training is not finished: continue it with train_vae.py --resume latest"
         )
+    check_vae_config(vae, f"--vae-checkpoint {location}")
     vae.register_to_config(_name_or_path="")  # the pipeline is published with this config: no path of this machine
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def check_vae_config(vae: AutoencoderKL, source: str) -> None:
+    """Check the entries of a VAE's config that scale its latents and give its image size.
+
+    Args:
+        source: the flag and its value, for messages.
+
+    Raises:
+        UserError: an entry cannot be used.
+    """
+    config, channels = vae.config, vae.config.latent_channels
+    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
+    are_sides = len(size) == 2 and all(isinstance(side, int) and 0 < side <= SIDES_PX[1] for side in size)
+    entries = {"sample_size": are_sides, "scaling_factor": is_positive([config.scaling_factor], 1)}
+    if config.latents_mean is not None or config.latents_std is not None:
+        entries["latents_mean"] = are_finite(config.latents_mean, channels)
+        entries["latents_std"] = is_positive(config.latents_std, channels)
+    for name, is_usable in entries.items():
+        if not is_usable:
+            raise UserError(f"{source}: {name} in the config of the VAE cannot be used ({config[name]}): repair it")
+
+
+def are_finite(values: object, count: int) -> bool:
+    """Return whether a value of a config is a list of `count` finite numbers."""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        return False
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+
+
+def is_positive(values: object, count: int) -> bool:
+    """Return whether a value of a config is a list of `count` finite numbers above 0."""
+    return are_finite(values, count) and min(values) > 0
 
 
 def weights_key(vae: AutoencoderKL) -> str:

@@ -33,7 +33,7 @@ def generate(args: Generate, output: Path) -> list[Image.Image]:
     """
     device = pick_device(args.device)
     args = replace(args, mixed_precision=resolve_precision(args.mixed_precision, device.type))
-    pipe = load_pipeline(args.pipeline_location, device, args.vae_location)
+    pipe = load_pipeline(args.pipeline_location, device, args.vae_location, args.trust_remote_code)
     labels = labels_for_images(pipe, args.class_, args.num_images)
     size_px = check_size(pipe, args)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from corel_diffusers.data.latents import config_key, load_vae, scale_key, weights_key
+from corel_diffusers.config.checks import SIDES_PX, require
+from corel_diffusers.data.latents import check_vae_config, config_key, load_vae, scale_key, weights_key
 from corel_diffusers.files import UserError, first_line, read_json
 from corel_diffusers.models.configs import downsample_factor
+from corel_diffusers.trust import require_own_code
 
 
 def sample_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
@@ -53,22 +55,32 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_pipeline(
-    location: Path | str, device: torch.device, vae_location: Path | str | None = None
+    location: Path | str,
+    device: torch.device,
+    vae_location: Path | str | None = None,
+    trust_remote_code: bool = False,
 ) -> DiffusionPipeline:
     """Load the pipeline from a folder or a Hub id. If `vae_location` is given, load the VAE from there instead.
+
+    Args:
+        trust_remote_code: run the code in the folder, whatever it is. Otherwise it must be that of this toolkit.
 
     Raises:
         UserError: the pipeline cannot be loaded, it is not a pipeline of train_unet.py, or the VAE does not fit.
     """
+    if isinstance(location, Path) and not trust_remote_code:
+        require_own_code(location, "--pipeline")
     try:
         pipe = DiffusionPipeline.from_pretrained(
             location, trust_remote_code=True, use_safetensors=True, local_files_only=isinstance(location, Path)
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged or hostile folder can raise any type
         hint = "give the --output-dir of a train_unet.py run, or a Hub id"
         raise UserError(f"--pipeline {location} cannot be loaded ({first_line(error)}): {hint}") from None
     if "class_names" not in pipe.config:
         raise UserError(f"--pipeline {location} is a {type(pipe).__name__}: give one that train_unet.py wrote")
+    check_vae_config(pipe.vae, f"--pipeline {location}")
+    require(max(sample_size_px(pipe)) <= SIDES_PX[1], "pipeline", location, "its sample_size is too large: repair it")
     if vae_location:
         vae = load_vae(vae_location)
         if any(key(vae) != key(pipe.vae) for key in (weights_key, config_key, scale_key)):

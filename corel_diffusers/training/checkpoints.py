@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as torch_state
 
-from corel_diffusers.files import UserError, fsync_folder, read_json, remove_folder, write_json
+from corel_diffusers.files import UserError, explain_full_disk, fsync_folder, read_json, remove_folder, write_json
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
 from corel_diffusers.training.learning_rate import LearningRate
@@ -165,8 +165,15 @@ def save(run: Run, parts: Parts) -> None:
     All files are safetensors or JSON. accelerate uses pickle, and a pickle file from a stranger can run code when
     it is loaded. No state of a random generator is saved, because every random value is derived from the step.
     """
-    accelerator, ema = run.accelerator, parts.ema
     refuse_broken_weights(run, parts)
+    with explain_full_disk(run.args.run_dir, "--output-dir"):
+        write(run, parts)
+    run.accelerator.wait_for_everyone()
+
+
+def write(run: Run, parts: Parts) -> None:
+    """Do the work of `save`."""
+    accelerator, ema = run.accelerator, parts.ema
     run.means.store(run.state, accelerator)
     path = run.args.run_dir / "checkpoints" / f"step-{run.state.step:06d}"
     temporary = path.with_name(f".{path.name}.partial")
@@ -195,7 +202,6 @@ def save(run: Run, parts: Parts) -> None:
         keep = run.args.keep_checkpoints
         for old in find_checkpoints(run.args.run_dir)[:-keep] if keep else ():
             remove_folder(old)
-    accelerator.wait_for_everyone()
 
 
 def refuse_broken_weights(run: Run, parts: Parts) -> None:

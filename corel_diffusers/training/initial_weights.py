@@ -8,6 +8,7 @@ from torch import nn
 
 from corel_diffusers.data.latents import weights_key
 from corel_diffusers.files import UserError, first_line
+from corel_diffusers.trust import require_own_code
 
 MIN_FITTING = 0.8  # fraction of the weights; another number of classes or channels changes only a few
 CLASS_EMBEDDING = "class_embedding.weight"
@@ -68,9 +69,12 @@ def trained_pipeline(location: Path | str) -> DiffusionPipeline:
     Raises:
         UserError: it cannot be loaded.
     """
+    is_folder = isinstance(location, Path)
+    if is_folder:
+        require_own_code(location, "--init-from")
     try:
-        return DiffusionPipeline.from_pretrained(location, trust_remote_code=isinstance(location, Path))
-    except (OSError, ValueError, ImportError) as error:
+        return DiffusionPipeline.from_pretrained(location, trust_remote_code=is_folder, use_safetensors=True)
+    except Exception as error:  # a damaged or hostile folder can raise any type
         hint = "give the --output-dir of a run, or the Hub id of a VAE"
         raise UserError(f"--init-from {location} cannot be loaded ({first_line(error)}): {hint}") from None
 

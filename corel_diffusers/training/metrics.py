@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, explain_full_disk
 from corel_diffusers.plots import save_image
 from corel_diffusers.training.run import Run
 
@@ -18,7 +18,7 @@ from corel_diffusers.training.run import Run
 def append_metrics(path: Path, record: dict) -> None:
     """Append one line to metrics.jsonl. It is written in one call, so a reader sees a complete line or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with explain_full_disk(path.parent, "--output-dir"), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 

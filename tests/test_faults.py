@@ -1,4 +1,4 @@
-"""Faults: wrong values of flags, full disks, damaged files, and folders from strangers. Each is one line, and no harm."""
+"""Faults: wrong values of flags, full disks, damaged files and folders from strangers. Each gives one line."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data import cache
 from corel_diffusers.data.cache import cached_array, is_whole, shard_path
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, write_text
+from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
 from corel_diffusers.hub import push
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
 from corel_diffusers.trust import require_own_code
@@ -77,13 +77,10 @@ def test_devices_that_cannot_draw_are_refused(name):
 
 
 def test_an_output_that_is_a_folder_or_a_device_is_refused_before_anything_is_drawn(trained_unet, tmp_path):
+    (tmp_path / "grid.png").mkdir()
     with pytest.raises(UserError, match="this is a folder: give the name of a file"):
-        (tmp_path / "grid.png").mkdir()
         Generate(pipeline=str(trained_unet), output=str(tmp_path / "grid.png")).checked()
     with pytest.raises(UserError, match="/dev/null is not a folder"):
-        VAEArguments(data_dir=str(tmp_path), output_dir="/dev/null").checked()
-        from corel_diffusers.files import require_writable
-
         require_writable(Path("/dev/null"), "--output-dir")
 
 

@@ -72,7 +72,7 @@ def train(photos: str | Path, *, minutes: float = 60, output_dir: str | Path = "
 
     Example:
         >>> import corel_diffusers as cd
-        >>> run = cd.train("scenes", minutes=0.1, image_size=32, num_images=6, output_dir="example")
+        >>> run = cd.train("scenes", minutes=0.6, image_size=32, num_images=6, output_dir="example")
         >>> run.pipeline(class_labels="sunset at sea").images[0].size
         (32, 32)
     """
@@ -82,6 +82,9 @@ def train(photos: str | Path, *, minutes: float = 60, output_dir: str | Path = "
     numbers = {name: int(flags[name]) for name in ("seed", "num_images") if name in flags}
     args = Train(**source, minutes=minutes, output_dir=str(output_dir), **(flags | numbers)).checked()
     for words in args.commands():
+        if words[0] == "evaluate" and not args.can_be_evaluated():
+            print("notice: there are too few held-out photos to evaluate the pipeline: 4 or more are needed")
+            break
         command = [sys.executable, "-c", "from corel_diffusers.cli import main; main()", *words]
         # the output passes through this process: a notebook shows only what Python prints
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)

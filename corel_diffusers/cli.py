@@ -31,6 +31,9 @@ def run_prepare(args: Prepare) -> None:
 
 def run_train(args: Train) -> None:
     for words in args.commands():
+        if words[0] == "evaluate" and not args.can_be_evaluated():
+            print("notice: there are too few held-out photos to evaluate the pipeline: 4 or more are needed")
+            return
         print(f"corel-diffusers {' '.join(words)}", flush=True)
         # a process of its own: it gives back all its memory
         done = subprocess.run([sys.executable, "-c", "from corel_diffusers.cli import main; main()", *words])

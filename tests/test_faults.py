@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,14 @@ KINDS = (VAEArguments, UNetArguments, Generate, Evaluate)
 
 def numbers_of(kind: type) -> list[str]:
     """Return the names of the flags that are numbers."""
-    return [name for name, field in kind.__dataclass_fields__.items() if "float" in str(field.type)]
+    return [field.name for field in fields(kind) if "float" in str(field.type)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in numbers_of(kind)])
 def test_numbers_that_are_not_finite_are_refused_by_name(kind, name, value):
     flags = kind.__new__(kind)
-    for field in kind.__dataclass_fields__.values():
+    for field in fields(kind):
         object.__setattr__(flags, field.name, None)
     is_pair = "tuple" in str(kind.__dataclass_fields__[name].type)
     object.__setattr__(flags, name, (value, 1.0) if is_pair else value)

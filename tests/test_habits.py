@@ -190,8 +190,8 @@ def test_weights_of_another_model_are_refused(trained_vae, trained_unet, vae_fla
 
 
 def test_one_command_trains_both_models_evaluates_and_goes_on(tmp_path):
-    photos = make_photos(tmp_path / "photos", each=10)
-    flags = ["--data-dir", photos, "--minutes", 0.15, "--config", "tiny", "--image-size", 32, "--num-images", 6,
+    photos = make_photos(tmp_path / "photos", each=14)
+    flags = ["--data-dir", photos, "--minutes", 0.6, "--config", "tiny", "--image-size", 32, "--num-images", 6,
              "--output-dir", tmp_path]  # fmt: skip
     tool("train", *flags)
     for file in ("vae_models/config.json", "diffusion_models/grid.png", "diffusion_models/evaluation.json"):

@@ -17,8 +17,9 @@ from corel_diffusers.config.checks import (
     require_usable,
     user_path,
 )
-from corel_diffusers.files import UserError, require_writable
+from corel_diffusers.files import UserError, read_json, require_writable
 
+MIN_HELD_OUT = 4  # photos that an evaluation needs
 VAE_FRACTION = 1 / 3  # of the minutes; the UNet has the rest (benchmarks/contest.py)
 
 
@@ -69,6 +70,10 @@ class Train:
         """Return the folders of the VAE and of the pipeline, as absolute paths, which do not start at --base-dir."""
         output = user_path(self.base_dir, self.output_dir).absolute()
         return output / "vae_models", output / "diffusion_models"
+
+    def can_be_evaluated(self) -> bool:
+        """Return whether the run that train-unet has written holds out enough photos for an evaluation."""
+        return read_json(self.folders()[1] / "run.json")["data"]["photos"]["validation"] >= MIN_HELD_OUT
 
     def commands(self) -> Iterator[list[str]]:
         """Yield the words of the three commands: train-vae, train-unet and evaluate."""

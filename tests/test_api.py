@@ -29,7 +29,11 @@ def test_the_example_of_train_runs(tmp_path, monkeypatch):
     for example in doctest.DocTestParser().get_examples(api.train.__doc__):
         if example.want:
             assert repr(eval(example.source, names)) == example.want.strip()
-        else:
+            continue
+        try:
+            exec(example.source, names)
+        except RuntimeError as error:  # a slow machine needs all the minutes to decode the photos
+            assert "start the same command again" in str(error)
             exec(example.source, names)
     run = api.TrainedRun(tmp_path / "example" / "vae_models", tmp_path / "example" / "diffusion_models")
     assert run.metrics[-1]["val_loss"] > 0

@@ -64,7 +64,7 @@ def mixed_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([(64, 96)] * 3 + [(96, 64)] * 5, [(96, 64), (64, 96)]),
         ([(400, 400)] * 4, [(80, 80)]),
         ([(64, 96)] * 100 + [(96, 64)], [(64, 96)]),  # one photo does not justify a size
-        ([(100, 400), (400, 100)] * 4, [(48, 128), (128, 48)]),  # the most extreme sizes
+        ([(100, 400), (400, 100)] * 4, [(128, 48), (48, 128)]),  # the most extreme sizes
     ],
 )
 def test_the_sizes_are_those_in_which_the_photos_keep_the_most_of_their_area(shapes, sizes):
@@ -310,7 +310,7 @@ def test_evaluate_compares_samples_and_photos_of_the_same_sizes(trained, mixed_p
     assert results["generation"]["n"] == [12, 36]
     assert results["copies"]["n"]["pictures"] == 12
     photos = ComparedPhotos.load(
-        Evaluate(data_dir=str(mixed_photos), against="all"),
+        Evaluate(data_dir=str(mixed_photos), pipeline=str(trained / "unet"), against="all"),
         DiffusionPipeline.from_pretrained(trained / "unet", trust_remote_code=True),
         [WIDE, TALL],
         CPU,

@@ -12,7 +12,7 @@ import tyro
 from corel_diffusers import __version__
 from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
-from corel_diffusers.config.parsing import training_words, use_files_for_plots
+from corel_diffusers.config.parsing import require_photos, training_words, use_files_for_plots
 from corel_diffusers.config.train import Env, Train
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.unet import UNetArguments
@@ -42,6 +42,7 @@ def run_train(args: Train) -> None:
 
 
 def run_training_script(args: TrainingArguments) -> None:
+    require_photos(args)
     import importlib
 
     from corel_diffusers.training.start import explain_out_of_memory

@@ -46,7 +46,8 @@ def require_writable(folder: Path, flag: str) -> None:
     """Raise UserError if `folder` cannot be created or cannot be written to. This function itself writes nothing."""
     existing = next((path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)), folder)
     if not os.path.isdir(existing):
-        raise UserError(f"{flag}: {existing} is not a folder, so no folder can be created there: give another path")
+        kind = "a file" if os.path.isfile(existing) else "not a folder"
+        raise UserError(f"{flag}: {existing} is {kind}, so no folder can be created there: give another path")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{flag}: {existing} cannot be written to: give another path")
 
@@ -173,7 +174,7 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict) and {"step", "epoch"} <= record.keys():
+        if isinstance(record, dict) and "step" in record:
             records.append(record)
         elif number < len(lines) or text.endswith("\n"):
             print(f"notice: {path} line {number} is damaged: it is left out")

@@ -100,11 +100,12 @@ def test_photos_without_a_row_and_rows_without_a_photo_are_told(tmp_path, capsys
     assert "2 photos have no row in metadata.jsonl, for example 4.png: they are left out" in output
 
 
-def test_a_row_that_names_a_file_outside_the_folder_finds_no_photo(tmp_path):
+def test_a_row_that_names_a_file_outside_the_folder_is_refused(tmp_path):
     draw(tmp_path, "outside.png")
     folder = draw(tmp_path / "photos", "a.png", "b.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "../outside.png"}\n{"file_name": "a.png"}\n')
-    assert set(by_file(folder)) == {"a.png", "b.png"}
+    with pytest.raises(UserError, match=r"'\.\./outside\.png' lies outside the folder of photos: copy it"):
+        by_file(folder)
 
 
 def test_numbered_folders_keep_their_numbers_and_their_order(tmp_path):

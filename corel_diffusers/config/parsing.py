@@ -20,12 +20,23 @@ def parse(kind: type[TrainingArguments]) -> TrainingArguments:
         UserError: a value that no run can use.
     """
     use_files_for_plots()
-    return tyro.cli(kind, args=training_words(sys.argv[1:]), description=inspect.getdoc(kind)).checked()
+    flags = tyro.cli(kind, args=training_words(sys.argv[1:]), description=inspect.getdoc(kind)).checked()
+    require_photos(flags)
+    return flags
 
 
 def training_words(words: list[str]) -> list[str]:
     """Return the words of a command line with --config-file and the flags of diffusers' examples replaced by ours."""
     return translate(with_config_file(words))
+
+
+def require_photos(flags: TrainingArguments) -> None:
+    """Raise UserError if the command line names no photos."""
+    if not flags.data_dir and not flags.dataset_name:
+        raise UserError(
+            "--data-dir is missing: give a folder of photos, or --dataset-name user/name, "
+            "or --data-dir scenes to try the script on photos that it draws"
+        )
 
 
 def use_files_for_plots() -> None:

@@ -218,11 +218,6 @@ class TrainingArguments:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "give a number from 0 to below 1")
         if self.image_size:
             parse_size(self.image_size)
-        if not self.data_dir and not self.dataset_name:
-            raise UserError(
-                "--data-dir is missing: give a folder of photos, or --dataset-name user/name, "
-                "or --data-dir scenes to try the script on photos that it draws"
-            )
         if self.dataset_name and self.data_dir:
             raise UserError("--dataset-name and --data-dir exclude each other: give only one of them")
         if self.report_to != "none" and not importlib.util.find_spec(self.report_to):

@@ -36,6 +36,7 @@ def locked(run_dir: Path, is_writer: bool) -> Iterator[None]:
         yield
         return
     lock, is_over = run_dir / LOCK, threading.Event()
+    new_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     take(lock)
     threading.Thread(target=renew, args=(lock, is_over), daemon=True).start()
     try:
@@ -43,6 +44,9 @@ def locked(run_dir: Path, is_writer: bool) -> Iterator[None]:
     finally:
         is_over.set()
         lock.unlink(missing_ok=True)
+        for folder in new_folders:  # a run that failed before it wrote anything leaves no empty folders
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def take(lock: Path) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos, run_here, script, tool
+from conftest import make_photos, run_here, tool
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -260,13 +260,12 @@ def trained(mixed_photos: Path, configs: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("aspect")
     shared = ["--data-dir", mixed_photos, "--aspect-buckets", "--batch-size", 4, "--mixed-precision", "no",
               "--epochs", 2]  # fmt: skip
-    done = script("train_vae", *shared, "--config", configs / "vae.json", "--image-size", "32x48", "--sample-every", 1,
-                  "--output-dir", folder / "vae")  # fmt: skip
-    assert "32x48 or 48x32 px" in done.stdout
-    done = script("train_unet", *shared, "--config", configs / "unet.json", "--vae-checkpoint", folder / "vae",
-                  "--views", 2, "--sample-every", 1, "--evaluate-every", 1, "--checkpoint-every", 1,
-                  "--output-dir", folder / "unet")  # fmt: skip
-    assert "32x48 or 48x32 px" in done.stdout
+    run_here("train_vae", [*shared, "--config", configs / "vae.json", "--image-size", "32x48", "--sample-every", 1,
+                           "--output-dir", folder / "vae"])  # fmt: skip
+    run_here("train_unet", [*shared, "--config", configs / "unet.json", "--vae-checkpoint", folder / "vae",
+                            "--views", 2, "--sample-every", 1, "--evaluate-every", 1, "--output-dir", folder / "unet"])  # fmt: skip
+    for run in ("vae", "unet"):
+        assert json.loads((folder / run / "run.json").read_text())["sizes_px"] == [[32, 48], [48, 32]]
     return folder
 
 
@@ -353,8 +352,9 @@ def test_a_resumed_run_with_several_sizes_equals_the_uninterrupted_run(name, tra
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_a_unet_on_the_centre_of_photos_names_the_flag(trained, mixed_photos, configs, tmp_path):
-    done = script("train_unet", "--data-dir", mixed_photos, "--config", configs / "unet.json", "--batch-size", 4,
-                  "--vae-checkpoint", trained / "vae", "--max-train-steps", 1, "--output-dir", tmp_path)  # fmt: skip
-    assert "notice: the VAE was trained with --aspect-buckets" in done.stdout
+def test_a_unet_on_the_centre_of_photos_names_the_flag(trained, mixed_photos, configs, tmp_path, capsys):
+    flags = ["--data-dir", mixed_photos, "--config", configs / "unet.json", "--batch-size", 4, "--vae-checkpoint",
+             trained / "vae", "--max-train-steps", 1, "--output-dir", tmp_path]  # fmt: skip
+    run_here("train_unet", flags)
+    assert "notice: the VAE was trained with --aspect-buckets" in capsys.readouterr().out
     assert json.loads((tmp_path / "model_index.json").read_text())["image_sizes"] is None

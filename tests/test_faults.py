@@ -19,6 +19,7 @@ from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data import cache
 from corel_diffusers.data.cache import cached_array, is_whole, shard_path
 from corel_diffusers.data.photos import load_photos
+from corel_diffusers.data.prepare import prepare
 from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
 from corel_diffusers.hub import push
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
@@ -162,7 +163,7 @@ def test_prepare_writes_nowhere_else(tmp_path):
     line = {"source": "0001_0001.png", "size": 1, "changed": 1, "trim": True, "file_name": "../../../escaped.png",
             "borders": [0, 0, 0, 0], "phashes": ["0", "0"], "reason": ""}  # fmt: skip
     (tmp_path / "out" / "corel" / "prepared.jsonl").write_text(json.dumps(line) + "\n")
-    tool("prepare", "--data-dir", photos, "--output-dir", tmp_path / "out", "--no-visualize")
+    prepare(photos, tmp_path / "out", None, "auto", trim_borders=True, strict=False)
     assert not list(tmp_path.rglob("escaped*"))
     assert (tmp_path / "out" / "corel" / "corel_all" / "0001_0001.png").is_file()
 

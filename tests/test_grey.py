@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos, script, tool
+from conftest import make_photos, run_here
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
+import corel_diffusers as cd
 from corel_diffusers.data.decoding import is_grey
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import are_grey, cache_pixels
@@ -78,20 +79,20 @@ def test_the_adaptive_weight_of_a_grey_vae_equals_autograd():
     assert float(weight) == pytest.approx(float(norms[0] / (norms[1] + 1e-4)), rel=1e-4)
 
 
-def test_grey_photos_train_one_channel_and_give_grey_images(grey_photos, configs, tmp_path):
-    shared = ["--data-dir", grey_photos, "--batch-size", 4, "--epochs", 1, "--sample-every", 1]
-    done = script("train_vae", *shared, "--config", configs / "vae.json", "--image-size", 32, "--adversarial-weight",
-                  0.3, "--adversarial-start", 0.3, "--output-dir", tmp_path / "vae")  # fmt: skip
-    assert "notice: all photos are grey, so the VAE has one channel" in done.stdout
+def test_grey_photos_train_one_channel_and_give_grey_images(grey_photos, configs, tmp_path, capsys):
+    shared = ["--data-dir", grey_photos, "--batch-size", 4, "--epochs", 1, "--mixed-precision", "no"]
+    run_here("train_vae", [*shared, "--config", configs / "vae.json", "--image-size", 32, "--adversarial-weight", 0.3,
+                           "--adversarial-start", 0.3, "--sample-every", 1,
+                           "--output-dir", tmp_path / "vae"])  # fmt: skip
+    assert "notice: all photos are grey, so the VAE has one channel" in capsys.readouterr().out
     assert AutoencoderKL.from_pretrained(tmp_path / "vae").config.in_channels == 1
-    script("train_unet", *shared, "--config", configs / "unet.json", "--vae-checkpoint", tmp_path / "vae", "--views", 1,
-           "--evaluate-every", 1, "--output-dir", tmp_path / "unet")  # fmt: skip
+    run_here("train_unet", [*shared, "--config", configs / "unet.json", "--vae-checkpoint", tmp_path / "vae",
+                            "--views", 1, "--output-dir", tmp_path / "unet"])  # fmt: skip
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "unet", trust_remote_code=True)
     assert pipe(num_inference_steps=2).images[0].mode == "L"
     assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 1)
-    tool("evaluate", "--pipeline", tmp_path / "unet", "--data-dir", grey_photos, "--num-images", 4, "--steps", 2,
-         "--against", "all", "--output-dir", tmp_path)  # fmt: skip
-    colours = json.loads((tmp_path / "evaluation.json").read_text())["colours"]
+    evaluation = {"num_images": 4, "steps": 2, "against": "all", "output_dir": str(tmp_path)}
+    colours = cd.evaluate(tmp_path / "unet", grey_photos, **evaluation)["colours"]
     assert colours["pictures"]["red"] == colours["pictures"]["blue"]
     assert colours["photos"]["red"] == colours["photos"]["blue"]
 
@@ -100,25 +101,26 @@ def test_a_resumed_run_keeps_its_channels(grey_photos, configs, tmp_path):
     """Runs of earlier versions had three channels, also for grey photos. A run of grey photos stays grey."""
     flags = ["--data-dir", grey_photos, "--config", configs / "vae.json", "--image-size", 32, "--batch-size", 4,
              "--checkpoint-every", 1, "--mixed-precision", "no", "--no-perceptual"]  # fmt: skip
-    script("train_vae", *flags, "--no-grey", "--epochs", 1, "--output-dir", tmp_path / "old")
+    run_here("train_vae", [*flags, "--no-grey", "--epochs", 1, "--output-dir", tmp_path / "old"])
     run = json.loads((tmp_path / "old" / "run.json").read_text())
     run.pop("channels")
     (tmp_path / "old" / "run.json").write_text(json.dumps(run))
-    script("train_vae", *flags, "--epochs", 2, "--resume", "latest", "--output-dir", tmp_path / "old")
+    run_here("train_vae", [*flags, "--epochs", 2, "--resume", "latest", "--output-dir", tmp_path / "old"])
     assert AutoencoderKL.from_pretrained(tmp_path / "old").config.in_channels == 3
-    script("train_vae", *flags, "--epochs", 1, "--output-dir", tmp_path / "grey")
+    run_here("train_vae", [*flags, "--epochs", 1, "--output-dir", tmp_path / "grey"])
     coloured = make_photos(tmp_path / "photos")
     for file in coloured.glob("*.png"):  # the same names: only the colours are new
         assert (grey_photos / file.name).is_file()
     flags[1] = coloured
-    script("train_vae", *flags, "--epochs", 2, "--resume", "latest", "--output-dir", tmp_path / "grey")
+    run_here("train_vae", [*flags, "--epochs", 2, "--resume", "latest", "--output-dir", tmp_path / "grey"])
     assert AutoencoderKL.from_pretrained(tmp_path / "grey").config.in_channels == 1
 
 
 @pytest.mark.parametrize(("flag", "photos", "channels"), [("--no-grey", "grey_photos", 3), ("--grey", "raw_photos", 1)])
-def test_the_flag_decides(flag, photos, channels, configs, tmp_path, request):
-    done = script("train_vae", "--data-dir", request.getfixturevalue(photos), "--config", configs / "vae.json",
-                  "--image-size", 32, "--max-train-steps", 1, flag, "--output-dir", tmp_path)  # fmt: skip
+def test_the_flag_decides(flag, photos, channels, configs, tmp_path, request, capsys):
+    flags = ["--data-dir", request.getfixturevalue(photos), "--config", configs / "vae.json", "--image-size", 32,
+             "--max-train-steps", 1, "--no-perceptual", flag, "--output-dir", tmp_path]  # fmt: skip
+    run_here("train_vae", flags)
     assert AutoencoderKL.from_pretrained(tmp_path).config.in_channels == channels
-    assert "all photos are grey" not in done.stdout
+    assert "all photos are grey" not in capsys.readouterr().out
     assert flag in json.loads((tmp_path / "run.json").read_text())["command"]

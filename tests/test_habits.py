@@ -14,6 +14,7 @@ from corel_diffusers import __version__
 from corel_diffusers.config.checks import flag_name
 from corel_diffusers.config.diffusers_flags import FLAGS, translate
 from corel_diffusers.config.parsing import with_config_file
+from corel_diffusers.config.train import Train
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import UserError
@@ -63,26 +64,27 @@ def test_values_with_another_name_are_translated():
         translate(["--resolution"])
 
 
-def test_the_commands_of_the_examples_run(raw_photos, configs, trained_vae, tmp_path):
+def test_the_commands_of_the_examples_run(raw_photos, configs, trained_vae, tmp_path, capsys):
     """The commands of the READMEs in diffusers/examples, with another script name and small numbers."""
-    done = script(
-        "train_unet", f"--train_data_dir={raw_photos}", "--model_config_name_or_path", configs / "unet.json",
-        "--vae-checkpoint", trained_vae, "--center_crop", "--random_flip", f"--output_dir={tmp_path / 'unet'}",
-        "--train_batch_size=4", "--max_train_steps=4", "--gradient_accumulation_steps=1", "--use_ema",
-        "--learning_rate=1e-4", "--lr_warmup_steps=2", "--mixed_precision=no", "--checkpointing_steps=2",
-    )  # fmt: skip
-    assert "notice: --random_flip changes nothing" in done.stdout
+    words = [
+        f"--train_data_dir={raw_photos}", "--model_config_name_or_path", configs / "unet.json", "--vae-checkpoint",
+        trained_vae, "--center_crop", "--random_flip", f"--output_dir={tmp_path / 'unet'}", "--train_batch_size=4",
+        "--max_train_steps=4", "--gradient_accumulation_steps=1", "--use_ema", "--learning_rate=1e-4",
+        "--lr_warmup_steps=2", "--mixed_precision=no", "--checkpointing_steps=2",
+    ]  # fmt: skip
+    run_here("train_unet", words)
+    assert "notice: --random_flip changes nothing" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "unet" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
-    done = script("train_vae", "--train_data_dir", raw_photos, "--image_column=img", check=False)
-    assert done.returncode == 2
-    assert done.stderr == "error: --image_column has no meaning here: omit it: the first column of images is used\n"
+    with pytest.raises(UserError, match="--image_column has no meaning here: omit it: the first column of images is"):
+        run_here("train_vae", ["--train_data_dir", raw_photos, "--image_column=img"])
 
 
 @pytest.mark.parametrize("name", ["train_vae", "train_unet"])
-def test_without_photos_one_line_says_what_to_give(name):
-    done = script(name, check=False)
+def test_without_photos_one_line_says_what_to_give(name, trained_vae):
+    flags = ["--vae-checkpoint", trained_vae] if name == "train_unet" else []
+    done = script(name, *flags, check=False)
     assert done.returncode == 2
-    assert "--data-dir is missing: give a folder of photos" in done.stderr
+    assert done.stderr.startswith("error: --data-dir is missing: give a folder of photos")
     assert done.stderr.count("\n") == 1
 
 
@@ -91,12 +93,12 @@ def test_a_file_gives_flags_and_the_command_line_wins(vae_flags, raw_photos, con
         f"data-dir: {raw_photos}\nconfig: {configs / 'vae.json'}\nimage_size: 32\nema: false\nmax-train-steps: 2\n"
         "mixed-precision: 'no'\nperceptual: false\nclasses: [1, 2]\nbatch-size: 2\n"
     )
-    script("train_vae", "--config_file", tmp_path / "flags.yaml", "--batch-size", 4, "--output-dir", tmp_path / "a")
+    run_here("train_vae", ["--config_file", tmp_path / "flags.yaml", "--batch-size", 4, "--output-dir", tmp_path / "a"])
     flags = json.loads((tmp_path / "a" / "run.json").read_text())["flags"]
     assert flags["batch_size"] == 4
     assert flags["ema"] is False
     assert flags["classes"] == ["1", "2"]
-    script("train_vae", "--config-file", tmp_path / "a" / "run.json", "--output-dir", tmp_path / "b")
+    run_here("train_vae", ["--config-file", tmp_path / "a" / "run.json", "--output-dir", tmp_path / "b"])
     weights = [load_file(tmp_path / run / "diffusion_pytorch_model.safetensors") for run in "ab"]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -112,12 +114,10 @@ def test_a_wrong_file_of_flags_is_one_line(content, expected, tmp_path):
         with_config_file(["--config-file", str(tmp_path / "flags.yaml")])
 
 
-def test_the_backend_of_a_notebook_does_not_end_a_run(raw_photos, vae_flags, tmp_path):
+def test_the_backend_of_a_notebook_does_not_end_a_run(vae_flags, tmp_path):
     notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     script("train_vae", *vae_flags, "--max-train-steps", 1, "--output-dir", tmp_path, env=notebook)
     assert (tmp_path / "training_losses.png").is_file()
-    tool("evaluate", "--pictures", raw_photos, "--data-dir", raw_photos, "--against", "all", "--output-dir", tmp_path,
-         env=notebook)  # fmt: skip
 
 
 def test_a_folder_of_caches_that_cannot_be_written_to_is_named(vae_flags, tmp_path):
@@ -178,28 +178,29 @@ def test_a_run_begins_with_trained_weights(trained_vae, trained_unet, vae_flags,
 
 
 def test_weights_of_another_model_are_refused(trained_vae, trained_unet, vae_flags, unet_flags, tmp_path):
-    done = script("train_vae", *vae_flags, "--config", "tiny", "--init-from", trained_vae, "--output-dir", tmp_path,
-                  "--max-train-steps", 1, check=False)  # fmt: skip
-    assert done.returncode == 2
-    assert "the model has another config, give it as --config" in done.stderr
-    script("train_vae", *vae_flags, "--seed", 7, "--max-train-steps", 1, "--output-dir", tmp_path / "other")
-    done = script("train_unet", *unet_flags, "--vae-checkpoint", tmp_path / "other", "--init-from", trained_unet,
-                  "--max-train-steps", 1, "--output-dir", tmp_path / "unet", check=False)  # fmt: skip
-    assert done.returncode == 2
-    assert f"give --vae-checkpoint {trained_unet / 'vae'}" in done.stderr
+    step = ["--max-train-steps", 1, "--no-ema"]
+    flags = [*vae_flags, *step, "--config", "tiny", "--init-from", trained_vae, "--output-dir", tmp_path / "vae"]
+    with pytest.raises(UserError, match="the model has another config, give it as --config"):
+        run_here("train_vae", flags)
+    run_here("train_vae", [*vae_flags, *step, "--seed", 7, "--no-perceptual", "--output-dir", tmp_path / "other"])
+    flags = [*unet_flags, *step, "--vae-checkpoint", tmp_path / "other", "--init-from", trained_unet]
+    with pytest.raises(UserError, match=f"give --vae-checkpoint {trained_unet / 'vae'}"):
+        run_here("train_unet", [*flags, "--output-dir", tmp_path / "unet"])
 
 
-def test_one_command_trains_both_models_evaluates_and_goes_on(tmp_path):
-    photos = make_photos(tmp_path / "photos", each=18)
-    flags = ["--data-dir", photos, "--minutes", 0.6, "--config", "tiny", "--image-size", 32, "--num-images", 6,
-             "--output-dir", tmp_path]  # fmt: skip
-    first = tool("train", *flags, check=False)
-    if first.returncode:  # a slow machine needs all the minutes to decode the photos
-        assert "start the same command again" in first.stderr
-        tool("train", *flags)
-    for file in ("vae_models/config.json", "diffusion_models/grid.png", "diffusion_models/evaluation.json"):
-        assert (tmp_path / file).is_file(), file
-    assert "resuming from" in tool("train", *flags).stdout
+def test_train_divides_its_minutes_and_goes_on_with_the_same_command(tmp_path):
+    """tests/test_api.py runs these commands."""
+    args = Train(data_dir="scenes", minutes=60, output_dir=str(tmp_path), image_size="32", aspect_buckets=True)
+    vae, unet, evaluation = args.checked().commands()
+    folders = [str(tmp_path / "vae_models"), str(tmp_path / "diffusion_models")]
+    assert [vae[0], unet[0], evaluation[0]] == ["train-vae", "train-unet", "evaluate"]
+    for words, minutes, folder in ((vae, "20", folders[0]), (unet, "40", folders[1])):
+        assert words[words.index("--max-train-minutes") + 1] == minutes
+        assert words[words.index("--output-dir") + 1] == folder
+        assert words[words.index("--resume") + 1] == "latest"
+        assert "--aspect-buckets" in words
+    assert unet[unet.index("--vae-checkpoint") + 1] == folders[0]
+    assert evaluation[evaluation.index("--pipeline") + 1] == folders[1]
 
 
 def test_the_scripts_are_commands_and_the_version_and_the_environment_are_printed(vae_flags, tmp_path):

@@ -263,7 +263,8 @@ def trained(mixed_photos: Path, configs: Path, tmp_path_factory: pytest.TempPath
     run_here("train_vae", [*shared, "--config", configs / "vae.json", "--image-size", "32x48", "--sample-every", 1,
                            "--output-dir", folder / "vae"])  # fmt: skip
     run_here("train_unet", [*shared, "--config", configs / "unet.json", "--vae-checkpoint", folder / "vae",
-                            "--views", 2, "--sample-every", 1, "--evaluate-every", 1, "--output-dir", folder / "unet"])  # fmt: skip
+                            "--views", 2, "--sample-every", 1, "--evaluate-every", 1,
+                            "--output-dir", folder / "unet"])  # fmt: skip
     for run in ("vae", "unet"):
         assert json.loads((folder / run / "run.json").read_text())["sizes_px"] == [[32, 48], [48, 32]]
     return folder

@@ -111,6 +111,7 @@ def run_here(name: str, flags: list) -> None:
         module.main(parse(getattr(module, {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name])))
     finally:
         sys.argv = argv
+        AcceleratorState._reset_state(True)  # another test may need another precision
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     with one_line_errors():
         arguments = parse(VAEArguments)
 
+import math
 import time
 from functools import partial
 
@@ -248,7 +249,8 @@ def validate_and_save(
     args, accelerator, is_sample_step = run.args, run.accelerator, intervals.samples_due(run)
     with ema_weights(models.parts.ema, models.model):
         values = validate(args, accelerator, models.perceptual, models.vae, held_out)
-        save_as_best = update_best_loss(run.state, values["val_loss"]) or is_adversarial
+        is_finite = math.isfinite(values["val_loss"])
+        save_as_best = update_best_loss(run.state, values["val_loss"]) or (is_adversarial and is_finite)
         if accelerator.is_main_process and save_as_best:
             with files.atomic_model_save(args.run_dir) as folder:
                 models.vae.save_pretrained(folder)

@@ -5,6 +5,7 @@ A value that cannot be used raises `corel_diffusers.files.UserError`. Its text s
 
 import subprocess
 import sys
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from corel_diffusers.cli import COMMAND, run_evaluate, run_generate, run_prepare, run_push, run_train
+from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
 from corel_diffusers.config.train import Train
 from corel_diffusers.data.photos import load_photos
@@ -72,31 +75,34 @@ def train(photos: str | Path, *, minutes: float = 60, output_dir: str | Path = "
 
     Example:
         >>> import corel_diffusers as cd
-        >>> run = cd.train("scenes", minutes=0.6, image_size=32, num_images=6, output_dir="example")
-        >>> run.pipeline(class_labels="sunset at sea").images[0].size
+        >>> run = cd.train("photos", minutes=60, image_size=32, num_images=6)
+        >>> run.pipeline("sunset at sea").images[0].size
         (32, 32)
     """
     is_hub_id = not Path(photos).expanduser().is_dir() and str(photos).count("/") == 1
     source = {"dataset_name" if is_hub_id else "data_dir": str(photos)}
-    flags = {name: value if value is None or isinstance(value, bool) else str(value) for name, value in flags.items()}
-    numbers = {name: int(flags[name]) for name in ("seed", "num_images") if name in flags}
-    args = Train(**source, minutes=minutes, output_dir=str(output_dir), **(flags | numbers)).checked()
-    for words in args.commands():
-        if words[0] == "evaluate" and not args.can_be_evaluated():
-            print("notice: there are too few held-out photos to evaluate the pipeline: 4 or more are needed")
-            break
-        command = [sys.executable, "-c", "from corel_diffusers.cli import main; main()", *words]
-        # the output passes through this process: a notebook shows only what Python prints
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            print(line, end="")
-        if process.wait():
-            raise RuntimeError(f"corel-diffusers {words[0]} ended with {process.returncode}: {''.join(lines[-5:])}")
+    if "image_size" in flags:
+        flags["image_size"] = str(flags["image_size"])
+    args = Train(**source, minutes=minutes, output_dir=str(output_dir), **flags).checked()
+    run_train(args, run_and_print)
     run = TrainedRun(*args.folders())
     show_in_notebook(run.pictures)
     return run
+
+
+def run_and_print(words: list[str]) -> None:
+    """Run a command in a process of its own, and print its output here: a notebook shows only what Python prints.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last_lines = deque(maxlen=5)
+    for line in process.stdout:
+        last_lines.append(line)
+        print(line, end="")
+    if process.wait():
+        raise RuntimeError(f"corel-diffusers {words[0]} ended with {process.returncode}: {''.join(last_lines)}")
 
 
 def show_in_notebook(files: list[Path]) -> None:
@@ -122,11 +128,9 @@ def prepare(data_dir: str | Path, **flags: object) -> Path:
     Raises:
         UserError: the photos cannot be prepared.
     """
-    from corel_diffusers.cli import run_prepare
-
     args = Prepare(data_dir=str(data_dir), **flags).checked()
     run_prepare(args)
-    return Path(args.base_dir).expanduser() / Path(args.output_dir).expanduser() / "corel" / "corel_all"
+    return user_path(args.base_dir, args.output_dir) / "corel" / "corel_all"
 
 
 def generate(pipeline: str | Path, num_images: int = 16, **flags: object) -> list[Image.Image]:
@@ -143,11 +147,7 @@ def generate(pipeline: str | Path, num_images: int = 16, **flags: object) -> lis
     Raises:
         UserError: a flag cannot be used.
     """
-    from corel_diffusers.config.checks import user_path
-    from corel_diffusers.sampling import generate as sampling
-
-    args = Generate(pipeline=str(pipeline), num_images=num_images, **flags).checked()
-    return sampling.generate(args, user_path(args.base_dir, args.output))
+    return run_generate(Generate(pipeline=str(pipeline), num_images=num_images, **flags).checked())
 
 
 def evaluate(pipeline: str | Path, data_dir: str | Path, **flags: object) -> dict:
@@ -164,23 +164,18 @@ def evaluate(pipeline: str | Path, data_dir: str | Path, **flags: object) -> dic
     Raises:
         UserError: a flag cannot be used.
     """
-    from corel_diffusers.evaluation.evaluate import evaluate as run_evaluation
-
-    return run_evaluation(Evaluate(pipeline=str(pipeline), data_dir=str(data_dir), **flags).checked())
+    return run_evaluate(Evaluate(pipeline=str(pipeline), data_dir=str(data_dir), **flags).checked())
 
 
-def push(pipeline: str | Path, repo_id: str, *, private: bool = True, **flags: object) -> None:
+def push(pipeline: str | Path, repo_id: str, **flags: object) -> None:
     """Push a pipeline folder with its model card to the Hugging Face Hub.
 
     Args:
         pipeline: the folder that train_unet.py wrote.
         repo_id: user/name.
-        private: create a private repository. Otherwise everybody can load the model.
-        flags: more flags of `corel-diffusers push`: revision, dry_run.
+        flags: more flags of `corel-diffusers push`: private, revision, dry_run.
 
     Raises:
         UserError: there is no pipeline or no token, or the Hub refuses the upload.
     """
-    from corel_diffusers.cli import run_push
-
-    run_push(Push(pipeline=str(pipeline), repo_id=repo_id, private=private, **flags).checked())
+    run_push(Push(pipeline=str(pipeline), repo_id=repo_id, **flags).checked())

@@ -3,14 +3,17 @@
 The flags are checked before heavy modules such as torch are imported, so an error in a flag appears at once.
 """
 
+import importlib
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import tyro
 
 from corel_diffusers import __version__
-from corel_diffusers.config.checks import user_path
+from corel_diffusers.config.checks import MIN_PHOTOS, user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
 from corel_diffusers.config.parsing import require_photos, training_words, use_files_for_plots
 from corel_diffusers.config.train import Env, Train
@@ -18,6 +21,11 @@ from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import one_line_errors
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+COMMAND = [sys.executable, "-c", "from corel_diffusers.cli import main; main()"]  # `corel-diffusers`, wherever it is
 
 
 def run_prepare(args: Prepare) -> None:
@@ -29,22 +37,25 @@ def run_prepare(args: Prepare) -> None:
     prepare(data_dir, output_dir, figs_dir, args.layout, args.trim_borders, args.strict, args.test_fraction)
 
 
-def run_train(args: Train) -> None:
+def run_in_own_process(words: list[str]) -> None:
+    """Run a command in a process of its own, which gives back all its memory. End with its exit code if it fails."""
+    print(f"corel-diffusers {' '.join(words)}", flush=True)
+    done = subprocess.run([*COMMAND, *words])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process) -> None:
+    """Run the commands of `Train.commands`, one after the other."""
     for words in args.commands():
         if words[0] == "evaluate" and not args.can_be_evaluated():
-            print("notice: there are too few held-out photos to evaluate the pipeline: 4 or more are needed")
+            print(f"notice: there are fewer than {MIN_PHOTOS} held-out photos: the pipeline is not evaluated")
             return
-        print(f"corel-diffusers {' '.join(words)}", flush=True)
-        # a process of its own: it gives back all its memory
-        done = subprocess.run([sys.executable, "-c", "from corel_diffusers.cli import main; main()", *words])
-        if done.returncode:
-            sys.exit(done.returncode)
+        run(words)
 
 
 def run_training_script(args: TrainingArguments) -> None:
     require_photos(args)
-    import importlib
-
     from corel_diffusers.training.start import explain_out_of_memory
 
     script = importlib.import_module(args.script)  # train_vae.py or train_unet.py
@@ -52,19 +63,20 @@ def run_training_script(args: TrainingArguments) -> None:
         script.main(args)
 
 
-def run_generate(args: Generate) -> None:
+def run_generate(args: Generate) -> "list[Image.Image]":
     from corel_diffusers.sampling.generate import generate
 
-    generate(args, user_path(args.base_dir, args.output))
+    return generate(args, user_path(args.base_dir, args.output))
 
 
-def run_evaluate(args: Evaluate) -> None:
+def run_evaluate(args: Evaluate) -> dict:
     from corel_diffusers.evaluation.evaluate import evaluate
     from corel_diffusers.hub import write_card
 
-    evaluate(args)
+    results = evaluate(args)
     if not args.pictures and args.results_dir == args.pipeline_location:
         write_card(args.results_dir)
+    return results
 
 
 def run_push(args: Push) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -84,16 +84,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    with explain_full_disk(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
     # a random name: containers that share a disk can have the same process ids
     temporary = path.with_name(f".{uuid4().hex}{path.suffix}")
     try:
         with explain_full_disk(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may not exist
+            temporary.unlink()
 
 
 @contextmanager

@@ -184,10 +184,9 @@ def push(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fals
     patterns = PIPELINE_FILES + (("guide/*",) if has_guide(folder) else ())
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if is_part_of(folder, file))
     total_mb = sum(file.stat().st_size for file in files) / 1e6
-    print(
-        f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total_mb:.1f} MB, "
-        f"to {repo_id}{f' (branch {revision})' if revision else ''}{' (private)' if private else ' (public)'}:"
-    )
+    target = f"{repo_id}, branch {revision}" if revision else repo_id
+    target += ", private" if private else ", public if it is new"
+    print(f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total_mb:.1f} MB, to {target}:")
     for file in files:
         print(f"  {file.relative_to(folder)}")
     if dry_run:

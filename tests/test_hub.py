@@ -111,7 +111,7 @@ def test_train_unet_pushes_when_training_ends(hub, unet_flags, tmp_path):
 def test_a_push_to_a_branch_leaves_main_as_it_is(hub, trained_unet, tmp_path):
     flags = ["push", "--pipeline", trained_unet, "--repo-id", "user/corel", "--revision", "try-2"]
     pushed = tool(*flags, env=hub.env(tmp_path / "home"))
-    assert "to user/corel (branch try-2) (public):" in pushed.stdout
+    assert "to user/corel, branch try-2, public if it is new:" in pushed.stdout
     assert hub.branches == ["try-2"]
     assert hub.revision == "try-2"
 

@@ -15,6 +15,7 @@ LARGEST = {  # more than any machine can use
     **dict.fromkeys(("views", "nrow", "latent_dim"), 10_000),
     "num_workers": 1_000,
 }
+MIN_PHOTOS = 4  # minimum number of samples and of photos to compare: with fewer images, distances mean nothing
 SIDES_PX = (16, 16_384)  # smallest and largest side of an image; SSIM has a window of 11 px
 HUB_ID = r"[\w.-]+/[\w.-]+"  # user/name
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")

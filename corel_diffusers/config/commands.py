@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 import tyro
 
 from corel_diffusers.config.checks import (
+    MIN_PHOTOS,
     SCENES,
     check_repo_id,
     model_location,
@@ -212,7 +213,7 @@ class Evaluate(Sampling):
         else:
             super().checked()
             way_out = "give 4 or more, and some hundreds for reliable numbers"
-            require(self.num_images >= 4, "num_images", self.num_images, way_out)
+            require(self.num_images >= MIN_PHOTOS, "num_images", self.num_images, way_out)
         if bool(self.data_dir) == bool(self.dataset_name):
             raise UserError(
                 "evaluate compares with the photos that the model was trained on: give --data-dir or --dataset-name"

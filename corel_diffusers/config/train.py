@@ -9,6 +9,7 @@ from typing import Annotated, Self
 import tyro
 
 from corel_diffusers.config.checks import (
+    MIN_PHOTOS,
     SCENES,
     parse_size,
     require,
@@ -19,7 +20,6 @@ from corel_diffusers.config.checks import (
 )
 from corel_diffusers.files import UserError, read_json, require_writable
 
-MIN_HELD_OUT = 4  # photos that an evaluation needs
 VAE_FRACTION = 1 / 3  # of the minutes; the UNet has the rest (benchmarks/contest.py)
 
 
@@ -60,7 +60,10 @@ class Train:
             parse_size(self.image_size)
         require(self.config in (None, "tiny", "base", "large"), "config", self.config, "give tiny, base or large")
         require(
-            self.num_images >= 4, "num_images", self.num_images, "give 4 or more, and some hundreds for good numbers"
+            self.num_images >= MIN_PHOTOS,
+            "num_images",
+            self.num_images,
+            "give 4 or more, and some hundreds for good numbers",
         )
         require_writable(user_path(self.base_dir, self.output_dir), "--output-dir")
         require_cache()
@@ -73,7 +76,7 @@ class Train:
 
     def can_be_evaluated(self) -> bool:
         """Return whether the run that train-unet has written holds out enough photos for an evaluation."""
-        return read_json(self.folders()[1] / "run.json")["data"]["photos"]["validation"] >= MIN_HELD_OUT
+        return read_json(self.folders()[1] / "run.json")["data"]["photos"]["validation"] >= MIN_PHOTOS
 
     def commands(self) -> Iterator[list[str]]:
         """Yield the words of the three commands: train-vae, train-unet and evaluate."""

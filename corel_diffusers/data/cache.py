@@ -110,6 +110,7 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.safetensors"
 
 
+@explain_full_disk(CACHE_DIR, "HF_HOME")
 def cached_array(
     key: str,
     shape: tuple[int, ...],
@@ -127,21 +128,7 @@ def cached_array(
         share: the place of this process. Each of its `num_processes` processes must call this function.
         at_once: `compute` gets at most this many photos per call.
     """
-    with explain_full_disk(CACHE_DIR, "HF_HOME"):
-        return fill_cache(key, shape, np.dtype(dtype), compute, description, share, at_once)
-
-
-def fill_cache(
-    key: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    compute: Callable[[slice], np.ndarray],
-    description: str,
-    share: Share,
-    at_once: int,
-) -> ShardedArray:
-    """Do the work of `cached_array`."""
-    folder = cache_folder(key)
+    folder, dtype = cache_folder(key), np.dtype(dtype)
     if not (folder / "index.json").is_file():
         photos_per_shard = min(
             SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(MIN_PHOTOS, math.ceil(shape[0] / 64))
@@ -163,7 +150,7 @@ def fill_cache(
                 raise ValueError(f"{key}: values of shape {parts[0].shape[1:]} instead of {tuple(shape[1:])}")
             values = np.ascontiguousarray(np.concatenate(parts).astype(dtype, copy=False))
             with atomic_file(shard_path(folder, shard)) as temporary:
-                save_file({"values": values}, temporary, metadata={"crc32": str(zlib.crc32(values.tobytes()))})
+                save_file({"values": values}, temporary, metadata={"crc32": str(zlib.crc32(values))})
 
     num_shards = math.ceil(shape[0] / photos_per_shard)
     # each process checks the content of its own shards

@@ -57,10 +57,9 @@ class Pixels:
         return sizes_px
 
     def count_by_size(self) -> dict[str, int] | None:
-        """Return "<height>x<width>" -> number of photos, the most frequent size first. None if there is one size."""
-        parts = [(len(part), part.values.shape[1:3]) for _, part in self.by_size()]
-        parts.sort(key=lambda item: -item[0])
-        return {f"{height}x{width}": count for count, (height, width) in parts} if len(parts) > 1 else None
+        """Return "<height>x<width>" -> number of photos. None if there is one size."""
+        counts = {"{}x{}".format(*part.values.shape[1:3]): len(part) for _, part in self.by_size()}
+        return counts if len(counts) > 1 else None
 
     def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield batches of photos of one size: their indices, and the result of `batch`."""

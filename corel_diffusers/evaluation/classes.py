@@ -2,7 +2,8 @@
 
 import torch
 
-from corel_diffusers.evaluation.metrics import MIN_PHOTOS, class_match, compare
+from corel_diffusers.config.checks import MIN_PHOTOS
+from corel_diffusers.evaluation.metrics import class_match, compare
 
 Labelled = tuple[torch.Tensor, torch.Tensor]  # features (N, D) and labels (N,)
 

@@ -47,13 +47,11 @@ def evaluate(args: Evaluate) -> dict:
     """
     start_seconds, device = time.monotonic(), pick_device(args.device)
     args = replace(args, mixed_precision=resolve_precision(args.mixed_precision, device.type))
-    pipe = (
-        None
-        if args.pictures
-        else load_pipeline(args.pipeline_location, device, trust_remote_code=args.trust_remote_code)
-    )
+    pipe = None
+    if not args.pictures:
+        pipe = load_pipeline(args.pipeline_location, device, trust_remote_code=args.trust_remote_code)
     images = read_images(user_path(args.base_dir, args.pictures)) if args.pictures else []
-    sizes_px = list(trained_sizes_px(pipe)) if pipe else [(images[0].height, images[0].width)]
+    sizes_px = trained_sizes_px(pipe) if pipe else [(images[0].height, images[0].width)]
     photos = ComparedPhotos.load(args, pipe, sizes_px, device)
     labels, settings = None, {"pictures": Path(args.pictures or ".").name}
     if pipe:

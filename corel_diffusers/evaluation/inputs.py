@@ -9,6 +9,7 @@ from datasets import DatasetDict
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from corel_diffusers.config.checks import MIN_PHOTOS
 from corel_diffusers.config.commands import Evaluate
 from corel_diffusers.data.cache import digest
 from corel_diffusers.data.decoding import PhotoError, fit_photo, open_photo
@@ -17,7 +18,6 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import Pixels, cache_pixels, evenly_spaced
 from corel_diffusers.data.tree import list_tree
 from corel_diffusers.evaluation.features import Network, load_network, photo_features
-from corel_diffusers.evaluation.metrics import MIN_PHOTOS
 from corel_diffusers.evaluation.reconstruction import MAX_COMPARED
 from corel_diffusers.files import UserError, read_json
 

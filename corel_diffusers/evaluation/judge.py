@@ -7,11 +7,11 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
+from corel_diffusers.config.checks import MIN_PHOTOS
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.evaluation.features import Network, as_array, extract, load_network, photo_features
 from corel_diffusers.evaluation.kid import kernel_distance
 from corel_diffusers.evaluation.memorization import CopyFinder
-from corel_diffusers.evaluation.metrics import MIN_PHOTOS
 from corel_diffusers.evaluation.reconstruction import vae_rendering
 from corel_diffusers.sampling import previews
 

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from corel_diffusers.evaluation.kid import kernel_distance, kernel_interval
 
-MIN_PHOTOS = 4  # minimum number of samples and of photos: with fewer images, distances mean nothing
-
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, eq. 6).

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from corel_diffusers.config.checks import MIN_PHOTOS
 from corel_diffusers.data.cache import ShardedArray, cached_array
 from corel_diffusers.data.latents import config_key, weights_key
 from corel_diffusers.data.mixed_sizes import join, stacked
@@ -14,7 +15,7 @@ from corel_diffusers.data.pixels import Pixels, evenly_spaced, to_float
 from corel_diffusers.evaluation import report
 from corel_diffusers.evaluation.features import Network, batches_of_one_size, extract, load_network, photo_features
 from corel_diffusers.evaluation.kid import kernel_distance
-from corel_diffusers.evaluation.metrics import MIN_PHOTOS, compare
+from corel_diffusers.evaluation.metrics import compare
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.models.vae import decode_latents, encode_photos
 from corel_diffusers.plots import to_images

@@ -20,15 +20,10 @@ def sample_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
     return height * factor, width * factor
 
 
-def trained_sizes_px(pipe: DiffusionPipeline) -> dict[tuple[int, int], int]:
-    """Return the image sizes (height, width) of a pipeline in pixels, and the number of its training photos of each.
-
-    If it was trained on one size, the number is 1.
-    """
-    counts = getattr(pipe.config, "image_sizes", None)  # pipelines of earlier versions have one size
-    if not counts:
-        return {sample_size_px(pipe): 1}
-    return {tuple(map(int, size.split("x"))): count for size, count in counts.items()}
+def trained_sizes_px(pipe: DiffusionPipeline) -> list[tuple[int, int]]:
+    """Return the image sizes (height, width) of a pipeline in pixels, the most frequent in training first."""
+    names = getattr(pipe.config, "image_sizes", None)  # pipelines of earlier versions have one size
+    return [tuple(map(int, name.split("x"))) for name in names] if names else [sample_size_px(pipe)]
 
 
 def pick_device(name: str) -> torch.device:

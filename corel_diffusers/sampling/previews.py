@@ -54,7 +54,7 @@ def sample_grid(pipe: DiffusionPipeline, seed: int, num_samples: int) -> Image.I
     names = list((pipe.config.class_names or {}).values())[:12]
     per_class = max(2, num_samples // len(names)) if names else 4
     labels = [name for name in names for _ in range(per_class)] or [None] * num_samples
-    sizes_px = list(trained_sizes_px(pipe))
+    sizes_px = trained_sizes_px(pipe)
     sizes_px = [sizes_px[index % per_class % len(sizes_px)] for index in range(len(labels))]
     return image_grid(samples(pipe, seed, labels, sizes_px), per_class, names)
 

@@ -122,7 +122,7 @@ def write_manifest(checkpoint: Path) -> None:
 def damage(checkpoint: Path) -> str:
     """Return what is damaged in a checkpoint, or "" if it is whole.
 
-    Checkpoints of earlier versions have no manifest: only the sizes that are in their files are checked.
+    A checkpoint of an earlier version has no manifest: only its state.json is looked for.
     """
     if not (checkpoint / MANIFEST).is_file():
         return "" if (checkpoint / "state.json").is_file() else "state.json is missing"
@@ -133,9 +133,9 @@ def damage(checkpoint: Path) -> str:
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != size or crc32_of(file) != crc:
-                return f"{name} is damaged: its content does not fit the manifest"
+                return f"{name} has changed since it was saved"
     except (UserError, AttributeError, TypeError, ValueError):
-        return f"{MANIFEST} is damaged"
+        return f"{MANIFEST} cannot be read"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return ""
@@ -165,43 +165,38 @@ def save(run: Run, parts: Parts) -> None:
     All files are safetensors or JSON. accelerate uses pickle, and a pickle file from a stranger can run code when
     it is loaded. No state of a random generator is saved, because every random value is derived from the step.
     """
-    refuse_broken_weights(run, parts)
-    with explain_full_disk(run.args.run_dir, "--output-dir"):
-        write(run, parts)
-    run.accelerator.wait_for_everyone()
-
-
-def write(run: Run, parts: Parts) -> None:
-    """Do the work of `save`."""
     accelerator, ema = run.accelerator, parts.ema
+    refuse_broken_weights(run, parts)
     run.means.store(run.state, accelerator)
     path = run.args.run_dir / "checkpoints" / f"step-{run.state.step:06d}"
     temporary = path.with_name(f".{path.name}.partial")
-    if accelerator.is_main_process:
-        for leftover in path.parent.glob(".step-*"):  # from a save or a removal that was interrupted
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    for part in parts.trained:
-        part.save(accelerator, temporary)
-    averages = {}
-    for index, parameter in enumerate(ema.shadow_params if ema else ()):
-        value = full_tensor(parameter)  # a collective operation, so every rank calls it
+    with explain_full_disk(run.args.run_dir, "--output-dir"):
         if accelerator.is_main_process:
-            averages[str(index)] = value.cpu().contiguous()
-    if accelerator.is_main_process:
-        if ema:
-            save_file(averages, temporary / "ema.safetensors")
-        values = {"state": asdict(run.state), "settings": run.settings, "learning_rate": parts.rate.state_dict()}
-        values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-        write_json(temporary / "state.json", values)
-        write_manifest(temporary)
-        fsync_folder(temporary)  # otherwise a power cut could leave a checkpoint of empty files
-        remove_folder(path)
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-        keep = run.args.keep_checkpoints
-        for old in find_checkpoints(run.args.run_dir)[:-keep] if keep else ():
-            remove_folder(old)
+            for leftover in path.parent.glob(".step-*"):  # from a save or a removal that was interrupted
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+        for part in parts.trained:
+            part.save(accelerator, temporary)
+        averages = {}
+        for index, parameter in enumerate(ema.shadow_params if ema else ()):
+            value = full_tensor(parameter)  # a collective operation, so every rank calls it
+            if accelerator.is_main_process:
+                averages[str(index)] = value.cpu().contiguous()
+        if accelerator.is_main_process:
+            if ema:
+                save_file(averages, temporary / "ema.safetensors")
+            values = {"state": asdict(run.state), "settings": run.settings, "learning_rate": parts.rate.state_dict()}
+            values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+            write_json(temporary / "state.json", values)
+            write_manifest(temporary)
+            fsync_folder(temporary)  # otherwise a power cut could leave a checkpoint of empty files
+            remove_folder(path)
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+            keep = run.args.keep_checkpoints
+            for old in find_checkpoints(run.args.run_dir)[:-keep] if keep else ():
+                remove_folder(old)
+    accelerator.wait_for_everyone()
 
 
 def refuse_broken_weights(run: Run, parts: Parts) -> None:

@@ -1,9 +1,9 @@
 """Train a latent diffusion model from scratch on your own photos: VAE, UNet, pipeline, Hub.
 
-import corel_diffusers as cd
-
-run = cd.train("photos", minutes=60)
-run.pipeline(class_labels="sunset").images[0]
+Example:
+    >>> import corel_diffusers as cd
+    >>> run = cd.train("photos", minutes=60)
+    >>> run.pipeline("sunset").images[0].save("sunset.png")
 """
 
 from typing import TYPE_CHECKING

@@ -214,7 +214,7 @@ def test_only_one_living_run_holds_the_lock_of_a_folder(tmp_path):
     assert not (tmp_path / LOCK).exists()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    dead = [owner | {"process": ended.pid}, owner | {"started": "an earlier process with this number"}, "half a"]
+    dead = [owner | {"process": ended.pid}, owner | {"started": owner["started"] - 60}, "half a"]
     for lock in dead:
         (tmp_path / LOCK).write_text(lock if isinstance(lock, str) else json.dumps(lock))
         os.utime(tmp_path / LOCK, (0, 0))

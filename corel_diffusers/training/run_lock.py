@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from corel_diffusers.files import UserError
 
 LOCK = ".running.json"
@@ -77,7 +79,8 @@ def remove_dead(lock: Path) -> None:
         age = time.time() - lock.stat().st_mtime
         owner = json.loads(lock.read_text(encoding="utf-8"))
         is_here = owner["machine"] == socket.gethostname()
-        is_alive = started(owner["process"]) == owner["started"] if is_here else age < DEAD_SECONDS
+        # another process can have the number of a dead one by now; the system's start time may differ by a second
+        is_alive = abs((started(owner["process"]) or 0) - owner["started"]) < 2 if is_here else age < DEAD_SECONDS
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError):
@@ -100,22 +103,10 @@ def renew(lock: Path, is_over: threading.Event) -> None:
             os.utime(lock)
 
 
-def started(process: int) -> str | None:
-    """Return when a process of this machine was started, or None if it does not exist.
-
-    Without /proc, the answer is "alive": a new process with the number of a dead one then counts as the dead one.
-    """
-    if Path("/proc/self/stat").is_file():
-        try:
-            stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
-        values = stat.rpartition(")")[2].split()  # the name of the program can contain spaces
-        return None if values[0] == "Z" else values[19]
+def started(process: int) -> float | None:
+    """Return when a process of this machine was started, in seconds since 1970, or None if it does not run any more."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        found = psutil.Process(process)
+        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+    except psutil.NoSuchProcess:
         return None
-    except OSError:
-        return "alive"
-    return "alive"

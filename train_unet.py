@@ -28,7 +28,7 @@ from corel_diffusers.data import aspect, latents, pixels
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.data.latent_set import LatentSet
 from corel_diffusers.evaluation.judge import SampleJudge
-from corel_diffusers.evaluation.reconstruction import reconstruction_limit
+from corel_diffusers.evaluation.vae_fit import print_vae_fit
 from corel_diffusers.losses.alignment import alignment_loss
 from corel_diffusers.losses.diffusion import Diffusion
 from corel_diffusers.models.configs import trained_size_px
@@ -117,7 +117,7 @@ def set_up(
     run = resume.begin_or_resume(args, accelerator, photos, fitted, began, size_px=size_px, **latents.vae_keys(vae))
     large = pixels.cache_large_pixels(photos, *pixel_format) if args.views else None
     latent_set = LatentSet.of(args, vae, photos, fitted, large, unet, share)
-    print_vae_quality(run, vae, photos, fitted["validation"])
+    print_vae_fit(run, vae, photos, fitted["validation"], latent_set.moments["validation"], share)
 
     # models
     diffusion = Diffusion.of(args)
@@ -182,15 +182,6 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
         write_samples_and_card(run)
         if args.push_to_hub and run.is_complete:
             hub.push(args.run_dir, args.hub_model_id, private=not args.hub_public)
-
-
-def print_vae_quality(run: Run, vae: AutoencoderKL, photos: DatasetDict, held_out: pixels.Pixels) -> None:
-    """Print the reconstruction error of the VAE, and a notice if it was stopped early or has seen held-out photos."""
-    labels = torch.tensor(photos["validation"]["label"][:])
-    if run.accelerator.is_main_process:
-        print(reconstruction_limit(vae, held_out, labels, run.args.mixed_precision))
-    names = photos["validation"]["file_name"][:]
-    start.print_notices(run.accelerator, advice.on_vae(run.args.vae_location, names, run.args.aspect_buckets))
 
 
 def build_validation(

@@ -6,6 +6,7 @@ This module imports no heavy modules, because the command line uses it before to
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from uuid import uuid4
 
 ENTRY_FILES = ("model_index.json", "config.json")  # loading a pipeline or a model starts from one of these files
+# control characters, line and paragraph separators, and (as surrogates) bytes that are not UTF-8
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -26,8 +29,16 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """Return text with each character that a terminal or a list of lines cannot show replaced by U+FFFD.
+
+    Names of files and classes come from strangers: an escape sequence in a name could rewrite the screen.
+    """
+    return UNPRINTABLE.sub("\ufffd", text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

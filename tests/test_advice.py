@@ -1,14 +1,17 @@
 """Runs with a known problem give the advice for it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run_here
 from scipy.stats import binom
 
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.evaluation.report import on_copies
-from corel_diffusers.training.advice import on_kl, on_loss
+from corel_diffusers.files import UserError
+from corel_diffusers.training.advice import on_kl, on_loss, on_scale
 
 COLLAPSED = [
     "--kl-weight",
@@ -114,3 +117,26 @@ def test_advice_about_copies_is_rare_without_copies(rate):
             if on_copies(evaluation_with_copies(samples, held_out)):
                 probability += binom.pmf(samples, 300, rate) * binom.pmf(held_out, 50, rate)
     assert probability < 0.025
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, None),
+        ({"scaling_factor": 0.2}, "a standard deviation of 0.19"),
+        ({"scaling_factor": 1e-9}, UserError),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 1.0, 1e9]}, UserError),
+    ],
+)
+def test_advice_about_the_scale_of_latents(entries, expected):
+    """The reference is standard normal latents: as posterior means without noise, in the four channels of a VAE."""
+    vae = SimpleNamespace(config=SimpleNamespace(latents_std=None, scaling_factor=1.0, latent_channels=4))
+    vars(vae.config).update(entries)
+    moments = torch.randn(50, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    moments[:, :, 4:] = -100.0
+    if expected is UserError:
+        with pytest.raises(UserError, match="no UNet can learn them: correct scaling_factor or latents_std"):
+            on_scale(vae, moments.numpy(), "vae_models")
+    else:
+        lines = on_scale(vae, moments.numpy(), "vae_models")
+        assert lines == [] if expected is None else expected in lines[0]

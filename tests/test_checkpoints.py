@@ -174,7 +174,7 @@ def test_a_checkpoint_of_pickles_is_refused_by_name(tmp_path):
     saved = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps({name: v for name, v in saved.items() if name != "scaler"}))
     (checkpoint / "optimizer.bin").write_bytes(b"a pickle")
-    with pytest.raises(UserError, match=r"as pickles \(optimizer.bin\), which are not loaded"):
+    with pytest.raises(UserError, match=r"has pickles \(optimizer.bin\), which are not loaded"):
         refuse_pickles(checkpoint)
 
 

@@ -88,6 +88,7 @@ def test_grey_photos_train_one_channel_and_give_grey_images(grey_photos, configs
     assert AutoencoderKL.from_pretrained(tmp_path / "vae").config.in_channels == 1
     run_here("train_unet", [*shared, "--config", configs / "unet.json", "--vae-checkpoint", tmp_path / "vae",
                             "--views", 1, "--output-dir", tmp_path / "unet"])  # fmt: skip
+    assert "converted to grey" not in capsys.readouterr().out
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "unet", trust_remote_code=True)
     assert pipe(num_inference_steps=2).images[0].mode == "L"
     assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 1)
@@ -95,6 +96,15 @@ def test_grey_photos_train_one_channel_and_give_grey_images(grey_photos, configs
     colours = cd.evaluate(tmp_path / "unet", grey_photos, **evaluation)["colours"]
     assert colours["pictures"]["red"] == colours["pictures"]["blue"]
     assert colours["photos"]["red"] == colours["photos"]["blue"]
+
+
+def test_a_grey_vae_and_photos_with_colours_give_a_notice(grey_photos, raw_photos, configs, tmp_path, capsys):
+    shared = ["--batch-size", 4, "--max-train-steps", 1, "--mixed-precision", "no", "--sample-every", 9]
+    run_here("train_vae", [*shared, "--data-dir", grey_photos, "--config", configs / "vae.json", "--image-size", 32,
+                           "--output-dir", tmp_path / "vae"])  # fmt: skip
+    run_here("train_unet", [*shared, "--data-dir", raw_photos, "--config", configs / "unet.json", "--views", 0,
+                            "--vae-checkpoint", tmp_path / "vae", "--output-dir", tmp_path / "unet"])  # fmt: skip
+    assert "notice: the VAE has one channel, so the photos are converted to grey" in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_its_channels(grey_photos, configs, tmp_path):

@@ -136,13 +136,37 @@ def test_a_file_name_that_is_not_utf_8_is_left_out_and_reported(raw_photos, tmp_
     shutil.copytree(raw_photos, folder)
     shutil.copy(raw_photos / "0001_0001.png", os.fsencode(folder) + b"/caf\xe9.png")
     assert len(labels_by_file(load_photos(folder))) == 18
-    assert "1 files are left out: caf\ufffd.png: its name is not UTF-8: rename it" in capsys.readouterr().out
+    assert "1 files are left out: caf\ufffd.png: its name has bytes that are not UTF-8" in capsys.readouterr().out
     for name, target in (("sea", b"a.png"), ("snow", b"b.png"), ("cafe", b"\xe9.png")):
         (tmp_path / "more" / name).mkdir(parents=True)
         for index, file in enumerate(raw_photos.glob("0001*.png")):
             shutil.copy(file, os.fsencode(tmp_path / "more" / name) + b"/%d" % index + target)
     assert load_photos(tmp_path / "more")["train"].features["label"].names == ["sea", "snow"]
     assert "6 files are left out: cafe/" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX allows names with control characters")
+def test_control_characters_in_names_end_in_one_line(raw_photos, tmp_path):
+    """A newline would break classes.txt, and an escape sequence could rewrite the screen."""
+    for name in ("sea", "sn\now"):
+        shutil.copytree(raw_photos, tmp_path / "folders" / name)
+    with pytest.raises(UserError, match="name of the folder sn\ufffdow/ has bytes that are not UTF-8, or control char"):
+        load_photos(tmp_path / "folders")
+    shutil.copytree(raw_photos, tmp_path / "rows")
+    rows = [{"file_name": file.name, "label": "sea\x1b[2J"} for file in raw_photos.glob("*.png")]
+    (tmp_path / "rows" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"the class name 'sea\\x1b\[2J' has a control character"):
+        load_photos(tmp_path / "rows")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows needs a permission to make links")
+def test_links_to_each_other_are_left_out(raw_photos, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    shutil.copytree(raw_photos, folder)
+    (folder / "x.png").symlink_to("y.png")
+    (folder / "y.png").symlink_to("x.png")
+    assert len(labels_by_file(load_photos(folder))) == 18
+    assert "2 photos are links to files that are not here" in capsys.readouterr().out
 
 
 def test_flat_folder_uses_captions_json(raw_photos, tmp_path):

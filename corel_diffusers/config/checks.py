@@ -6,7 +6,7 @@ import re
 from dataclasses import field, fields
 from pathlib import Path
 
-from corel_diffusers.files import UserError, require_writable
+from corel_diffusers.files import UserError, printable, require_writable
 
 SCENES = "scenes"
 LARGEST_WHOLE = 2**63 - 1  # of a number in a tensor, and of a random seed
@@ -53,10 +53,7 @@ def require_usable(flags: object) -> None:
             name = flag_field.name
             if isinstance(part, str):
                 require(part.strip() != "", name, repr(part), "the value is empty: give one, or omit the flag")
-                is_text = all(
-                    character.isprintable() for character in part
-                )  # a byte that is not UTF-8 is not printable
-                require(is_text, name, ascii(part), "give text in UTF-8, without control characters")
+                require(part == printable(part), name, ascii(part), "give text in UTF-8, without control characters")
             elif isinstance(part, float):
                 require(math.isfinite(part), name, part, "give a finite number")
             elif isinstance(part, int):

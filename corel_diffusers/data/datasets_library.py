@@ -6,7 +6,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 
 from corel_diffusers.data.columns import labelled
 from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, default_caption, split_named
-from corel_diffusers.data.layouts import number_classes
+from corel_diffusers.data.layouts import number_classes, require_class_names
 from corel_diffusers.data.metadata import CAPTION_KEYS, LABEL_KEYS
 from corel_diffusers.data.splits import with_split
 from corel_diffusers.files import UserError, first_line
@@ -59,7 +59,8 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
         source: the flag and its value, for messages.
 
     Raises:
-        UserError: there are no images, or some training photos have no label.
+        UserError: there are no images, some training photos have no label, or the name of a class has a control
+            character.
     """
     loaded = with_image_column(loaded, source)
     splits = {}
@@ -98,6 +99,7 @@ def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dic
     else:
         names = {split: [str(value) for value in part] for split, part in values.items()}
         _, numbers = number_classes({name for part in names.values() for name in part}, {})
+    require_class_names(numbers, source)
     photos = DatasetDict()
     for split, name in kept.items():
         part = photos_of_split(loaded[name], name, image, caption, names[split] if label else None)

@@ -8,7 +8,13 @@ from pathlib import Path
 from corel_diffusers.data import corel5k
 from corel_diffusers.data.folder_contents import FolderContents, Photo, split_named
 from corel_diffusers.data.folder_files import read_captions, read_classes, read_split
-from corel_diffusers.data.layouts import classes_of_folders, classes_of_names, layout_by_names, number_classes
+from corel_diffusers.data.layouts import (
+    classes_of_folders,
+    classes_of_names,
+    layout_by_names,
+    number_classes,
+    require_class_names,
+)
 from corel_diffusers.data.metadata import Row, read_metadata
 from corel_diffusers.data.tree import Tree, is_prepared, list_tree, most_common_reasons
 from corel_diffusers.files import UserError
@@ -44,7 +50,8 @@ def read_tree(tree: Tree, layout: str = "auto") -> FolderContents:
             test.
 
     Raises:
-        UserError: there is no photo, a class has lost all its photos, or a file beside the photos cannot be read.
+        UserError: there is no photo, a class has lost all its photos, the name of a class has a control character, or
+            a file beside the photos cannot be read.
     """
     rows = read_metadata(tree.metadata) if layout == "auto" else {}
     has_labels = any(row.label is not None for row in rows.values())
@@ -72,6 +79,7 @@ def read_tree(tree: Tree, layout: str = "auto") -> FolderContents:
         root, places = inside_of_only_folder(tree.folder / base, places, layout)
         words = corel5k.read_words(root)
         class_of = read_layout(found, root, places, tree.closed, words)
+    require_class_names(found.classes, tree.folder)
     captions, split_file = captions_of_files(tree), read_split(tree.folder / "split.json")
     for file in sorted(class_of):
         row = rows.get(file, Row())

@@ -8,7 +8,7 @@ from pathlib import Path
 from corel_diffusers.data import corel5k
 from corel_diffusers.data.folder_contents import FolderContents
 from corel_diffusers.data.tree import most_common_reasons
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, printable
 
 CAMERA_NAMES = {"img", "image", "dsc", "dscn", "dscf", "pxl", "photo", "picture", "p", "mvimg", "screenshot", "gopr"}
 LAYOUT_NAMES = {"corel": "raw Corel", "corel-1k": "Corel-1K", "corel-5k": "Corel-5K"}
@@ -127,6 +127,13 @@ def word_of(stem: str) -> str:
     """Return what stands before the number at the end of a name: "cat" for "cat_01" and "cat (2)"."""
     match = re.fullmatch(r"(.*?[^\W\d_])[\s_.-]*\(?\d+\)?", stem)
     return match[1] if match else ""
+
+
+def require_class_names(classes: dict[int, str], source: object) -> None:
+    """Raise UserError for a class name with a control character: classes.txt and screens show one name per line."""
+    for name in classes.values():
+        if name != printable(name):
+            raise UserError(f"{source}: the class name {name!a} has a control character: rename the class")
 
 
 def number_classes(labels: Iterable[str], named: dict[int, str]) -> tuple[dict[str, int], dict[int, str]]:

@@ -1,9 +1,9 @@
 """List the files of a folder and of all folders inside it. No file is opened."""
 
 import os
-import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from corel_diffusers.config.checks import ARCHIVE_ENDINGS
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, printable
 
 # The formats that Pillow opens as one image of photos. Others, such as icons and documents, are not photos.
 FORMATS = {
@@ -36,6 +36,7 @@ IGNORED = {
 SHEET = "corel_dataset_samples.png"  # the contact sheet that `prepare` draws
 RUN_FILES = ("run.json", "model_index.json", SHEET)
 MISSING_TARGET = "a link to a missing file"
+BAD_NAME = "has bytes that are not UTF-8, or control characters: rename it"
 
 
 @dataclass
@@ -82,7 +83,7 @@ def list_tree(folder: Path, flag: str = "--data-dir") -> Tree:
         flag: the flag that names the folder, for messages.
 
     Raises:
-        UserError: the folder cannot be read, or a folder with photos has a name that is not UTF-8.
+        UserError: the folder cannot be read, or a folder with photos has a BAD_NAME.
     """
     tree, endings, seen = Tree(folder), photo_endings(), set()
     folders, links = [(folder, "")], []  # links come last, so that a photo gets the name of its real folder
@@ -109,12 +110,12 @@ def list_tree(folder: Path, flag: str = "--data-dir") -> Tree:
             name = unicodedata.normalize("NFC", entry.name)
             if name.startswith(".") or name.lower() in IGNORED:
                 continue
-            if is_folder(entry):
+            if is_true(entry.is_dir):
                 (links if entry.is_symlink() else folders).append((Path(entry.path), f"{prefix}{name}/"))
             else:
                 add_file(tree, entry, prefix + name, endings)
         if printable(prefix) != prefix and any(file.startswith(prefix) for file in tree.photos):
-            raise UserError(f"{flag} {folder}: the name of the folder {printable(prefix)} is not UTF-8: rename it")
+            raise UserError(f"{flag} {folder}: the name of the folder {printable(prefix)} {BAD_NAME}")
     for part in (tree.photos, tree.closed, tree.others):
         ordered = sorted(part.items())
         part.clear()
@@ -137,8 +138,8 @@ def add_file(tree: Tree, entry: os.DirEntry, relative: str, endings: tuple[str, 
     elif name == "captions.json":
         tree.captions[relative] = Path(entry.path)
     elif printable(name) != name:
-        tree.others[printable(relative)] = "its name is not UTF-8: rename it"
-    elif ending in endings and not entry.is_file():
+        tree.others[printable(relative)] = f"its name {BAD_NAME}"
+    elif ending in endings and not is_true(entry.is_file):
         tree.others[printable(relative)] = MISSING_TARGET if entry.is_symlink() else "not a file"
     elif ending in endings and relative in tree.photos:
         tree.others[relative] = "another photo has the same name in another form of Unicode"
@@ -152,17 +153,12 @@ def add_file(tree: Tree, entry: os.DirEntry, relative: str, endings: tuple[str, 
         tree.others[printable(relative)] = f"not an image ({ending or 'no ending'})"
 
 
-def is_folder(entry: os.DirEntry) -> bool:
-    """Return whether an entry is a folder or a link to one. A link to itself is not."""
+def is_true(test: Callable[[], bool]) -> bool:
+    """Return the result of a test of a file: False if the file cannot be reached, such as a link to itself."""
     try:
-        return entry.is_dir()
+        return test()
     except OSError:
         return False
-
-
-def printable(name: str) -> str:
-    """Return a file name with each byte that is not UTF-8 replaced by U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def is_toolkit_output(folder: Path) -> bool:

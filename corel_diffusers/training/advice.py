@@ -9,6 +9,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.latents import measure_latent_scale
+from corel_diffusers.data.mixed_sizes import Array, MixedArray
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.data.training_photos import count_trained_on
 from corel_diffusers.files import UserError, read_json
@@ -16,6 +18,9 @@ from corel_diffusers.models.configs import check_size, downsample_factor
 
 # with a PSNR less than this above the PSNR of the mean photo, reconstructions show nothing of the individual photo
 COLLAPSED_DB = 1.5
+# how many times the standard deviation of latents in the scale of the UNet may differ from 1
+ODD_SCALE = 2.5  # with a larger difference, many steps of the noise schedule have nearly only noise, or nearly no noise
+UNUSABLE_SCALE = 1000.0  # with a larger difference, all have
 HIGH_KL_PER_VALUE = 8.0  # nats per latent value: the posterior is then about e^-8 wide, so it is nearly a point
 
 
@@ -119,6 +124,30 @@ def on_vae(location: Path | str, held_out: Sequence[str], aspect_buckets: bool =
             "so its measured quality is too high: train a VAE on this split"
         )
     return lines
+
+
+def on_scale(vae: AutoencoderKL, moments: Array | MixedArray, location: Path | str) -> list[str]:
+    """Return advice if the latents do not have the standard deviation that the noise schedule expects, which is 1.
+
+    Args:
+        moments: the posteriors of the held-out photos, see `cache_moments`.
+        location: the folder of the VAE or its Hub id.
+
+    Raises:
+        UserError: the standard deviation of a channel is so far from 1 that no UNet can be trained.
+    """
+    config = vae.config
+    units = config.latents_std or [1.0] * config.latent_channels
+    stds = [
+        std / unit * config.scaling_factor for std, unit in zip(measure_latent_scale(moments)[1], units, strict=True)
+    ]
+    shown = f"{min(stds):.3g}" if min(stds) == max(stds) else f"{min(stds):.3g} to {max(stds):.3g}"
+    text = f"--vae-checkpoint {location}: in the scale of its config, its latents have a standard deviation of {shown}"
+    hint = "correct scaling_factor or latents_std in its config.json"
+    if not 1 / UNUSABLE_SCALE < min(stds) <= max(stds) < UNUSABLE_SCALE:
+        raise UserError(f"{text}, and no UNet can learn them: {hint}, so that it is 1")
+    root_mean_square = math.hypot(*stds) / len(stds) ** 0.5
+    return [] if 1 / ODD_SCALE < root_mean_square < ODD_SCALE else [f"{text}: a UNet learns more if it is 1: {hint}"]
 
 
 def mean_photo_psnr(train: Pixels, held_out: Pixels) -> float:

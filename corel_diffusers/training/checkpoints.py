@@ -224,7 +224,7 @@ def load(run: Run, parts: Parts) -> None:
     saved = broadcast_from_main(accelerator, read_json(checkpoint / "state.json") if is_main else None)
     for part in parts.trained:
         part.load(accelerator, checkpoint)
-    if accelerator.scaler and saved["scaler"]:
+    if accelerator.scaler and saved.get("scaler"):
         accelerator.scaler.load_state_dict(saved["scaler"])
     parts.rate.load_state_dict(saved["learning_rate"])
     if ema:

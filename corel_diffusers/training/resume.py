@@ -20,6 +20,7 @@ from corel_diffusers.training.run import Run
 from corel_diffusers.training.running_mean import RunningMean
 from corel_diffusers.training.state import RunState
 
+PICKLE_ENDINGS = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 DIFFERENCES = {  # messages for settings that are not flags, and for files that are compared by content
     "global_batch": "the global batch (batch size x accumulation x devices; "
     "raise --grad-accum if there are fewer devices) was {was}, is {now}",
@@ -76,9 +77,10 @@ def newest_whole(run_dir: Path, checkpoints: list[Path]) -> Path:
     """Return the newest checkpoint that is not damaged, and print a notice for each damaged one.
 
     Raises:
-        UserError: all are damaged.
+        UserError: all are damaged, or one has pickles.
     """
     for checkpoint in reversed(checkpoints):
+        refuse_pickles(checkpoint)
         if not (reason := damage(checkpoint)):
             return checkpoint
         print(f"notice: {checkpoint.name} is damaged ({reason}): it is not used")
@@ -86,14 +88,10 @@ def newest_whole(run_dir: Path, checkpoints: list[Path]) -> Path:
 
 
 def refuse_pickles(checkpoint: Path) -> None:
-    """Raise UserError for a checkpoint of an earlier version, whose files are pickles. A pickle can run code.
-
-    They are safetensors since the checkpoint names the gradient scaler.
-    """
-    if "scaler" not in read_json(checkpoint / "state.json"):
-        pickles = ", ".join(sorted(file.name for file in checkpoint.glob("*.bin"))) or "optimizer.bin"
+    """Raise UserError if a checkpoint has pickles, as those of earlier versions have. A pickle can run code."""
+    if pickles := sorted(file.name for file in checkpoint.iterdir() if file.suffix in PICKLE_ENDINGS):
         raise UserError(
-            f"--resume: {checkpoint} was written by an earlier version as pickles ({pickles}), which are not loaded: "
+            f"--resume: {checkpoint} has pickles ({', '.join(pickles)}), which are not loaded: "
             "start again in another --output-dir, or with --init-from"
         )
 
@@ -130,9 +128,9 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
                 f"--resume {args.resume} is not a checkpoint of --output-dir {args.run_dir} ({names}): "
                 "give one of its checkpoints, or latest"
             )
+        refuse_pickles(checkpoint)
         if reason := damage(checkpoint):
             raise UserError(f"--resume {args.resume}: {reason}: give another checkpoint, or latest")
-    refuse_pickles(checkpoint)
     default_args = type(args)(config=args.config, image_size=args.image_size).resolved({})
     defaults, now = (json.loads(json.dumps(values)) for values in (default_args.settings(), settings))
     # older versions did not save these: they count as unchanged

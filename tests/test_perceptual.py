@@ -90,6 +90,7 @@ def test_small_images_are_enlarged_for_the_network():
     assert [f.shape[-1] for f in loss.features(torch.zeros(1, 3, 128, 128))] == [64, 32, 16, 8], (
         "larger images are not resized"
     )
+    assert loss.features(torch.zeros(1, 3, 64, 96))[0].shape[-2:] == (39, 58), "the area is that of 96 x 96"
 
 
 def test_the_error_for_vgg16_without_torchvision_names_the_alternative(monkeypatch):
@@ -112,7 +113,7 @@ def test_vgg16_returns_five_activations_of_the_layers_of_torchvision(monkeypatch
     models.vgg16 = lambda weights: types.SimpleNamespace(features=nn.Sequential(*layers))
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", models)
-    loss = PerceptualLoss("vgg16", min_side_px=32)
+    loss = PerceptualLoss("vgg16", side_px=32)
     features = loss.features(torch.rand(1, 3, 32, 32))
     assert [f.shape[1] for f in features] == [64, 128, 256, 512, 512]
     assert [f.shape[-1] for f in features] == [32, 16, 8, 4, 2]

@@ -22,24 +22,27 @@ class PerceptualLoss(nn.Module):
 
     Args:
         network: "efficientnet-lite0" or "vgg16".
-        min_side_px: smaller images are enlarged to this side, because the networks were trained on larger images.
+        side_px: smaller images are enlarged to the area of a square with this side, because the networks were trained
+            on larger images.
 
     Raises:
         UserError: the weights of the network cannot be loaded.
     """
 
-    def __init__(self, network: str, min_side_px: int = 96) -> None:
+    def __init__(self, network: str, side_px: int = 96) -> None:
         super().__init__()
         self.network = (
             {"efficientnet-lite0": EfficientNetLiteFeatures, "vgg16": VGG16Features}[network]()
             .eval()
             .requires_grad_(False)
         )
-        self.min_side_px = min_side_px
+        self.side_px = side_px
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Return the features at each depth, scaled to unit length over the channels: (B, F, h, w) each."""
-        features = [f.float() for f in self.network(upscale_to(images, self.min_side_px))]
+        height, width = images.shape[-2:]
+        shorter_side_px = self.side_px * min(height, width) / (height * width) ** 0.5
+        features = [f.float() for f in self.network(upscale_to(images, shorter_side_px))]
         # the same as F.normalize, in two thirds of the time
         return [f * f.square().sum(1, keepdim=True).clamp_min(1e-12).rsqrt() for f in features]
 

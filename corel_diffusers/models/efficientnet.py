@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 
-def upscale_to(images: torch.Tensor, min_side_px: int) -> torch.Tensor:
+def upscale_to(images: torch.Tensor, min_side_px: float) -> torch.Tensor:
     """Enlarge images (B, 3, H, W) so that their shorter side is `min_side_px`. Return larger images unchanged."""
     scale = min_side_px / min(images.shape[-2:])
     return F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=False) if scale > 1 else images

@@ -4,6 +4,7 @@
 #   make test               lint and tests
 #   make test-fast          lint and the tests that run no script, within 90 seconds on two cores
 #   make test-oldest        all tests with the oldest versions that setup.cfg allows, in .venv-oldest
+#   make trials             kill the toolkit, damage its files, fill its disk, lie to it: about an hour
 #   make bench              what a step, a batch and a picture cost here, as ratios: benchmarks/results/<machine>.md
 PYTHON ?= python3
 BIN = .venv/bin
@@ -13,7 +14,7 @@ OUT ?= $(if $(DATA),demo/$(notdir $(abspath $(DATA))),demo/scenes)
 PREPARED = $(if $(filter-out scenes,$(DATA)),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
 SIZE = --image-size 64 --config tiny --resume latest
 
-.PHONY: demo test test-fast test-oldest lint install bench
+.PHONY: demo test test-fast test-oldest lint install trials bench
 
 install: .venv/installed
 
@@ -51,6 +52,9 @@ test-oldest: .venv-oldest/installed
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test,tensorboard]"
 	touch $@
+
+trials: .venv/installed
+	$(BIN)/python trials/run.py
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/all.py

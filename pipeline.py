@@ -1,7 +1,7 @@
 """CorelPipeline: generate images from class labels. This file is self-contained and is saved beside the weights.
 
 pipe = DiffusionPipeline.from_pretrained("diffusion_models", trust_remote_code=True)
-pipe(num_images=4, class_labels="sunset", num_inference_steps=50).images[0].save("sunset.png")
+pipe(num_images=4, class_labels="sunset").images[0].save("sunset.png")
 """
 
 import inspect
@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import ClassVar, Optional
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -67,7 +76,7 @@ class CorelPipeline(DiffusionPipeline):
         num_images: int | str | list[str] | None = None,
         class_labels: str | int | list[str | int] | None = None,
         guidance_scale: float = 2.5,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -90,7 +99,7 @@ class CorelPipeline(DiffusionPipeline):
             guidance_scale: w in e = e_weak + w (e_unet - e_weak). e_weak is the prediction of the guide model. Without
                 a guide model, it is the UNet's prediction for the null label (Ho & Salimans 2022, arXiv:2207.12598).
                 1 turns guidance off.
-            num_inference_steps: number of denoising steps.
+            num_inference_steps: number of denoising steps. None means `default_steps`.
             eta: amount of fresh noise in each step of DDIM, from 0 (none) to 1 (as much as DDPM).
             generator: random generator for the noise. The same seed gives the same images.
             latents: initial noise with unit variance, (num_images, C, h, w).
@@ -112,6 +121,7 @@ class CorelPipeline(DiffusionPipeline):
         """
         num_images, class_labels = self.count_images(num_images, class_labels, batch_size)
         labels = self.label_ids(num_images, class_labels)
+        num_inference_steps = num_inference_steps or self.default_steps
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = self.initial_latents(num_images, generator, latents, self.checked_size(height, width))
         self.warn_about_timesteps(num_inference_steps)
@@ -292,6 +302,11 @@ class CorelPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(images, output_type=output_type)
 
     @property
+    def default_steps(self) -> int:
+        """The number of denoising steps by default: 15 for DPM-Solver++ and UniPC, 50 for other schedulers."""
+        return 15 if isinstance(self.scheduler, (DPMSolverMultistepScheduler, UniPCMultistepScheduler)) else 50
+
+    @property
     def default_guidance_interval(self) -> tuple[float, float]:
         """The noise levels at which guidance acts by default: up to 0.6 with a guide model, all levels without one.
 
@@ -338,6 +353,7 @@ class CorelPipeline(DiffusionPipeline):
         Without this file and its name, the pipeline could not be loaded from the folder.
         """
         super().save_config(save_directory, *args, **kwargs)
+        (Path(save_directory) / "manifest.json").unlink(missing_ok=True)  # the checksums of an earlier pipeline
         index = Path(save_directory) / "model_index.json"
         values = json.loads(index.read_text(encoding="utf-8"))
         values["_class_name"] = ["pipeline", type(self).__name__]

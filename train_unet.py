@@ -6,13 +6,12 @@ python train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel
 accelerate launch train_unet.py --vae-checkpoint vae_models --image-dir training_data/corel/corel_all
 """
 
-from corel_diffusers.config.parsing import parse
+from corel_diffusers.config.parsing import parse_script
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.files import one_line_errors
 
 if __name__ == "__main__":
-    with one_line_errors():
-        arguments = parse(UNetArguments)
+    arguments = parse_script(UNetArguments)
 
 import time
 from functools import partial
@@ -23,12 +22,13 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from corel_diffusers import files, hub, plots
+from corel_diffusers import files, plots, saved_models
 from corel_diffusers.data import aspect, latents, pixels
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.data.latent_set import LatentSet
 from corel_diffusers.evaluation.judge import SampleJudge
 from corel_diffusers.evaluation.vae_fit import print_vae_fit
+from corel_diffusers.hub import cards, upload
 from corel_diffusers.losses.alignment import alignment_loss
 from corel_diffusers.losses.diffusion import Diffusion
 from corel_diffusers.models.configs import trained_size_px
@@ -37,6 +37,7 @@ from corel_diffusers.runtime import compilation, devices, randomness
 from corel_diffusers.sampling import previews
 from corel_diffusers.sampling.samplers import AUTO, build_sampler
 from corel_diffusers.training import advice, checkpoints, history, intervals, metrics, planning, presets, resume, start
+from corel_diffusers.training.divergence import go_back, has_diverged
 from corel_diffusers.training.ema import ema_weights
 from corel_diffusers.training.gauge import GAUGE, PANEL, OverfittingGauge, first_copy_lines, record_validation
 from corel_diffusers.training.guide import Guide
@@ -73,7 +74,7 @@ def main(flags: UNetArguments) -> None:
     """Train a UNet as the flags say."""
     # start
     if flags.push_to_hub:
-        hub.require_token()
+        upload.require_token()
     began = time.monotonic()
     accelerator = start.start_run(flags)
     vae = latents.load_vae(flags.vae_location).to(accelerator.device)
@@ -127,7 +128,7 @@ def set_up(
     validation = build_validation(run, models, diffusion, latent_set, fitted, classes)
     start.print_data_and_model(run, photos, models.unet, sizes_px, latent_set.latent_shape)
     checkpoints.load(run, models.parts)
-    models_before, vae_run = [args.vae_location, args.init_location], hub.describe_vae(args.vae_location)
+    models_before, vae_run = [args.vae_location, args.init_location], cards.describe_vae(args.vae_location)
     history.open_run_dir(run, photos, models_before, vae=vae_run, sizes_px=sizes_px)
     run.state.stop_reason = stop_reason(args, run.state, run.history)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, validation.overfitting.forward_passes)
@@ -138,18 +139,20 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
     """Train until the run is over or stopped, then complete the pipeline in the run's folder."""
     args, accelerator = run.args, run.accelerator
     compiler = compilation.Compilation(args, accelerator, models.model, run.state.step)
-    training_batches = latent_set.batches(args, run.plan, run.state.step, run.length.steps, accelerator.device)
+    source = run.length.steps, accelerator.device
+    training_batches = latent_set.batches(args, run.plan, run.state.step, *source)
 
     # loop
     with metrics.progress_bar(run) as run.bar:
         while not run.is_over and not run.state.stop_reason:
-            models.parts.rate.set(run.state.step, run.total_steps)
+            models.parts.rate.set(run.state.step, run.total_steps, run.state.rate_factor)
             for micro_step in range(args.grad_accum):
                 rng = run.plan.random(run.state.step, micro_step, accelerator.device)
                 batch = [devices.to_device(values, accelerator.device) for values in next(training_batches)]
                 with accelerator.accumulate(models.model):
                     loss = denoising_step(run, models, diffusion, latent_set, batch, rng)
-                    optimizer_step(accelerator, models.optimizer, models.parameters, args.max_grad_norm)
+                    norm = optimizer_step(accelerator, models.optimizer, models.parameters, args.max_grad_norm)
+                run.skipped.add(norm)
                 run.means.add(loss=loss)
             if models.parts.ema:
                 models.parts.ema.step(models.parameters)
@@ -161,6 +164,10 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
                     if accelerator.is_main_process:
                         validation.guide.keep(run.state.step)
             metrics.show_progress(run)
+            if has_diverged(run, models.parts):
+                go_back(run, models.parts)
+                training_batches = latent_set.batches(args, run.plan, run.state.step, *source)
+                continue
 
             is_last_step = run.is_over
             if is_last_step or run.plan.ends_epoch(run.state.step, run.validate_every):
@@ -173,7 +180,8 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
                 if accelerator.is_main_process:
                     lines = first_copy_lines(run.history)
                     plots.plot_history(run.history, PANELS, args.run_dir / "loss_history.png", lines)
-                    hub.write_card(args.run_dir)
+                    cards.write_card(args.run_dir)
+                    upload.push_so_far(args, checkpoints.find_checkpoints(args.run_dir)[-1])
             if is_stopping:
                 break
 
@@ -181,7 +189,7 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
     if accelerator.is_main_process and run.history:
         write_samples_and_card(run)
         if args.push_to_hub and run.is_complete:
-            hub.push(args.run_dir, args.hub_model_id, private=not args.hub_public)
+            upload.push(args.run_dir, args.hub_model_id, private=not args.hub_public)
 
 
 def build_validation(
@@ -201,16 +209,15 @@ def build_validation(
         classes: see `set_up`.
     """
     vae, labels = models.vae, latent_set.labels
-    build_sampler(AUTO, diffusion.scheduler)  # if this is not possible, fail now and not at the first samples
     judge = None
     if run.args.evaluate_every and run.accelerator.is_main_process:
         judge = SampleJudge.of(vae, fitted, torch.from_numpy(labels["validation"]), run.args.mixed_precision)
+    sampler, sizes = build_sampler(AUTO, diffusion.scheduler), fitted["train"].count_by_size()
     names = {str(label): name for label, name in enumerate(classes)} or None
-    sizes = fitted["train"].count_by_size()
     numbers = {str(label): number for label, number in enumerate(classes.values())} or None
     return Validation(
         OverfittingGauge.of(vae, latent_set.moments, labels, bool(classes), diffusion),
-        CorelPipeline(vae, models.unet, diffusion.scheduler, names, class_numbers=numbers, image_sizes=sizes),
+        CorelPipeline(vae, models.unet, sampler, names, class_numbers=numbers, image_sizes=sizes),
         Guide(run.args.run_dir, models.unet, run.plan.global_batch),
         judge,
     )
@@ -259,7 +266,7 @@ def validate_and_save(run: Run, models: UNetModels, diffusion: Diffusion, valida
         if accelerator.is_main_process:
             pipe.register_modules(guide=validation.guide.of(run.state.step))
             if save_as_best:
-                with files.atomic_model_save(args.run_dir) as folder:
+                with saved_models.atomic_model_save(args.run_dir) as folder:
                     pipe.save_pretrained(folder)
             if is_sample_step:
                 with accelerator.autocast():
@@ -283,7 +290,7 @@ def write_samples_and_card(run: Run) -> None:
     # loaded as any user loads it
     pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(run.accelerator.device)
     plots.save_image(previews.sample_grid(pipe, args.seed, num_samples=36), args.run_dir / "grid.png")
-    hub.write_card(args.run_dir)
+    cards.write_card(args.run_dir)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ python train_vae.py --data-dir training_data/corel/corel_all --output-dir vae_mo
 accelerate launch train_vae.py --data-dir training_data/corel/corel_all --output-dir vae_models
 """
 
-from corel_diffusers.config.parsing import parse
+from corel_diffusers.config.parsing import parse_script
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import one_line_errors
 
 if __name__ == "__main__":
-    with one_line_errors():
-        arguments = parse(VAEArguments)
+    arguments = parse_script(VAEArguments)
 
 import math
 import time
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 from diffusers import AutoencoderKL
 
-from corel_diffusers import files, plots
+from corel_diffusers import files, plots, saved_models
 from corel_diffusers.data import aspect, augmented_crops, batches, latents, pixels, versions
 from corel_diffusers.data.cache import process_share
 from corel_diffusers.losses import vae as losses
@@ -43,6 +42,7 @@ from corel_diffusers.training import (
     resume,
     start,
 )
+from corel_diffusers.training.divergence import go_back, has_diverged
 from corel_diffusers.training.ema import ema_weights
 from corel_diffusers.training.optimizers import optimizer_step
 from corel_diffusers.training.run import Run
@@ -125,13 +125,13 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
     args, accelerator, device = run.args, run.accelerator, run.accelerator.device
     kl_weight = torch.tensor(run.state.kl_weight or args.kl_weight, device=device)
     compiler = compilation.Compilation(args, accelerator, models.model, run.state.step)
-    arrays = batches.preload((fitted["train"].values, large.values), device)
-    training_batches = batches.training_batches(run.plan, run.state.step, run.length.steps, args.num_workers, *arrays)
+    source = run.length.steps, args.num_workers, *batches.preload((fitted["train"].values, large.values), device)
+    training_batches = batches.training_batches(run.plan, run.state.step, *source)
 
     # loop
     with metrics.progress_bar(run) as run.bar:
         while not run.is_over:
-            models.parts.rate.set(run.state.step, run.total_steps)
+            models.parts.rate.set(run.state.step, run.total_steps, run.state.rate_factor)
             if not args.kl_target:
                 kl_weight.fill_(kl_weight_of_step(run))
             # fraction of the run that is left before the adversarial loss starts; 0 or less after its start
@@ -146,7 +146,8 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
                     terms, reconstruction = autoencoder_step(run, models, images, noise, kl_weight, is_adversarial)
                     if models.discriminator and until_adversarial <= DISCRIMINATOR_LEAD:
                         terms["discriminator"] = discriminator_step(run, models, images, reconstruction)
-                    optimizer_step(accelerator, models.optimizer, models.parameters, args.max_grad_norm)
+                    norm = optimizer_step(accelerator, models.optimizer, models.parameters, args.max_grad_norm)
+                run.skipped.add(norm)
                 run.means.add(**terms)
                 kl += terms["kl"].detach() / args.grad_accum
             if args.kl_target:
@@ -157,6 +158,11 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
             run.length.tick(run.state, accelerator)
             compiler.tick(run.state.step, run.total_steps - run.state.step)
             metrics.show_progress(run)
+            if has_diverged(run, models.parts):
+                go_back(run, models.parts)
+                kl_weight.fill_(run.state.kl_weight)
+                training_batches = batches.training_batches(run.plan, run.state.step, *source)
+                continue
 
             is_last_step = run.is_over
             if is_last_step or run.plan.ends_epoch(run.state.step, run.validate_every):
@@ -252,7 +258,7 @@ def validate_and_save(
         is_finite = math.isfinite(values["val_loss"])
         save_as_best = update_best_loss(run.state, values["val_loss"]) or (is_adversarial and is_finite)
         if accelerator.is_main_process and save_as_best:
-            with files.atomic_model_save(args.run_dir) as folder:
+            with saved_models.atomic_model_save(args.run_dir) as folder:
                 models.vae.save_pretrained(folder)
         if accelerator.is_main_process and is_sample_step:
             grids = previews.vae_grids(accelerator, models.vae, held_out, args.seed)
@@ -271,9 +277,11 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
     vae = AutoencoderKL.from_pretrained(args.run_dir).to(device, memory_format=torch.channels_last)
     num_photos = versions.STATISTICS_PHOTOS if run.is_complete else STATISTICS_PHOTOS_WHEN_STOPPED
     photos = fitted["train"].evenly_spaced(num_photos)
-    mean, std = latents.measure_latent_scale(latents.cache_moments(vae, photos, device, batch_size=args.batch_size))
+    moments = latents.cache_moments(vae, photos, device, batch_size=args.batch_size)
+    mean, std = latents.measure_latent_scale(moments)
     config = args.run_dir / "config.json"
     files.write_json(config, files.read_json(config) | {"latents_mean": mean, "latents_std": std})
+    saved_models.update_manifest(config)
     best = files.best_record(run.history)
     print(
         f"{args.run_dir} holds the VAE of epoch {best['epoch']}: "
@@ -283,6 +291,7 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
     mean_photo_psnr = advice.mean_photo_psnr(fitted["train"], fitted["validation"])
     start.print_notices(run.accelerator, advice.on_loss(run.history, "reconstruction", args))
     start.print_notices(run.accelerator, advice.on_kl(run.history, args, shape, mean_photo_psnr))
+    start.print_notices(run.accelerator, advice.on_channels(latents.channel_kl(moments)))
 
 
 if __name__ == "__main__":

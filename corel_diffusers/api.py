@@ -96,11 +96,18 @@ def run_and_print(words: list[str]) -> None:
     Raises:
         RuntimeError: the command failed.
     """
-    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     last_lines = deque(maxlen=5)
-    for line in process.stdout:
-        last_lines.append(line)
-        print(line, end="")
+    try:
+        for line in process.stdout:
+            last_lines.append(line)
+            print(line, end="")
+    except KeyboardInterrupt:  # the button of a notebook: the command saves a checkpoint and ends
+        process.terminate()
+        process.wait()
+        raise
     if process.wait():
         raise RuntimeError(f"corel-diffusers {words[0]} ended with {process.returncode}: {''.join(last_lines)}")
 

@@ -14,8 +14,8 @@ import tyro
 
 from corel_diffusers import __version__
 from corel_diffusers.config.checks import MIN_PHOTOS, user_path
-from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
-from corel_diffusers.config.parsing import require_photos, training_words, use_files_for_plots
+from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset
+from corel_diffusers.config.parsing import parse, use_files_for_plots
 from corel_diffusers.config.train import Env, Train
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.unet import UNetArguments
@@ -25,7 +25,8 @@ from corel_diffusers.files import one_line_errors
 if TYPE_CHECKING:
     from PIL import Image
 
-COMMAND = [sys.executable, "-c", "from corel_diffusers.cli import main; main()"]  # `corel-diffusers`, wherever it is
+# `corel-diffusers`, wherever it is; -P: no module is imported from the folder that the user is in
+COMMAND = [sys.executable, "-P", "-c", "from corel_diffusers.cli import main; main()"]
 
 
 def run_prepare(args: Prepare) -> None:
@@ -40,9 +41,15 @@ def run_prepare(args: Prepare) -> None:
 def run_in_own_process(words: list[str]) -> None:
     """Run a command in a process of its own, which gives back all its memory. End with its exit code if it fails."""
     print(f"corel-diffusers {' '.join(words)}", flush=True)
-    done = subprocess.run([*COMMAND, *words])
-    if done.returncode:
-        sys.exit(done.returncode)
+    # in a session of its own, so that a signal to all processes of a terminal reaches it once: through this process
+    process, code = subprocess.Popen([*COMMAND, *words], start_new_session=True), None
+    while code is None:
+        try:
+            code = process.wait()
+        except SystemExit as signalled:  # see `exit_with_signal`: the command saves a checkpoint and ends
+            process.send_signal(signalled.code - 128)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process) -> None:
@@ -55,7 +62,6 @@ def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process
 
 
 def run_training_script(args: TrainingArguments) -> None:
-    require_photos(args)
     from corel_diffusers.training.start import explain_out_of_memory
 
     script = importlib.import_module(args.script)  # train_vae.py or train_unet.py
@@ -71,7 +77,7 @@ def run_generate(args: Generate) -> "list[Image.Image]":
 
 def run_evaluate(args: Evaluate) -> dict:
     from corel_diffusers.evaluation.evaluate import evaluate
-    from corel_diffusers.hub import write_card
+    from corel_diffusers.hub.cards import write_card
 
     results = evaluate(args)
     if not args.pictures and args.results_dir == args.pipeline_location:
@@ -80,9 +86,15 @@ def run_evaluate(args: Evaluate) -> dict:
 
 
 def run_push(args: Push) -> None:
-    from corel_diffusers.hub import push
+    from corel_diffusers.hub.upload import push
 
-    push(args.folder, args.repo_id, args.private, args.dry_run, args.revision)
+    push(args.folder, args.repo_id, args.private, args.dry_run, args.revision, args.license)
+
+
+def run_push_dataset(args: PushDataset) -> None:
+    from corel_diffusers.hub.upload import push_dataset
+
+    push_dataset(args.folder, args.repo_id, not args.public, args.dry_run, args.license)
 
 
 def run_env(args: Env) -> None:
@@ -99,6 +111,7 @@ COMMANDS = {
     "generate": (Generate, run_generate),
     "evaluate": (Evaluate, run_evaluate),
     "push": (Push, run_push),
+    "push-dataset": (PushDataset, run_push_dataset),
     "env": (Env, run_env),
 }
 
@@ -116,7 +129,8 @@ def main() -> None:
             tyro.extras.subcommand_cli_from_dict(
                 {name: kind for name, (kind, _) in COMMANDS.items()}, prog="corel-diffusers", args=words
             )
-        (kind, run), name, words = COMMANDS[words[0]], words[0], words[1:]
+        (kind, run), prog, words = COMMANDS[words[0]], f"corel-diffusers {words[0]}", words[1:]
         if issubclass(kind, TrainingArguments):
-            words = training_words(words)
-        run(tyro.cli(kind, prog=f"corel-diffusers {name}", description=inspect.getdoc(kind), args=words).checked())
+            run(parse(kind, words, prog))
+        else:
+            run(tyro.cli(kind, prog=prog, description=inspect.getdoc(kind), args=words).checked())

@@ -8,15 +8,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-ENTRY_FILES = ("model_index.json", "config.json")  # loading a pipeline or a model starts from one of these files
 # control characters, line and paragraph separators, and (as surrogates) bytes that are not UTF-8
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+# Ctrl-C, the end of a job, a warning before its end (SLURM), and, except on Windows, a terminal that is closed
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 class UserError(Exception):
@@ -25,12 +30,44 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit code 2. Other exceptions keep their traceback."""
+    """Give a program its exit codes and its last line: this context is around everything that it does.
+
+    A UserError becomes one line on stderr and exit code 2. Each of STOP_SIGNALS becomes exit code 128 + its number, and
+    files that are being written are cleaned up. If the program that reads the output ends first, as in
+    `train_vae.py --help | head`, this program ends quietly. Other exceptions keep their traceback.
+    """
     try:
-        yield
+        with handling_signals(exit_with_signal):
+            yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered is written there
+        sys.exit(1)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle STOP_SIGNALS inside this context, except those that are ignored, as `nohup` does with SIGHUP.
+
+    Python lets only the main thread install signal handlers. In another thread, nothing changes.
+    """
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before or signal.SIG_DFL)
+
+
+def exit_with_signal(number: int, frame: object) -> None:
+    """Exit with the code of a signal."""
+    print("stopped", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def printable(text: str) -> str:
@@ -105,42 +142,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the folder may not exist
             temporary.unlink()
-
-
-@contextmanager
-def atomic_model_save(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to save a model in, and move its files into `folder` at the end of the context.
-
-    `folder` may contain other files too. The file from which loading starts (ENTRY_FILES) is removed first and moved
-    last, so that new weights are never loaded with an old config. If the process is killed in between,
-    `finish_model_save` completes the save.
-    """
-    finish_model_save(folder)
-    staged = folder / ".publishing"
-    shutil.rmtree(staged, ignore_errors=True)
-    with explain_full_disk(folder):
-        staged.mkdir(parents=True)
-        yield staged
-    os.replace(staged, folder / ".published")  # complete: finish_model_save can now finish the save, even after a kill
-    finish_model_save(folder)
-
-
-def finish_model_save(folder: Path) -> None:
-    """Move the files that `atomic_model_save` has completed into `folder`. Continue a move that a kill interrupted."""
-    complete = folder / ".published"
-    if not complete.is_dir():
-        return
-    files = sorted(
-        (f for f in complete.rglob("*") if f.is_file()), key=lambda f: f.parent == complete and f.name in ENTRY_FILES
-    )
-    for marker in ENTRY_FILES:
-        if complete / marker in files:
-            (folder / marker).unlink(missing_ok=True)
-    for file in files:
-        target = folder / file.relative_to(complete)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
-    shutil.rmtree(complete)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -54,13 +54,13 @@ class Handler(BaseHTTPRequestHandler):
                 }
             )
         parts = path.split("/")
-        name = "/".join(parts[2:4] if path.startswith("api/models/") else parts[:2])
+        name = "/".join(parts[2:4] if path.startswith(("api/models/", "api/datasets/")) else parts[:2])
         files = hub.repos.get(name)
         if files is None:
             return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         if "preupload" in parts:
             requested = json.loads(body)["files"]
-            lfs_endings = (".safetensors", ".png")
+            lfs_endings = (".safetensors", ".png", ".parquet")
             modes = [
                 {
                     "path": f["path"],

@@ -9,9 +9,10 @@ from conftest import run_here
 from scipy.stats import binom
 
 from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.latents import channel_kl
 from corel_diffusers.evaluation.report import on_copies
 from corel_diffusers.files import UserError
-from corel_diffusers.training.advice import on_kl, on_loss, on_scale
+from corel_diffusers.training.advice import on_channels, on_kl, on_loss, on_scale
 
 COLLAPSED = [
     "--kl-weight",
@@ -140,3 +141,18 @@ def test_advice_about_the_scale_of_latents(entries, expected):
     else:
         lines = on_scale(vae, moments.numpy(), "vae_models")
         assert lines == [] if expected is None else expected in lines[0]
+
+
+def test_dead_channels_are_named():
+    """The reference is torch's KL divergence of two normal distributions."""
+    mean = torch.randn(20, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    mean[:, :, 1] = 0.0
+    logvar = torch.full_like(mean, -2.0)
+    logvar[:, :, 1] = 0.0
+    posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean((0, 1, 3, 4))
+    measured = channel_kl(torch.cat([mean, logvar], 2).numpy())
+    assert measured == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-9)
+    (line,) = on_channels(measured)
+    assert line.startswith("1 of the 3 latent channels carry almost no information (number 2): give --latent-dim 2")
+    assert on_channels([1.0, 0.5]) == []

@@ -85,6 +85,15 @@ def test_samples_equal_those_of_the_pipeline_at_any_batch_size(base):
     assert Image.open(base / "two_individual" / "image_0001.png").text == {"seed": "6", "class": "sunset at sea"}
 
 
+def test_the_pipeline_by_itself_draws_what_generate_draws(base):
+    """With nothing but a class: the folder comes with the sampler of `generate`, and takes its number of steps."""
+    tool("generate", "--base-dir", base, "--num-images", 1, "--seed", 5, "--class", "pine forest",
+         "--mixed-precision", "no", "--output", "alone.png")  # fmt: skip
+    pipe = DiffusionPipeline.from_pretrained(base / "diffusion_models", trust_remote_code=True)
+    expected = pipe("pine forest", generator=torch.Generator().manual_seed(5), output_type="np").images[0]
+    assert np.abs(read_images(base / "alone_individual")[0] / 255 - expected).max() < 0.01
+
+
 def test_more_than_sixteen_samples_are_saved_as_a_grid_only_by_default(base):
     common = ["generate", "--base-dir", base, "--num-images", 17, "--sampler", "unipc", "--steps", 2]
     tool(*common, "--output", "grid.png")
@@ -156,7 +165,7 @@ def test_out_of_memory_is_one_line_and_keeps_the_finished_samples(trained_unet, 
 def test_another_kind_of_pipeline_is_refused(trained_unet, tmp_path):
     components = (
         UNet2DModel.from_pretrained(trained_unet / "unet"),
-        DDPMScheduler.from_pretrained(trained_unet / "scheduler"),
+        DDPMScheduler(),
     )
     DDPMPipeline(*components).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a DDPMPipeline: give one that train_unet.py wrote"):

@@ -27,7 +27,7 @@ from corel_diffusers.evaluation import features as feature_networks
 from corel_diffusers.evaluation.judge import stratified_rows
 from corel_diffusers.evaluation.reconstruction import reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import UserError
-from corel_diffusers.hub import write_card
+from corel_diffusers.hub.cards import write_card
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.models.unet import build_unet
 from corel_diffusers.models.vae import build_vae

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_photos, tool
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +22,7 @@ from corel_diffusers.data.cache import cached_array, is_whole, shard_path
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.prepare import prepare
 from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
-from corel_diffusers.hub import push
+from corel_diffusers.hub.upload import push
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
 from corel_diffusers.trust import require_own_code
 
@@ -232,7 +233,7 @@ def test_a_push_lists_and_sends_only_the_pipeline(trained_unet, tmp_path, capsys
     assert "vae/config.json" in listed
     assert "notes.txt" not in listed
     assert ".env" not in listed
-    monkeypatch.setattr("corel_diffusers.hub.get_token", lambda: None)
+    monkeypatch.setattr("corel_diffusers.hub.upload.get_token", lambda: None)
     card = (folder / "README.md").read_bytes()
     with pytest.raises(UserError, match="no token"):
         push(folder, "user/other")
@@ -241,9 +242,39 @@ def test_a_push_lists_and_sends_only_the_pipeline(trained_unet, tmp_path, capsys
 
 
 def test_a_card_of_the_user_in_another_encoding_is_kept(trained_unet, tmp_path):
-    from corel_diffusers.hub import write_card
+    from corel_diffusers.hub.cards import write_card
 
     shutil.copytree(trained_unet, tmp_path / "model")
     (tmp_path / "model" / "README.md").write_bytes("# Meine Bäume\n".encode("latin-1"))
     write_card(tmp_path / "model")
     assert (tmp_path / "model" / "README.md").read_bytes() == "# Meine Bäume\n".encode("latin-1")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_changed_weights_of_a_pipeline_are_refused_and_a_changed_config_is_named(part, trained_unet, tmp_path, capsys):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.02", "0.03"))
+    load_pipeline(folder, torch.device("cpu"))
+    assert f"notice: --pipeline {folder}: scheduler/scheduler_config.json has changed" in capsys.readouterr().out
+    weights = folder / part / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=f"{part}/diffusion_pytorch_model.safetensors has changed since it was saved"):
+        load_pipeline(folder, torch.device("cpu"))
+    weights.unlink()
+    with pytest.raises(UserError, match=f"{part}/diffusion_pytorch_model.safetensors is missing: copy it again"):
+        load_pipeline(folder, torch.device("cpu"))
+
+
+def test_a_pipeline_that_a_user_saves_again_is_not_damaged(trained_unet, tmp_path, capsys):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    pipe = load_pipeline(folder, torch.device("cpu"))
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.add_(0.1)
+    pipe.save_pretrained(folder)
+    load_pipeline(folder, torch.device("cpu"))
+    assert "has changed" not in capsys.readouterr().out

@@ -1,19 +1,23 @@
 """Push and load with the real Hub client, over HTTP, from a local server that stands in for the Hub."""
 
+import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from conftest import launch, run_here, script, tool
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from datasets import load_dataset
+from diffusers import DiffusionPipeline, UNet2DModel
 from hub_server import TOKEN, HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from safetensors.torch import load_file
 
-from corel_diffusers import hub as hub_module
+from corel_diffusers.data.photos import load_photos
 from corel_diffusers.files import UserError
-from corel_diffusers.hub import WRITTEN_BY, write_card
-from corel_diffusers.sampling.samplers import build_sampler
+from corel_diffusers.hub import cards
+from corel_diffusers.hub.cards import WRITTEN_BY, write_card
+from corel_diffusers.sampling.pipelines import pipeline_digest
 
 LOAD = """
 import sys
@@ -116,8 +120,60 @@ def test_a_push_to_a_branch_leaves_main_as_it_is(hub, trained_unet, tmp_path):
     assert hub.revision == "try-2"
 
 
+def test_a_pushed_vae_loads_by_itself(hub, trained_vae, tmp_path):
+    flags = ["push", "--vae", trained_vae, "--repo-id", "user/vae", "--license", "cc-by-4.0", "--private"]
+    tool(*flags, env=hub.env(tmp_path / "home"))
+    files = hub.repos["user/vae"]
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= set(files)
+    assert not [name for name in files if "checkpoint" in name or "run.json" in name or "photos" in name]
+    card = files["README.md"].decode()
+    assert ModelCard(card).data.license == "cc-by-4.0"
+    assert 'AutoencoderKL.from_pretrained("user/vae")' in card
+    assert "latents of 4 channels, with 4 pixels per" in " ".join(card.split())
+    load = "import diffusers, sys; diffusers.AutoencoderKL.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+    launch(sys.executable, "-c", load, "user/vae", tmp_path / "loaded", env=hub.env(tmp_path / "cache"))
+    ours, loaded = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (trained_vae, tmp_path / "loaded"))
+    assert all((ours[name] == loaded[name]).all() for name in ours)
+
+
+def test_pushed_photos_have_the_same_labels_captions_and_splits(hub, raw_photos, tmp_path):
+    tool("push-dataset", "--data-dir", raw_photos, "--repo-id", "user/photos", env=hub.env(tmp_path / "home"))
+    assert hub.private, "photos are private unless --public is given"
+    for name, content in hub.repos["user/photos"].items():
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).write_bytes(content)
+    pushed, original = load_dataset(str(tmp_path / "clone")), load_photos(raw_photos)
+    assert set(pushed) == set(original)
+    for split, part in original.items():
+        assert pushed[split].features["label"].names == part.features["label"].names
+        for column in ("file_name", "label", "caption"):
+            assert pushed[split][column][:] == part[column][:]
+        assert np.array_equal(pushed[split][0]["image"], part[0]["image"])
+    card = DatasetCard((tmp_path / "clone" / "README.md").read_text())
+    assert 'load_dataset("user/photos")' in card.text
+
+
+def test_the_best_pipeline_and_the_checkpoint_are_pushed_during_the_run(hub, unet_flags, tmp_path):
+    """With --hub-strategy checkpoint. The run then goes on from what is on the Hub, and ends with the same weights."""
+    flags = [*unet_flags, "--push-to-hub", "--hub-model-id", "user/fresh", "--hub-strategy", "checkpoint"]
+    flags += ["--checkpoint-steps", 1, "--keep-checkpoints", 1, "--max-train-steps", 2, "--output-dir"]
+    script("train_unet", *flags, tmp_path / "run", env={k: v for k, v in hub.env("").items() if k != "HF_HOME"})
+    files = hub.repos["user/fresh"]
+    for name, content in files.items():
+        if name.startswith("last-checkpoint/step-000001/"):
+            target = tmp_path / "clone" / "checkpoints" / name.removeprefix("last-checkpoint/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    script("train_unet", *unet_flags, "--max-train-steps", 2, "--resume", "latest", "--output-dir", tmp_path / "clone")
+    weights = [
+        load_file(tmp_path / folder / "checkpoints" / "step-000002" / "model.safetensors")
+        for folder in ("run", "clone")
+    ]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
 def test_push_to_hub_without_a_token_is_refused_before_training(unet_flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("corel_diffusers.hub.get_token", lambda: None)
+    monkeypatch.setattr("corel_diffusers.hub.upload.get_token", lambda: None)
     with pytest.raises(UserError, match="no token for the Hub"):
         run_here(
             "train_unet", [*unet_flags, "--output-dir", tmp_path / "out", "--push-to-hub", "--hub-model-id", "user/x"]
@@ -173,12 +229,6 @@ def test_the_card_has_the_measured_numbers_and_a_card_of_the_user_is_kept(traine
     assert str(trained_vae.parent) not in card.text, "the card has no paths of the user's machine"
     copy = tmp_path / "copy"
     shutil.copytree(trained_unet, copy, ignore=shutil.ignore_patterns("checkpoints"))
-    assert "from_config(pipe.scheduler.config)\n" in card.text
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    scheduler.save_pretrained(copy / "scheduler")
-    write_card(copy)
-    assert "from_config(pipe.scheduler.config, lambda_min_clipped=-5.1)\n" in (copy / "README.md").read_text()
-    assert build_sampler("dpm-solver++", scheduler).config.lambda_min_clipped == -5.1
     (copy / "README.md").write_text("my own card")
     write_card(copy)
     assert (copy / "README.md").read_text() == "my own card"
@@ -187,9 +237,35 @@ def test_the_card_has_the_measured_numbers_and_a_card_of_the_user_is_kept(traine
     assert "## Use" in (copy / "README.md").read_text()
 
 
+def test_the_card_has_the_results_for_the_page_of_the_model(trained_unet, raw_photos, tmp_path):
+    """The reference is evaluation.json. Names are shown as text: a class cannot add HTML to the page."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["class_names"]["0"] = "<b>sea</b>"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    values = {"kid_e3": 31.25, "kid_e3_low": 30.0, "kid_e3_high": 33.0, "fd": 2.5, "n": [300, 50],
+              "precision": 0.5, "recall": 0.5}  # fmt: skip
+    evaluation = {
+        "unet_sha256": pipeline_digest(folder), "features": "efficientnet-lite0", "held_out": "test",
+        "generation": values, "reconstruction": values, "size_px": [32, 32],
+        "copies": {"pictures": {"pixels": 0.01, "features": 0.02}, "n": {"pictures": 300}},
+    }  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    write_card(folder, license_id="mit")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit"
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["kid"].metric_value == 31.25
+    assert results["copies"].metric_value == 0.01
+    assert results["fd"].dataset_split == "test"
+    assert "300 samples, 50 photos, efficientnet-lite0" in results["fd"].metric_name
+    assert "&lt;b&gt;sea&lt;/b&gt;" in card.text
+
+
 def test_a_card_without_an_evaluation_does_not_hash_the_weights(trained_unet, tmp_path, monkeypatch):
     """The card is written at each checkpoint, and hashing the weights takes time."""
     folder = tmp_path / "pipeline"
     shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
-    monkeypatch.setattr(hub_module, "pipeline_digest", lambda folder: pytest.fail("the weights were hashed"))
+    monkeypatch.setattr(cards, "pipeline_digest", lambda folder: pytest.fail("the weights were hashed"))
     write_card(folder)

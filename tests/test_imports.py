@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "corel_diffusers"
 # A folder may import from itself and from the folders of earlier rows.
 LAYERS = [
     ["files"],
-    ["config", "plots", "internals", "trust"],
+    ["config", "plots", "internals", "trust", "saved_models"],
     ["models"],
     ["runtime"],
     ["losses", "data"],

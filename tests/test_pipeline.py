@@ -1,5 +1,6 @@
 """CorelPipeline: its results equal those of the schedulers, and it can be saved and loaded. Also: the samplers."""
 
+import inspect
 import json
 import sys
 
@@ -454,3 +455,25 @@ def test_classes_that_are_numbers_are_found_by_their_number_and_keep_their_order
     pipe.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert list(loaded.config.class_names.values()) == [str(3 * label) for label in range(12)]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "unipc", "dpm-solver++"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}, {"prediction_type": "epsilon"}],
+)
+def test_samplers_made_from_the_saved_sampler_equal_those_made_from_the_scheduler_of_training(name, options, tmp_path):
+    """The reference is the scheduler of training. The folder holds DPM-Solver++, which was made from it."""
+    given = {"prediction_type": "v_prediction", "clip_sample": False, "timestep_spacing": "trailing"}
+    trained = DDPMScheduler(**given | options)
+    build_sampler("dpm-solver++", trained).save_pretrained(tmp_path)
+    results = []
+    for source in (trained, diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path)):
+        sampler, generator = build_sampler(name, source), torch.Generator().manual_seed(0)
+        sampler.set_timesteps(10)
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        more = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
+        for timestep in sampler.timesteps:
+            latents = sampler.step(torch.sin(latents), timestep, latents, **more).prev_sample
+        results.append(latents)
+    assert torch.equal(*results)

@@ -1,6 +1,7 @@
 """Tests of the training scripts with tiny models: files, resuming, error messages, several processes."""
 
 import importlib
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from conftest import ROOT, UNET_CONFIG, launch, make_photos, run_here, script
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -83,7 +85,7 @@ def test_train_unet_writes_a_pipeline_folder(trained_unet, trained_vae):
         assert (trained_unet / name).stat().st_size > 0, name
     pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
     assert pipe.scheduler.config.clip_sample is False
-    assert type(pipe.scheduler).__name__ == "DDPMScheduler"
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert list(pipe.config.class_names.values()) == ["sunset at sea", "snowy mountain", "pine forest"]
     ours, theirs = load_file(trained_vae / "diffusion_pytorch_model.safetensors"), pipe.vae.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours), (
@@ -241,6 +243,19 @@ def test_the_models_are_freed_before_the_process_group_is_destroyed(name, vae_fl
     run_here(name, [*flags, "--max-train-steps", 2, "--output-dir", tmp_path])
     assert models
     assert alive == [None] * len(models)
+
+
+def test_a_run_continues_in_another_precision_only_if_it_is_asked_to(vae_flags, tmp_path, capsys):
+    """As an fp16 run does whose GPU was taken away. bf16 stands in for fp16, because it runs on each CPU."""
+    flags = [word for word in vae_flags if word not in ("--mixed-precision", "no")]
+    flags += ["--output-dir", tmp_path, "--checkpoint-steps", 1, "--no-perceptual"]
+    run_here("train_vae", [*flags, "--mixed-precision", "bf16", "--max-train-steps", 2])
+    flags += ["--mixed-precision", "no", "--max-train-steps", 4, "--resume", "latest"]
+    with pytest.raises(UserError, match=r"mixed-precision was bf16, is no \(--change-precision continues in the new"):
+        run_here("train_vae", flags)
+    run_here("train_vae", [*flags, "--change-precision"])
+    assert "will not end with the weights of a run without an interruption" in capsys.readouterr().out
+    assert metrics(tmp_path)[-1]["step"] == 4
 
 
 def test_a_signal_at_the_last_step_leaves_a_finished_run(vae_flags, tmp_path, monkeypatch, capsys):
@@ -556,14 +571,29 @@ def test_photos_of_one_class_give_an_unconditional_model(raw_photos, configs, tr
     assert len(pipe(1, num_inference_steps=2).images) == 1
 
 
-def test_the_metrics_are_sent_to_tensorboard(vae_flags, tmp_path):
+def test_flags_metrics_and_images_are_sent_to_tensorboard(vae_flags, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run_here(
-        "train_vae",
-        [*vae_flags, "--output-dir", tmp_path, "--max-train-steps", 2, "--report-to", "tensorboard", "--no-perceptual"],
-    )
-    events = event_accumulator.EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent)).Reload()
+    flags = [*vae_flags, "--max-train-steps", 2, "--report-to", "all", "--no-perceptual", "--sample-every", 1]
+    run_here("train_vae", [*flags, "--output-dir", tmp_path])
+    folder = next((tmp_path / "logs" / "train_vae").glob("events.*")).parent
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
     assert events.Scalars("val_psnr")[-1].value == pytest.approx(metrics(tmp_path)[-1]["val_psnr"], rel=1e-4)
+    sent = Image.open(io.BytesIO(events.Images("reconstructions")[-1].encoded_image_string))
+    saved = Image.open(sorted((tmp_path / "reconstructions").glob("*.png"))[-1])
+    assert np.array_equal(sent, saved)
+    hyperparameters = yaml.safe_load(next((tmp_path / "logs").rglob("hparams.yml")).read_text())
+    assert hyperparameters["max_train_steps"] == 2
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_trackers_work_without_a_network(name, unet_flags, tmp_path, monkeypatch):
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    flags = [*unet_flags, "--max-train-steps", 2, "--report-to", name, "--sample-every", 1]
+    script("train_unet", *flags, "--output-dir", tmp_path / "run")
+    assert list(tmp_path.rglob("*.wandb" if name == "wandb" else "trackio/*.db"))
 
 
 REFUSED = [

@@ -19,12 +19,11 @@ from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.files import (
     UserError,
     atomic_file,
-    atomic_model_save,
     best_record,
-    finish_model_save,
     read_metrics,
 )
 from corel_diffusers.runtime import compilation
+from corel_diffusers.saved_models import atomic_model_save, finish_model_save
 from corel_diffusers.training import ema, optimizers, start
 from corel_diffusers.training.intervals import checkpoint_due, epochs_between_validations, samples_due
 from corel_diffusers.training.length import RunLength

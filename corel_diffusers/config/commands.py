@@ -226,10 +226,12 @@ class Evaluate(Sampling):
 
 @dataclass(kw_only=True, frozen=True)
 class Push:
-    """Push a pipeline folder with its model card to the Hugging Face Hub."""
+    """Push a pipeline or a VAE with its model card to the Hugging Face Hub."""
 
     pipeline: str = "diffusion_models"
     """Pipeline folder that train_unet.py wrote."""
+    vae: str | None = None
+    """VAE folder that train_vae.py wrote, to push the VAE by itself instead of a pipeline."""
     repo_id: str
     """Id of the repository on the Hub: user/name."""
     base_dir: str = "."
@@ -238,18 +240,51 @@ class Push:
     """Make the repository private."""
     revision: str | None = None
     """Branch of the repository (default: main). It is created if it does not exist."""
+    license: str | None = None
+    """License in the model card, by its name on the Hub, such as cc-by-4.0."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only list the files that would be pushed."""
 
     @property
     def folder(self) -> Path:
-        """The pipeline's folder."""
-        return user_path(self.base_dir, self.pipeline)
+        """The folder of the pipeline or the VAE."""
+        return user_path(self.base_dir, self.vae or self.pipeline)
 
     def checked(self) -> Self:
         """Return the flags, or raise UserError for values that cannot be used."""
         require_usable(self)
         check_repo_id(self.repo_id, "--repo-id")
         if not self.folder.is_dir():
-            raise UserError(f"--pipeline {self.folder} is not a folder: give the --output-dir of train_unet.py")
+            flag, script = ("--vae", "train_vae.py") if self.vae else ("--pipeline", "train_unet.py")
+            raise UserError(f"{flag} {self.folder} is not a folder: give the --output-dir of {script}")
+        return self
+
+
+@dataclass(kw_only=True)
+class PushDataset:
+    """Push photos with labels, captions and splits to the Hugging Face Hub. The repository is private."""
+
+    data_dir: str
+    """Folder of photos, prepared or not."""
+    repo_id: str
+    """Id of the repository on the Hub: user/name."""
+    base_dir: str = "."
+    """Folder at which relative paths start."""
+    public: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Create a public repository: everybody can load the photos."""
+    license: str | None = None
+    """License in the card, by its name on the Hub, such as cc-by-4.0."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only list the files that would be pushed."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the photos."""
+        return user_path(self.base_dir, self.data_dir)
+
+    def checked(self) -> Self:
+        """Return the flags, or raise UserError for values that cannot be used."""
+        require_usable(self)
+        check_repo_id(self.repo_id, "--repo-id")
+        require_data_dir(self.folder)
         return self

@@ -47,9 +47,6 @@ FLAGS = {
     "--gradient-accumulation-steps": OtherFlag("--grad-accum"),
     # optimisation
     "--adam-weight-decay": OtherFlag("--weight-decay"),
-    "--adam-beta1": OtherFlag(instead="omit it: AdamW has the betas 0.9 and 0.999"),
-    "--adam-beta2": OtherFlag(instead="omit it: AdamW has the betas 0.9 and 0.999"),
-    "--adam-epsilon": OtherFlag(instead="omit it: AdamW has the epsilon 1e-8"),
     "--use-8bit-adam": OtherFlag(instead="omit it, or give --optimizer muon, which keeps one state", has_value=False),
     "--scale-lr": OtherFlag(instead="give the scaled rate as --learning-rate", has_value=False),
     "--lr-num-cycles": OtherFlag(instead="omit it: cosine_with_restarts has one cycle"),

@@ -2,32 +2,66 @@
 
 import inspect
 import os
+import re
+import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import field, make_dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 import yaml
 
 from corel_diffusers.config.diffusers_flags import translate
 from corel_diffusers.config.training import TrainingArguments
-from corel_diffusers.files import UserError, read_json
+from corel_diffusers.files import UserError, one_line_errors, read_json
+
+Flags = TypeVar("Flags", bound=TrainingArguments)
 
 
-def parse(kind: type[TrainingArguments]) -> TrainingArguments:
-    """Parse the command line and return the checked flags, an object of the class `kind`.
+def parse_script(kind: type[Flags]) -> Flags:
+    """Parse the command line of a script that is started as a program.
 
-    Raises:
-        UserError: a value that no run can use.
+    The script then imports torch, which takes seconds. Until that is done, Ctrl-C ends it at once, without a traceback.
     """
-    use_files_for_plots()
-    flags = tyro.cli(kind, args=training_words(sys.argv[1:]), description=inspect.getdoc(kind)).checked()
-    require_photos(flags)
+    with one_line_errors():
+        flags = parse(kind)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return flags
 
 
-def training_words(words: list[str]) -> list[str]:
-    """Return the words of a command line with --config-file and the flags of diffusers' examples replaced by ours."""
-    return translate(with_config_file(words))
+def parse(kind: type[Flags], words: Sequence[str] | None = None, prog: str | None = None) -> Flags:
+    """Parse the command line of a training script and return the checked flags, an object of the class `kind`.
+
+    --config-file and the flags of diffusers' examples are replaced by our flags first.
+
+    Args:
+        words: the words of the command line (default: those of this process).
+        prog: the name of the command in `--help` (default: that of this process).
+
+    Raises:
+        UserError: a value that no run can use, or no photos are given.
+    """
+    use_files_for_plots()
+    words = translate(with_config_file(sys.argv[1:] if words is None else list(words)))
+    # in a dataclass of dataclasses, tyro shows one box per group
+    names = [re.sub(r"^(VAE|UNet)|Flags$", "", group.__name__).lower() for group in kind.GROUPS]
+    boxes = [
+        (name, tyro.conf.OmitArgPrefixes[group], field(default=group()))
+        for name, group in zip(names, kind.GROUPS, strict=True)
+    ]
+    parsed = tyro.cli(
+        make_dataclass("Boxes", boxes),
+        prog=prog,
+        args=words,
+        description=inspect.getdoc(kind),
+        config=(tyro.conf.DisallowNone,),
+    )
+    flags = kind(**{name: value for name_of_box in names for name, value in vars(getattr(parsed, name_of_box)).items()})
+    require_photos(flags := flags.checked())
+    return flags
 
 
 def require_photos(flags: TrainingArguments) -> None:

@@ -7,13 +7,10 @@ import importlib.util
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
-
-import tyro
+from typing import ClassVar, Self
 
 from corel_diffusers.config.checks import (
     SCENES,
-    flag,
     flag_name,
     model_location,
     parse_size,
@@ -23,133 +20,29 @@ from corel_diffusers.config.checks import (
     require_usable,
     user_path,
 )
+from corel_diffusers.config.flag_groups import (
+    TRACKERS,
+    IntervalFlags,
+    LengthFlags,
+    ModelFlags,
+    OptimizerFlags,
+    OutputFlags,
+    PhotoFlags,
+    SpeedFlags,
+)
 from corel_diffusers.files import UserError
-
-OUR_LR_SCHEDULES = ("cosine", "cosine_warm_restarts", "plateau", "none")  # see training/learning_rate.py
-LR_SCHEDULERS = Literal[
-    *OUR_LR_SCHEDULES,
-    *("linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),  # of diffusers
-]
 
 
 @dataclass(kw_only=True, frozen=True)
-class TrainingArguments:
+class TrainingArguments(PhotoFlags, LengthFlags, OutputFlags, IntervalFlags, ModelFlags, OptimizerFlags, SpeedFlags):
     """The flags that train_vae.py and train_unet.py share. They do not change: `resolved` returns a second object."""
 
+    GROUPS: ClassVar[tuple[type, ...]]  # the groups of flags, most needed first
     MODEL: ClassVar[str]  # "vae" or "unet"
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "image_size", "batch_size")
     LEARNING_RATES: ClassVar[dict[str, float]] = {}  # for the presets for which 1e-4 is not the best value
     CHECKPOINT_EVERY: ClassVar[int] = 10  # default of --checkpoint-every, epochs
     MUON_SCALE: ClassVar[float] = 30.0  # Muon's learning rate / AdamW's; the best measured value for tiny
-
-    # photos
-    data_dir: Annotated[str | None, tyro.conf.arg(aliases=["--image-dir"])] = flag(None, may_change=True)
-    """Folder of photos: prepared, raw Corel, one folder per class, or flat. "scenes": this package draws the photos."""
-    dataset_name: str | None = flag(None, may_change=True)
-    """Id of a Hub dataset, instead of --data-dir."""
-    classes: tuple[str, ...] = ()
-    """Train only on these classes, given by name or number (default: all)."""
-    max_train_samples: int | None = None
-    """Use at most this many training photos."""
-    image_size: str | None = flag(None, may_change=True)
-    """Image size in pixels: 128, or 96x144 (height x width)."""
-    aspect_buckets: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Train on a few image sizes with about the area of --image-size, so that photos of every shape keep their frame.
-    Each photo has the size that cuts off the least, and each batch has one size.
-    Without this flag, the centre of each photo is cut to the shape of --image-size."""
-    num_workers: int = flag(0, may_change=True, in_card=False)
-    """Number of processes that load batches in advance.
-    Pixels and latents are computed once and cached, so 0 is fastest on most machines."""
-
-    # folders
-    output_dir: str = flag(".", may_change=True)
-    """Folder of the run: the model, metrics.jsonl, plots, samples, checkpoints."""
-    base_dir: str = flag(".", may_change=True, in_card=False)
-    """Folder at which relative paths start."""
-
-    config_file: str | None = flag(None, may_change=True, in_card=False)
-    """YAML or JSON file with flags, as lines `image-size: 64`, or the run.json of a run.
-    Flags on the command line have precedence."""
-
-    # model
-    config: str | None = flag(None, may_change=True)
-    """Model size: tiny, base, large, or the path of a diffusers config JSON."""
-    init_from: str | None = flag(None, may_change=True)
-    """Begin with the weights of a trained model of the same config: the --output-dir of a run, or a Hub id."""
-    gradient_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
-    """Recompute activations in the backward pass instead of storing them.
-    The gradients are the same. Training needs less memory and is slower."""
-    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
-    """Compile the model with torch.compile after the first steps.
-    Compiling takes minutes. The script prints whether the run saves more time than that."""
-    cuda_graphs: bool = flag(True, may_change=True)
-    """On one GPU, record the forward and backward pass as CUDA graphs, and replay them if that is faster."""
-
-    # length and batch size
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True, in_card=False)
-    """Print the plan of the run and exit. The plan depends on the photos, the speed of this machine and the minutes."""
-    epochs: int | None = flag(None, may_change=True)
-    """Number of epochs. One epoch is one pass over the training photos."""
-    max_train_steps: int | None = flag(None, may_change=True)
-    """Number of optimizer steps, instead of --epochs."""
-    max_train_minutes: float | None = flag(None, may_change=True)
-    """Length of the run in minutes, instead of --epochs. The learning rate schedule spans these minutes.
-    The last step ends with them, or earlier if a UNet memorises the photos.
-    The start of Python, the last validation and the last samples take additional time."""
-    batch_size: int | None = flag(None, may_change=True)
-    """Photos per forward pass on each device (default: planned)."""
-    grad_accum: int = flag(1, may_change=True)
-    """Forward passes per optimizer step. The effective batch size is batch size x this x devices."""
-
-    # optimisation
-    learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
-    """Peak learning rate (default: 1e-4; for a UNet with --config tiny 2e-3, with base or large 5e-4)."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer. muon makes the steps of convolutions and matrices orthogonal, and uses AdamW for all other weights."""
-    lr_scheduler: LR_SCHEDULERS = "cosine"
-    """Schedule of the learning rate. cosine and cosine_warm_restarts end at --lr-min.
-    plateau halves the rate, down to --lr-min. linear and the names after it are schedules of diffusers."""
-    lr_min: float = 1e-5
-    """Lowest learning rate of cosine, cosine_warm_restarts and plateau."""
-    lr_warmup_steps: int = 30
-    """Number of steps in which the learning rate rises to its peak."""
-    weight_decay: float = 1e-2
-    """Weight decay, decoupled from the gradient as in AdamW."""
-    max_grad_norm: float = 1.0
-    """Maximum norm of the gradients. Larger gradients are scaled down to it."""
-    ema: bool = True
-    """Validate, sample and save with an exponential moving average (EMA) of the weights."""
-    ema_decay: float = 0.9999
-    """Maximum decay of the EMA. Until it is reached, the decay rises with the number of steps.
-    The EMA then averages over a fraction of the steps: the last 8 % of 2,000 steps, the last 3 % of 30,000."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Mixed precision. auto means fp16 on CUDA.
-    On a CPU with bf16 in hardware, auto times a few steps and selects bf16 or no. Otherwise auto means no."""
-    attention: Literal["auto", "fused", "math"] = flag("auto", may_change=True)
-    """Attention kernel on a CPU. In bf16, auto times a few steps and selects the faster one. Otherwise it is fused."""
-    no_mixed_precision: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
-    """Same as --mixed-precision no."""
-    seed: int = 42
-    """Random seed. All randomness in a step derives from this seed and the number of the step."""
-
-    # intervals in epochs, and outputs
-    validate_every: int | None = flag(None, may_change=True)
-    """Epochs between validations (default: the smallest number for which validation takes 3 % of the time or less).
-    With --epochs or --max-train-steps, the default gives at least ten validations."""
-    sample_every: int | None = flag(None, may_change=True)
-    """Epochs between samples (default: 10; with --max-train-minutes, a tenth of the run)."""
-    checkpoint_every: int | None = flag(None, may_change=True)
-    """Epochs between checkpoints (default: 20 for a VAE, 10 for a UNet; with --max-train-minutes, a tenth of the run).
-    By default, the script also saves a checkpoint every ten minutes."""
-    checkpoint_steps: int | None = flag(None, may_change=True)
-    """Optimizer steps between checkpoints, instead of --checkpoint-every."""
-    keep_checkpoints: int = flag(3, may_change=True)
-    """Number of newest checkpoints to keep (0 keeps all)."""
-    resume: str | None = flag(None, may_change=True, in_card=False)
-    """Checkpoint to continue from: "latest", or the path of a checkpoint in this --output-dir.
-    "latest" starts a new run if there is no checkpoint."""
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", may_change=True, in_card=False)
-    """Also send the metrics to this tracker."""
 
     def path(self, value: str) -> Path:
         """Return a path that the user gave. A relative path starts at --base-dir, and ~ is the home folder."""
@@ -174,6 +67,17 @@ class TrainingArguments:
     def run_dir(self) -> Path:
         """The folder of the run."""
         return self.path(self.output_dir)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of --report-to that are installed."""
+        chosen = TRACKERS if self.report_to == "all" else {self.report_to} - {"none"}
+        return [name for name in chosen if importlib.util.find_spec(name)]
+
+    @property
+    def adamw_options(self) -> dict:
+        """The options of torch.optim.AdamW that have flags of their own."""
+        return {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
 
     def settings(self) -> dict:
         """Return the flags that must not change when an interrupted run is resumed, as JSON values.
@@ -210,18 +114,20 @@ class TrainingArguments:
             raise UserError(f"{' and '.join(given)} exclude each other: give only one of them")
         for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "give a number above 0")
         if self.learning_rate:
             self.check_learning_rate()
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "give a number from 0 to below 1")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a number from 0 to below 1")
         if self.image_size:
             parse_size(self.image_size)
         if self.dataset_name and self.data_dir:
             raise UserError("--dataset-name and --data-dir exclude each other: give only one of them")
-        if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
-            raise UserError(f"--report-to {self.report_to} is not installed: pip install {self.report_to}")
+        if self.report_to != "none" and not self.trackers:
+            name = "tensorboard" if self.report_to == "all" else self.report_to
+            raise UserError(f"--report-to {self.report_to}: no such tracker is installed: pip install {name}")
         if self.no_mixed_precision:
             require(
                 self.mixed_precision in ("auto", "no"),

@@ -8,87 +8,138 @@ from typing import Annotated, ClassVar, Literal, Self
 import tyro
 
 from corel_diffusers.config.checks import check_repo_id, flag, model_location, require
+from corel_diffusers.config.flag_groups import (
+    SHOWN_IN_TEXT,
+    IntervalFlags,
+    LengthFlags,
+    ModelFlags,
+    OptimizerFlags,
+    OutputFlags,
+    PhotoFlags,
+    SpeedFlags,
+)
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import UserError
 
 
 @dataclass(kw_only=True, frozen=True)
-class UNetArguments(TrainingArguments):
-    """Train a UNet2DModel from scratch in the latent space of a VAE, and save the pipeline.
-    These options are planned if you leave them unset: --config, --batch-size, --views and the length of the run."""
-
-    MODEL: ClassVar[str] = "unet"
-    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the image size is the VAE's
-    LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3, "base": 5e-4, "large": 5e-4}
-    MUON_SCALE: ClassVar[float] = 2.0
+class UNetOutputFlags(OutputFlags):
+    """Where the run is saved, and how it is continued."""
 
     output_dir: str = flag("diffusion_models", may_change=True)
 
-    # model
+
+@dataclass(kw_only=True, frozen=True)
+class UNetModelFlags(ModelFlags):
+    """What is trained."""
+
     vae_checkpoint: str = flag("vae_models", may_change=True)
     """Folder of a VAE that train_vae.py trained, or the Hub id of an AutoencoderKL."""
     unconditional: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train without class labels."""
-    dropout: float | None = None
+    dropout: Annotated[float | None, SHOWN_IN_TEXT] = None
     """Dropout: fraction of inner values set to zero in each forward pass of training (default: the config's)."""
     label_dropout: float = 0.1
     """Fraction of labels replaced by the null label. It must be above 0 if there are classes:
     guidance leads away from the prediction for the null label."""
 
-    # augmentation
-    views: int | None = None
+
+@dataclass(kw_only=True, frozen=True)
+class UNetAugmentationFlags:
+    """Augmented crops of the photos. Half of the photos and of the crops are mirrored."""
+
+    views: Annotated[int | None, SHOWN_IN_TEXT] = None
     """Number of augmented crops per photo, with colour jitter, to train on in addition to the photo.
     The UNet is conditioned on the crop parameters, so its samples are not cropped.
     Default: planned, 16 if the run sees each photo so often that it would memorise it, otherwise 0."""
     view_chance: float = 0.5
     """Fraction of training images that are augmented crops."""
 
-    # loss
-    align_weight: float = 0.25
-    """Weight of the alignment loss (0: off).
-    This loss pulls inner features of the UNet towards a frozen network's features of the clean photo."""
 
-    # diffusion
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Noise schedule over the 1000 timesteps."""
+@dataclass(kw_only=True, frozen=True)
+class UNetLossFlags:
+    """What the UNet learns: noise schedule, prediction and loss."""
+
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the UNet predicts: the noise, the velocity or the clean latents."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule over the 1000 timesteps."""
     zero_terminal_snr: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make the last timestep pure noise (Lin et al. 2023). Not possible with --prediction-type epsilon."""
-    min_snr_gamma: float = 5.0
-    """Weight the loss by min(SNR, gamma), or by min(SNR, gamma) + 1 with --zero-terminal-snr (0: equal weights).
-    This favours the noise levels at which images take shape."""
     timesteps: Literal["uniform", "log-normal"] = "uniform"
     """How timesteps are drawn in training. log-normal prefers medium noise levels."""
     log_normal: tuple[float, float] = (0.3, 1.2)
     """Mean and standard deviation of the log noise level for --timesteps log-normal. Latents have unit variance."""
+    min_snr_gamma: float = 5.0
+    """Weight the loss by min(SNR, gamma), or by min(SNR, gamma) + 1 with --zero-terminal-snr (0: equal weights).
+    This favours the noise levels at which images take shape."""
+    align_weight: float = 0.25
+    """Weight of the alignment loss (0: off).
+    This loss pulls inner features of the UNet towards a frozen network's features of the clean photo."""
 
-    # evaluation during training
+
+@dataclass(kw_only=True, frozen=True)
+class StoppingFlags:
+    """Evaluations during the run, and when it stops early: by its losses at fixed noise and timesteps."""
+
     evaluate_every: int = flag(0, may_change=True)
     """Epochs between evaluations of a few samples (0: none).
     An evaluation adds KID and copies to metrics.jsonl and the plot."""
-
-    # early stopping, on the losses at fixed noise and timesteps
-    early_stopping_patience: int | None = flag(None, may_change=True)
+    early_stopping_patience: Annotated[int | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Stop after this many validations without a lower loss (0: never stop early; default: 30).
     The loss is that of training photos while the overfitting gauge is healthy, and that of held-out photos otherwise.
     The default with --max-train-minutes is to stop after a tenth of the minutes without a model to save as best."""
     early_stopping_delta: float = flag(1e-5, may_change=True)
     """A loss counts as lower only if it is lower by at least this much."""
-    oscillation_window: int | None = flag(None, may_change=True)
+    oscillation_window: Annotated[int | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Stop if the loss oscillates without falling in this many validations.
     0 turns the check off. Default: 10, or 0 with --max-train-minutes."""
     oscillation_threshold: float = flag(0.0005, may_change=True)
     """The oscillation check compares the minimum loss in the second half of the window with that in the first half.
     The loss counts as falling if the second minimum is lower by more than this."""
 
-    # the Hub
+
+@dataclass(kw_only=True, frozen=True)
+class HubFlags:
+    """Publish the pipeline on the Hub."""
+
     push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Push the pipeline to the Hub when training ends."""
-    hub_model_id: str | None = flag(None, may_change=True)
+    hub_model_id: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Id of the repository on the Hub: user/name. It is created as a private repository."""
+    hub_strategy: Literal["end", "best", "checkpoint"] = flag("end", may_change=True)
+    """When to push: at the end; or also the best pipeline so far whenever a checkpoint is saved; or that pipeline and
+    the checkpoint, as last-checkpoint/ in the repository."""
+    license: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    """License in the model card, by its name on the Hub, such as cc-by-4.0."""
     hub_public: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Create a public repository: everybody can load the model."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class UNetArguments(
+    UNetOutputFlags, UNetModelFlags, UNetAugmentationFlags, UNetLossFlags, StoppingFlags, HubFlags, TrainingArguments
+):
+    """Train a UNet2DModel from scratch in the latent space of a VAE, and save the pipeline.
+    These options are planned if you leave them unset: --config, --batch-size, --views and the length of the run."""
+
+    GROUPS: ClassVar[tuple[type, ...]] = (
+        PhotoFlags,
+        LengthFlags,
+        UNetOutputFlags,
+        IntervalFlags,
+        UNetModelFlags,
+        UNetLossFlags,
+        UNetAugmentationFlags,
+        StoppingFlags,
+        HubFlags,
+        OptimizerFlags,
+        SpeedFlags,
+    )
+    MODEL: ClassVar[str] = "unet"
+    PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the image size is the VAE's
+    LEARNING_RATES: ClassVar[dict[str, float]] = {"tiny": 2e-3, "base": 5e-4, "large": 5e-4}
+    MUON_SCALE: ClassVar[float] = 2.0
 
     def checked(self) -> Self:
         """See TrainingArguments.checked."""

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
+from corel_diffusers.files import STOP_SIGNALS
 from corel_diffusers.runtime.devices import to_device
-from corel_diffusers.runtime.processes import STOP_SIGNALS
 from corel_diffusers.runtime.randomness import CPU, StepRandom
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2

@@ -1,6 +1,7 @@
 """Build the columns that every dataset of photos has."""
 
 from collections.abc import Sequence
+from pathlib import Path as FilePath
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
@@ -25,3 +26,14 @@ def labelled(photos: Dataset, names: Sequence[str], class_names: list[str]) -> D
     photos = photos.remove_columns("label") if "label" in photos.column_names else photos
     photos = photos.add_column("label", [class_names.index(name) for name in names])
     return photos.cast_column("label", ClassLabel(names=class_names))
+
+
+def with_bytes(photos: Dataset) -> Dataset:
+    """Return `photos` with the bytes of each image file in place of its path."""
+    rows = photos.cast_column("image", Image(decode=False))
+
+    def read(row: dict) -> dict:
+        content = row["image"]["bytes"] or FilePath(row["image"]["path"]).read_bytes()
+        return {"image": {"bytes": content, "path": row["file_name"]}}
+
+    return rows.map(read, desc="reading photos").cast_column("image", Image())

@@ -27,15 +27,18 @@ from corel_diffusers.data.versions import cache_versions, channel_statistics, fo
 from corel_diffusers.files import UserError, first_line
 from corel_diffusers.models.vae import encode_photos
 from corel_diffusers.runtime.precision import arithmetic
+from corel_diffusers.saved_models import require_undamaged
 
 
 def load_vae(location: Path | str) -> AutoencoderKL:
     """Load a trained AutoencoderKL from a folder or from the Hub, and freeze it.
 
     Raises:
-        UserError: the VAE cannot be loaded, or its training is not finished.
+        UserError: the VAE is damaged or cannot be loaded, or its training is not finished.
     """
     is_run_dir = isinstance(location, Path) and (location / "metrics.jsonl").is_file()
+    if isinstance(location, Path):
+        require_undamaged(location, f"--vae-checkpoint {location}")
     try:
         vae = AutoencoderKL.from_pretrained(location, local_files_only=isinstance(location, Path), use_safetensors=True)
     except Exception as error:  # diffusers and the Hub client raise many types of errors
@@ -197,3 +200,18 @@ def measure_latent_scale(moments: Array | MixedArray) -> tuple[list[float], list
     mean, variance = channel_statistics(moments, slice(channels))
     posterior_variance, _ = channel_statistics(moments, slice(channels, None), np.exp)
     return mean.tolist(), np.sqrt(variance + posterior_variance).tolist()
+
+
+def channel_kl(moments: Array | MixedArray) -> list[float]:
+    """Return the mean KL divergence of each latent channel, in nats per latent value: 0 for a channel without content.
+
+    KL = (mean^2 + exp(logvar) - 1 - logvar) / 2 (Kingma & Welling 2014, appendix B).
+
+    Args:
+        moments: (N, V, 2C, h, w), see `cache_moments`.
+    """
+    channels = parts_of(moments)[0].shape[2] // 2
+    mean, variance = channel_statistics(moments, slice(channels))
+    posterior_variance, _ = channel_statistics(moments, slice(channels, None), np.exp)
+    logvar, _ = channel_statistics(moments, slice(channels, None))
+    return ((variance + mean**2 + posterior_variance - 1 - logvar) / 2).tolist()

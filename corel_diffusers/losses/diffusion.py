@@ -23,7 +23,7 @@ class Diffusion:
     To train another process, change this class. The rest of the training code uses only its methods and its scheduler.
     """
 
-    scheduler: DDPMScheduler  # saved in the pipeline: the samplers are made from its config
+    scheduler: DDPMScheduler  # the samplers are made from its config, and so is the scheduler of the pipeline
     args: UNetArguments
 
     @classmethod

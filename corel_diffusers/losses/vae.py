@@ -142,5 +142,6 @@ def controlled_kl_weight(weight: torch.Tensor, kl: torch.Tensor, target: float, 
     2020, arXiv:2004.05988). The ratio kl / target is clamped to [1/3, 3] in each step, and w to [1e-9, 10]. All values
     stay on the device, so there is no synchronisation.
     """
-    ratio = (kl.detach().float() / target).clamp(1 / 3, 3)
+    kl = kl.detach().float().nan_to_num(target)  # the step is skipped: the weight stays
+    ratio = (kl / target).clamp(1 / 3, 3)
     return (weight * ratio**gain).clamp(1e-9, 10.0)

@@ -29,7 +29,10 @@ def resolve_precision(wanted: str, device_type: str) -> str:
         else:
             wanted = "bf16" if has_bf16_in_hardware() else "no"
     if wanted == "fp16" and not is_cuda:
-        raise UserError("--mixed-precision fp16 needs a GPU, but there is none: give auto, bf16 or no")
+        raise UserError(
+            "--mixed-precision fp16 needs a GPU, but there is none: give auto, bf16 or no; to "
+            "continue a run that began in fp16, add --change-precision"
+        )
     return wanted
 
 

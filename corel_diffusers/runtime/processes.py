@@ -1,13 +1,9 @@
-"""The processes of a run: communication, and the signals that stop them."""
+"""The processes of a run: communication."""
 
-import signal
 from collections.abc import Callable
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-
-# Ctrl-C, the end of a job, and, except on Windows, a terminal that is closed
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def broadcast_from_main(accelerator: Accelerator, value: object) -> object:

@@ -21,6 +21,7 @@ COLLAPSED_DB = 1.5
 # how many times the standard deviation of latents in the scale of the UNet may differ from 1
 ODD_SCALE = 2.5  # with a larger difference, many steps of the noise schedule have nearly only noise, or nearly no noise
 UNUSABLE_SCALE = 1000.0  # with a larger difference, all have
+DEAD_CHANNEL_KL = 0.02  # nats per latent value: a channel below this is dead
 HIGH_KL_PER_VALUE = 8.0  # nats per latent value: the posterior is then about e^-8 wide, so it is nearly a point
 
 
@@ -80,6 +81,17 @@ def on_kl(history: list[dict], args: VAEArguments, latent_shape: tuple[int, ...]
         hint = f"raise --kl-weight (was {args.kl_weight:g}) or set --kl-target {4 * latent_values}"
         return [f"the KL is too high: {kl / latent_values:.1f} nats per latent value ({measured}): {hint}"]
     return []
+
+
+def on_channels(kl: Sequence[float]) -> list[str]:
+    """Return advice if latent channels are dead. kl: nats per latent value of each channel."""
+    dead = [number for number, nats in enumerate(kl, 1) if nats < DEAD_CHANNEL_KL]
+    if not dead:
+        return []
+    return [
+        f"{len(dead)} of the {len(kl)} latent channels carry almost no information (number "
+        f"{', '.join(map(str, dead))}): give --latent-dim {max(1, len(kl) - len(dead))}, or lower --kl-weight"
+    ]
 
 
 def on_latent_size(vae: AutoencoderKL, size_px: tuple[int, int]) -> list[str]:

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,10 @@ from torch.distributed.checkpoint import state_dict as torch_state
 from corel_diffusers.files import UserError, explain_full_disk, fsync_folder, read_json, remove_folder, write_json
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
+from corel_diffusers.saved_models import changed_files, write_manifest
 from corel_diffusers.training.learning_rate import LearningRate
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.state import RunState
-
-MANIFEST = "manifest.json"  # file name -> [bytes, CRC-32], of all other files of the checkpoint
 
 
 class Trained(NamedTuple):
@@ -113,41 +111,11 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def write_manifest(checkpoint: Path) -> None:
-    """Write the size and the CRC-32 of each file of a checkpoint, so that a damaged file is noticed."""
-    files = {file.name: [file.stat().st_size, crc32_of(file)] for file in sorted(checkpoint.iterdir())}
-    write_json(checkpoint / MANIFEST, files)
-
-
 def damage(checkpoint: Path) -> str:
-    """Return what is damaged in a checkpoint, or "" if it is whole.
-
-    A checkpoint of an earlier version has no manifest: only its state.json is looked for.
-    """
-    if not (checkpoint / MANIFEST).is_file():
-        return "" if (checkpoint / "state.json").is_file() else "state.json is missing"
-    try:
-        manifest = read_json(checkpoint / MANIFEST)
-        for name, (size, crc) in manifest.items():
-            file = checkpoint / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size or crc32_of(file) != crc:
-                return f"{name} has changed since it was saved"
-    except (UserError, AttributeError, TypeError, ValueError):
-        return f"{MANIFEST} cannot be read"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    return ""
-
-
-def crc32_of(file: Path) -> int:
-    """Return the CRC-32 of a file."""
-    crc = 0
-    with file.open("rb") as opened:
-        while block := opened.read(2**20):
-            crc = zlib.crc32(block, crc)
-    return crc
+    """Return what is damaged in a checkpoint, or "" if it is whole."""
+    if not (checkpoint / "state.json").is_file():
+        return "state.json is missing"
+    return next((f"{name} {reason}" for name, reason in changed_files(checkpoint).items()), "")
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -199,10 +167,15 @@ def save(run: Run, parts: Parts) -> None:
     accelerator.wait_for_everyone()
 
 
+def weights_are_finite(parts: Parts) -> bool:
+    """Return whether no weight of the trained models is NaN or infinite."""
+    parameters = [parameter for part in parts.trained for parameter in part.model.parameters()]
+    return math.isfinite(float(full_tensor(torch.nn.utils.get_total_norm(parameters))))
+
+
 def refuse_broken_weights(run: Run, parts: Parts) -> None:
     """Raise UserError if a weight is NaN or infinite. Such a checkpoint would replace a good one."""
-    parameters = [parameter for part in parts.trained for parameter in part.model.parameters()]
-    if math.isfinite(float(full_tensor(torch.nn.utils.get_total_norm(parameters)))):
+    if weights_are_finite(parts):
         return
     rate = run.args.learning_rate
     raise UserError(

@@ -9,21 +9,16 @@ from datasets import DatasetDict
 
 from corel_diffusers.config.command_line import command_line, given_flags
 from corel_diffusers.data.training_photos import TRAINING_PHOTOS, training_photos
-from corel_diffusers.files import finish_model_save, read_metrics, write_json, write_text
+from corel_diffusers.files import read_metrics, write_json, write_text
 from corel_diffusers.runtime.devices import device_name
 from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.saved_models import finish_model_save
 from corel_diffusers.training.run import Run
+from corel_diffusers.training.trackers import start_trackers
 
 
 def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | None] = (), **more: object) -> None:
     """Write run.json, training_photos.txt and metrics.jsonl, start the trackers, and read the metrics so far.
-
-    A resumed run keeps the metrics up to the step of the state. The later lines are removed, because the run will write
-    them again.
-
-    A removed line may belong to a model that was saved as best. If the run resumes from an older checkpoint than the
-    latest, or ends by time, it may not reach this model again. No line would then describe the model in the run folder.
-    In this case, the next validation saves its model as best.
 
     Args:
         models: the trained models that this run builds on. Their training photos are added to those of this run.
@@ -34,18 +29,10 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
     """
     args, accelerator, state = run.args, run.accelerator, run.state
     run.length.check_slow_start(state, accelerator)
-    path = args.run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         finish_model_save(args.run_dir)
-    all_records = broadcast_from_main(accelerator, read_metrics(path))
-    run.history = [record for record in all_records if record["step"] <= state.step]
-    # the resumed run will repeat each removed step exactly
-    repeats_exactly = args.resume == "latest" and not args.max_train_minutes
-    removed = all_records[len(run.history) :]
-    if args.resume and not repeats_exactly and any(record.get("published") for record in removed):
-        state.best = math.inf
+    remove_later_records(run, repeats_exactly=args.resume == "latest" and not args.max_train_minutes)
     if accelerator.is_main_process:
-        write_text(path, "".join(json.dumps(record) + "\n" for record in run.history))
         seen_before = [name for model in models if model for name in training_photos(model)]
         names = dict.fromkeys([*photos["train"]["file_name"][:], *seen_before])
         write_text(args.run_dir / TRAINING_PHOTOS, "".join(f"{name}\n" for name in names))
@@ -66,4 +53,25 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
             }
             | more,
         )
-    accelerator.init_trackers(args.script)
+    start_trackers(args, accelerator)
+
+
+def remove_later_records(run: Run, repeats_exactly: bool) -> None:
+    """Read the metrics so far, and remove those after the step of the state: the run will write them again.
+
+    A removed line may belong to a model that was saved as best. If the run does not repeat its steps exactly, it may
+    not reach this model again. No line would then describe the model in the folder of the run. In this case, the next
+    validation saves its model as best.
+
+    Args:
+        repeats_exactly: whether the run repeats each removed step exactly. It does not if it continues from an older
+            checkpoint than the latest, if it ends by time, or if its learning rate has changed.
+    """
+    path = run.args.run_dir / "metrics.jsonl"
+    all_records = broadcast_from_main(run.accelerator, read_metrics(path))
+    run.history = [record for record in all_records if record["step"] <= run.state.step]
+    removed = all_records[len(run.history) :]
+    if run.checkpoint and not repeats_exactly and any(record.get("published") for record in removed):
+        run.state.best = math.inf
+    if run.accelerator.is_main_process:
+        write_text(path, "".join(json.dumps(record) + "\n" for record in run.history))

@@ -7,7 +7,8 @@ from itertools import chain
 import torch
 from diffusers.optimization import get_scheduler
 
-from corel_diffusers.config.training import OUR_LR_SCHEDULES, TrainingArguments
+from corel_diffusers.config.flag_groups import OUR_LR_SCHEDULES
+from corel_diffusers.config.training import TrainingArguments
 
 
 def lr_factor(args: TrainingArguments, step: int, total_steps: int) -> float:
@@ -48,10 +49,10 @@ class LearningRate:
                 dummy, factor=0.5, patience=10, min_lr=args.lr_min / args.learning_rate
             )
 
-    def set(self, step: int, total_steps: int) -> None:
-        """Set the learning rate of `step` in a run of `total_steps`."""
+    def set(self, step: int, total_steps: int, factor: float = 1.0) -> None:
+        """Set the learning rate of `step` in a run of `total_steps`, multiplied by `factor`."""
         scale = self.plateau.optimizer.param_groups[0]["lr"] if self.plateau else 1.0
-        self.now = self.args.learning_rate * lr_factor(self.args, step, total_steps) * scale
+        self.now = self.args.learning_rate * lr_factor(self.args, step, total_steps) * scale * factor
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = self.now * group.get("lr_scale", 1.0)
 

@@ -1,7 +1,6 @@
 """Show the progress of a run, and log its metrics."""
 
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -10,9 +9,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from corel_diffusers.files import UserError, explain_full_disk
+from corel_diffusers.files import explain_full_disk
 from corel_diffusers.plots import save_image
 from corel_diffusers.training.run import Run
+from corel_diffusers.training.trackers import log_image
 
 
 def append_metrics(path: Path, record: dict) -> None:
@@ -23,8 +23,9 @@ def append_metrics(path: Path, record: dict) -> None:
 
 
 def save_grid(run: Run, name: str, grid: Image.Image) -> None:
-    """Save a grid of images of the current epoch in the folder `name` of the run."""
+    """Save a grid of images of the current epoch in the folder `name` of the run, and send it to the trackers."""
     save_image(grid, run.args.run_dir / name / f"epoch_{run.epoch:04d}.png")
+    log_image(run.accelerator, name, grid, run.state.step)
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -43,19 +44,11 @@ def progress_bar(run: Run) -> tqdm:
 
 
 def show_progress(run: Run) -> None:
-    """Move the bar by one step. The first three steps and every tenth step also update the losses of the epoch so far.
-
-    Raises:
-        UserError: one of these losses is NaN or infinite.
-    """
+    """Move the bar by one step. The first three steps and every tenth step also update the losses shown in it."""
     if run.state.step % 10 == 0 or run.state.step <= 3:
         run.bar.total = run.total_steps * run.plan.global_batch
         losses = run.means.means()
         run.bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()}, refresh=False)
-        if not all(map(math.isfinite, losses.values())):
-            rate = run.args.learning_rate
-            hint = f"try --lr {rate / 3:.1g} (was {rate:g}) with another --output-dir"
-            raise UserError(f"the loss is NaN or infinite at step {run.state.step}: {hint}")
     run.bar.update(run.plan.global_batch)
 
 

@@ -8,6 +8,7 @@ training step.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -159,6 +160,7 @@ def build_optimizer(
     weight_decay: float,
     muon_scale: float,
     adamw_layers: Sequence[str] = (),
+    **adamw_options: object,
 ) -> torch.optim.Optimizer:
     """Return the optimizer `name`, "adamw" or "muon".
 
@@ -168,6 +170,7 @@ def build_optimizer(
         muon_scale: learning rate of Muon / learning rate of AdamW.
         adamw_layers: names of the layers that use AdamW. The model knows them: its first and last layers and its
             embeddings.
+        adamw_options: betas and eps of torch.optim.AdamW.
     """
     hidden = []
     if name == "muon":
@@ -178,7 +181,7 @@ def build_optimizer(
         ]
     hidden_ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in hidden_ids]
-    adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True, **adamw_options)
     if not hidden:
         return adamw
     muon = Muon(hidden, muon_scale * learning_rate, weight_decay=weight_decay / muon_scale)
@@ -186,23 +189,41 @@ def build_optimizer(
     return CombinedOptimizer(muon, adamw)
 
 
+@dataclass
+class SkippedSteps:
+    """The number of steps that were skipped because their gradients were NaN or infinite. It stays on the device."""
+
+    total: torch.Tensor | int = 0
+    in_a_row: torch.Tensor | int = 0
+    told: int = 0  # of the total, the number that the user has been told
+
+    def add(self, norm: torch.Tensor | None) -> None:
+        """Count a step by the norm of its gradients. None: gradients are still accumulated, there was no step."""
+        if norm is not None:
+            is_skipped = ~norm.isfinite()
+            self.total = self.total + is_skipped
+            self.in_a_row = (self.in_a_row + 1) * is_skipped
+
+
 def optimizer_step(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], max_norm: float
-) -> None:
+) -> torch.Tensor | None:
     """Clip the gradients, update the weights and clear the gradients, after the last backward pass of a step.
 
     After the earlier ones, with --grad-accum, accelerate lets the optimizer do nothing.
 
-    On a CPU, a step whose gradients are NaN or infinite is skipped. In fp16 the gradient scaler does this.
+    A step whose gradients are NaN or infinite is skipped. In fp16 the gradient scaler does this.
+
+    Returns:
+        The norm of the gradients before clipping, a scalar; None after the earlier backward passes.
     """
     norm = None
     if accelerator.sync_gradients:
         norm = clip_gradients(accelerator, optimizer, parameters, max_norm)
-    if norm is None or accelerator.device.type != "cpu" or norm.isfinite():
+    if norm is None or accelerator.scaler or norm.isfinite():
         optimizer.step()
-    else:
-        accelerator.print("notice: the gradients of a step are NaN or infinite: the step is skipped")
     optimizer.zero_grad()
+    return norm
 
 
 def clip_gradients(

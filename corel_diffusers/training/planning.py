@@ -62,6 +62,8 @@ def plan_run(
     if plan:
         accelerator.print("plan: the settings that the run began with")
         plan = {"mixed_precision": "bf16", "attention": "fused"} | plan  # older versions did not save these two
+        if flags.change_precision:  # it is chosen again, for this machine
+            plan = {name: value for name, value in plan.items() if name not in flags.timed}
     elif flags.plan or None in flags.planned.values():
         plan = choose_settings(flags, accelerator, photos, series, trial_step, size_px)
         plan = broadcast_from_main(accelerator, plan)

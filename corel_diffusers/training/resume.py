@@ -25,6 +25,7 @@ DIFFERENCES = {  # messages for settings that are not flags, and for files that 
     "global_batch": "the global batch (batch size x accumulation x devices; "
     "raise --grad-accum if there are fewer devices) was {was}, is {now}",
     "photos": "the photos have changed (some were added or removed, the split is new, or some cannot be read)",
+    "mixed_precision": "mixed-precision was {was}, is {now} (--change-precision continues in the new one)",
     "config": "the content of --config has changed",
     "vae": "the weights of --vae-checkpoint have changed",
     "vae_config": "the config of --vae-checkpoint has changed",
@@ -143,11 +144,18 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
             f"notice: the arithmetic that computes the latents has changed ({was}): "
             "the run continues, but its results will differ in the last bits"
         )
+    free = {"arithmetic"}
+    if args.change_precision and saved["mixed_precision"] != now["mixed_precision"]:
+        free.add("mixed_precision")
+        print(
+            f"notice: the run began with --mixed-precision {saved['mixed_precision']} and continues with "
+            f"{now['mixed_precision']}: it will not end with the weights of a run without an interruption"
+        )
     differing = [
         DIFFERENCES.get(name, name.replace("_", "-") + " was {was}, is {now}").format(
             was=saved.get(name), now=now.get(name)
         )
-        for name in sorted({*saved, *now} - {"arithmetic"})
+        for name in sorted({*saved, *now} - free)
         if saved.get(name) != now.get(name)
     ]
     if differing:

@@ -10,6 +10,7 @@ from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.training.length import RunLength
+from corel_diffusers.training.optimizers import SkippedSteps
 from corel_diffusers.training.running_mean import RunningMean
 from corel_diffusers.training.state import RunState
 from corel_diffusers.training.stopping import StopSignal
@@ -35,6 +36,7 @@ class Run:
     history: list[dict] = field(default_factory=list)  # the records of metrics.jsonl
     validate_every: int = 1  # epochs between validations
     bar: tqdm | None = None
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
     @property
     def epoch(self) -> int:

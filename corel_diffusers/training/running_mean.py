@@ -16,9 +16,10 @@ class RunningMean:
         self.sums = {name: (torch.tensor(total, device=device), passes) for name, (total, passes) in state.sums.items()}
 
     def add(self, **values: torch.Tensor) -> None:
+        """Add the values of one forward pass. NaN and infinite values count as 0: their step is skipped."""
         for name, value in values.items():
             total, passes = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + value.detach().float(), passes + 1
+            self.sums[name] = total + value.detach().float().nan_to_num(0.0, 0.0, 0.0), passes + 1
 
     def store(self, state: RunState, accelerator: Accelerator) -> None:
         """Store the sums so far, averaged over the ranks, in the state. A checkpoint in mid-epoch needs them."""

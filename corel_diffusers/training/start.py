@@ -20,7 +20,6 @@ from datasets import DatasetDict
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.photos import load_numbered_photos
 from corel_diffusers.files import (
-    ENTRY_FILES,
     UserError,
     is_out_of_memory,
     read_json,
@@ -34,6 +33,7 @@ from corel_diffusers.runtime.compilation import require_compiler
 from corel_diffusers.runtime.devices import device_name
 from corel_diffusers.runtime.precision import resolve_precision
 from corel_diffusers.runtime.sharding import is_sharded, set_sharding
+from corel_diffusers.saved_models import ENTRY_FILES
 from corel_diffusers.training.checkpoints import find_checkpoints
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.run_lock import locked
@@ -72,7 +72,7 @@ def start_run(flags: TrainingArguments) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=flags.grad_accum),
         # the other ranks wait while photos are encoded or samples are generated
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        log_with=None if flags.report_to == "none" else flags.report_to,
+        log_with=flags.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(flags.run_dir), logging_dir=str(flags.run_dir / "logs")),
     )
     if len(precisions := set(gather_object([precision]))) > 1:

@@ -21,3 +21,5 @@ class RunState:
     sums: dict[str, list] = field(default_factory=dict)
     kl_weight: float = 0.0
     stop_reason: str = ""
+    returns: int = 0  # how often the run went back to a checkpoint, see training/divergence.py
+    rate_factor: float = 1.0  # factor of the learning rate: smaller after a return

@@ -1,18 +1,14 @@
 """Stop a run early, or on a signal."""
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
 from corel_diffusers.config.unet import UNetArguments
-from corel_diffusers.files import best_record
-from corel_diffusers.runtime.processes import STOP_SIGNALS
+from corel_diffusers.files import best_record, handling_signals
 from corel_diffusers.training.length import SYNC_EVERY
 from corel_diffusers.training.state import RunState
 
@@ -67,24 +63,13 @@ class StopSignal:
         self.number = 0  # the signal number that this process received; 0: none
         self.agreed = 0  # the signal number that all ranks agreed on: above 0 if any rank received one
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Wait for signals inside this context. Outside of it, a signal ends the process at once.
-
-        Python lets only the main thread install signal handlers. A run in another thread cannot be stopped by a signal.
-        """
-        previous = {}
-        if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, self._received) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager:
+        """Wait for signals inside this context. A run in another thread than the main one cannot be stopped by them."""
+        return handling_signals(self._received)
 
     def _received(self, number: int, frame: object) -> None:
         if self.number:
-            raise KeyboardInterrupt
+            sys.exit(128 + number)
         self.number = number
 
     def received(self, accelerator: Accelerator, state: RunState) -> bool:

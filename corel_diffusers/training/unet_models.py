@@ -53,7 +53,13 @@ def build_models(
     full_model = unsharded_copy(model, accelerator.device) if is_sharded(accelerator) else None
     unet = (full_model or model).unet
     optimizer = build_optimizer(
-        args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS
+        args.optimizer,
+        model,
+        args.learning_rate,
+        args.weight_decay,
+        args.MUON_SCALE,
+        model.ADAMW_LAYERS,
+        **args.adamw_options,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     rate = LearningRate([optimizer], args)
@@ -79,7 +85,9 @@ def trial_step(
     model = UNetForTraining(build_unet(config, size_px, vae, 1, attention=attention), 0, 0).to(accelerator.device)
     if flags.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    optimizer = build_optimizer(flags.optimizer, model, 1e-4, flags.weight_decay, flags.MUON_SCALE, model.ADAMW_LAYERS)
+    optimizer = build_optimizer(
+        flags.optimizer, model, 1e-4, flags.weight_decay, flags.MUON_SCALE, model.ADAMW_LAYERS, **flags.adamw_options
+    )
     shape = latent_shape(vae, size_px)
     inputs = [values.to(accelerator.device) for values in zero_batch(batch_size, shape, num_crop_params=0)]
     model = capture_if_faster(flags, accelerator, "", model, *inputs)

@@ -51,7 +51,13 @@ def build_models(args: VAEArguments, accelerator: Accelerator, vae: AutoencoderK
         *zero_batch(args.batch_size, args.size_px, vae),
     )
     optimizer = build_optimizer(
-        args.optimizer, model, args.learning_rate, args.weight_decay, args.MUON_SCALE, model.ADAMW_LAYERS
+        args.optimizer,
+        model,
+        args.learning_rate,
+        args.weight_decay,
+        args.MUON_SCALE,
+        model.ADAMW_LAYERS,
+        **args.adamw_options,
     )
     model, discriminator = accelerator.prepare(model), build_discriminator() if args.adversarial_weight else None
     trained = [Trained("model", model, optimizer)]
@@ -96,7 +102,9 @@ def trial_step(
         vae.enable_gradient_checkpointing()
     model = VAEWithPosterior(vae).to(accelerator.device)
     perceptual = build_perceptual(flags, accelerator.device)
-    optimizer = build_optimizer(flags.optimizer, model, 1e-4, flags.weight_decay, flags.MUON_SCALE, model.ADAMW_LAYERS)
+    optimizer = build_optimizer(
+        flags.optimizer, model, 1e-4, flags.weight_decay, flags.MUON_SCALE, model.ADAMW_LAYERS, **flags.adamw_options
+    )
     photos, noise = (values.to(accelerator.device) for values in zero_batch(batch_size, size_px, vae))
     model, perceptual = capture_training_passes(flags, accelerator, model, perceptual, photos, noise, trial=True)
 

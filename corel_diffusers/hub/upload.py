@@ -1,0 +1,179 @@
+"""Upload a pipeline, a VAE, a checkpoint or photos to the Hub."""
+
+import glob
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.data.columns import with_bytes
+from corel_diffusers.data.photos import load_photos
+from corel_diffusers.files import UserError, first_line
+from corel_diffusers.hub.cards import dataset_card, write_card, write_own
+from corel_diffusers.sampling.pipelines import has_guide
+
+PIPELINE_FILES = (
+    "model_index.json",
+    "pipeline.py",
+    "README.md",
+    "grid.png",
+    "loss_history.png",
+    "vae/*",
+    "unet/*",
+    "scheduler/*",
+)
+VAE_FILES = ("README.md", "config.json", "diffusion_pytorch_model.safetensors", "training_losses.png")
+LAST_CHECKPOINT = "last-checkpoint"  # folder of the newest checkpoint in a repository, as transformers names it
+
+
+def require_token() -> None:
+    """Raise UserError if there is no token for the Hub. Training for a push calls this before it starts."""
+    if not get_token():
+        raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def is_part_of(folder: Path, file: Path) -> bool:
+    """Return whether a file may be uploaded: it is no hidden file, and no link that leads out of the folder."""
+    inside = file.resolve().is_relative_to(folder.resolve())
+    return file.is_file() and inside and not file.name.startswith(".")
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    license_id: str | None = None,
+) -> None:
+    """Upload a pipeline or a VAE with its model card in one commit.
+
+    Checkpoints, photos and files of the run are not uploaded. The token is that of `hf auth login` or of HF_TOKEN. It
+    is never written or printed.
+
+    Args:
+        folder: a folder of train_unet.py or of train_vae.py.
+        private: create a private repository.
+        dry_run: only list the files.
+        revision: the branch. None: the main branch.
+        license_id: the license in the card, by its name on the Hub.
+
+    Raises:
+        UserError: there is no model in the folder, there is no token, or the Hub refuses the upload.
+    """
+    if (folder / "model_index.json").is_file():
+        flag, patterns = "--pipeline", PIPELINE_FILES + (("guide/*",) if has_guide(folder) else ())
+    elif (folder / "config.json").is_file():
+        flag, patterns = "--vae", VAE_FILES
+    else:
+        raise UserError(
+            f"{folder} contains neither a pipeline (no model_index.json) nor a VAE (no config.json): "
+            "give the --output-dir of train_unet.py as --pipeline, or that of train_vae.py as --vae"
+        )
+    if not dry_run:
+        require_token()
+        write_card(folder, repo_id, license_id)
+    again = f"corel-diffusers push {flag} {folder} --repo-id {repo_id}"
+    upload(folder, patterns, repo_id, "model", again, private, dry_run, revision)
+
+
+def push_so_far(args: UNetArguments, checkpoint: Path) -> None:
+    """Push the best pipeline so far, and with --hub-strategy checkpoint the newest checkpoint beside it.
+
+    A push that fails gives a notice. The run goes on, and the next push has everything again.
+    """
+    if not args.push_to_hub or args.hub_strategy == "end":
+        return
+    try:
+        push(args.run_dir, args.hub_model_id, private=not args.hub_public)
+        if args.hub_strategy == "checkpoint":
+            HfApi().upload_folder(
+                repo_id=args.hub_model_id,
+                folder_path=checkpoint,
+                path_in_repo=f"{LAST_CHECKPOINT}/{checkpoint.name}",
+                delete_patterns=f"{LAST_CHECKPOINT}/*",
+                commit_message=f"Upload {checkpoint.name}",
+            )
+    except Exception as error:  # many types: see `upload`
+        print(f"notice: the run goes on without this push ({first_line(error)})")
+
+
+def push_dataset(
+    source: Path, repo_id: str, private: bool = True, dry_run: bool = False, license_id: str | None = None
+) -> None:
+    """Upload photos with their labels, captions and splits, as Parquet files that `load_dataset(repo_id)` reads.
+
+    Args:
+        source: a folder of photos.
+        private, dry_run, license_id: see `push`.
+
+    Raises:
+        UserError: the photos cannot be loaded, there is no token, or the Hub refuses the upload.
+    """
+    if not dry_run:
+        require_token()
+    photos = load_photos(source)
+    names = photos["train"].features["label"].names
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id.split("/")[1]
+        (folder / "data").mkdir(parents=True)
+        for split, part in photos.items():
+            with_bytes(part).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        counts = {split: len(part) for split, part in photos.items()}
+        write_own(folder / "README.md", dataset_card(folder, repo_id, license_id, counts, names))
+        again = f"corel-diffusers push-dataset --data-dir {source} --repo-id {repo_id}"
+        upload(folder, ("README.md", "data/*"), repo_id, "dataset", again, private, dry_run)
+
+
+def upload(
+    folder: Path,
+    patterns: Sequence[str],
+    repo_id: str,
+    repo_type: str,
+    again: str,
+    private: bool,
+    dry_run: bool,
+    revision: str | None = None,
+) -> None:
+    """Upload the files of a folder that match the patterns, exactly those that are listed.
+
+    Args:
+        repo_type: "model" or "dataset".
+        again: the command that tries the upload again, for messages.
+        private, dry_run, revision: see `push`.
+    """
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if is_part_of(folder, file))
+    total_mb = sum(file.stat().st_size for file in files) / 1e6
+    target = f"{repo_id}, branch {revision}" if revision else repo_id
+    target += ", private" if private else ", public if it is new"
+    print(f"{'would push' if dry_run else 'pushing'} {len(files)} files, {total_mb:.1f} MB, to {target}:")
+    for file in files:
+        print(f"  {file.relative_to(folder)}")
+    if dry_run:
+        return
+
+    api = HfApi()
+    try:
+        # create_repo would leave an existing public repository public
+        exists = private and api.repo_exists(repo_id, repo_type=repo_type)
+        if exists and not api.repo_info(repo_id, repo_type=repo_type).private:
+            raise UserError(
+                "it exists and is public: make it private in its settings on the Hub, or allow a public upload "
+                "(push without --private, push-dataset with --public, train_unet.py with --hub-public)"
+            )
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            allow_patterns=[glob.escape(file.relative_to(folder).as_posix()) for file in files],
+            commit_message=f"Upload {'photos' if repo_type == 'dataset' else 'model'}",
+            revision=revision,
+        )
+    except Exception as error:  # many types: refused, not found, no network, a name that the Hub does not accept
+        raise UserError(f"{repo_id} was not pushed ({first_line(error)}): to try again, run {again}") from None
+    print(f"pushed: {commit.commit_url}")

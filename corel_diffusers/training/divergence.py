@@ -1,0 +1,71 @@
+"""Notice steps whose gradients are NaN or infinite, and go back to the last checkpoint if they do not end.
+
+A single such step is skipped by `optimizer_step`. In fp16 some are normal: the gradient scaler then halves its scale.
+"""
+
+from dataclasses import replace
+
+from corel_diffusers.files import UserError
+from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.training import checkpoints, history, intervals
+from corel_diffusers.training.optimizers import SkippedSteps
+from corel_diffusers.training.resume import newest_whole
+from corel_diffusers.training.run import Run
+from corel_diffusers.training.running_mean import RunningMean
+
+CHECK_EVERY = 10  # steps: a GPU has to be waited for, to read the numbers
+MAX_IN_A_ROW = 10  # so many skipped steps in a row are no single bad batch
+MAX_IN_A_ROW_FP16 = 30  # after 16 steps, the scale of fp16 has fallen from 65,536 to 1
+MAX_RETURNS = 2
+RATE_FACTOR = 1 / 3  # of the learning rate after a return
+
+
+def has_diverged(run: Run, parts: checkpoints.Parts) -> bool:
+    """Return whether too many steps in a row were skipped, or a weight is NaN or infinite.
+
+    It looks at every tenth step, and at each step that is followed by a validation or a checkpoint. So none of these
+    sees such weights.
+    """
+    step = run.state.step
+    is_watched = run.is_over or run.plan.ends_epoch(step, run.validate_every) or intervals.checkpoint_due(run)
+    if step % CHECK_EVERY and not is_watched:
+        return False
+    limit = MAX_IN_A_ROW_FP16 if run.accelerator.scaler else MAX_IN_A_ROW
+    if int(run.skipped.in_a_row) >= limit or not checkpoints.weights_are_finite(parts):
+        return True
+    if (new := int(run.skipped.total) - run.skipped.told) and not run.accelerator.scaler:
+        run.skipped.told += new
+        run.accelerator.print(f"notice: gradients were NaN or infinite: steps skipped since the last notice: {new}")
+    return False
+
+
+def go_back(run: Run, parts: checkpoints.Parts) -> None:
+    """Continue from the newest whole checkpoint with a third of the learning rate. The minutes of the run go on.
+
+    Raises:
+        UserError: there is no checkpoint, or the run has gone back twice already. Models and checkpoints in the folder
+            are those of the last good steps.
+    """
+    accelerator, state, args = run.accelerator, run.state, run.args
+    found = broadcast_from_main(accelerator, checkpoints.find_checkpoints(args.run_dir))
+    reason = f"weights or gradients are NaN or infinite at step {state.step}"
+    rate = args.learning_rate * state.rate_factor
+    if not found or state.returns == MAX_RETURNS:
+        after = f", for the third time, with a learning rate of {rate:.2g}" if state.returns else ""
+        hint = f"try --lr {rate / 3:.1g} (was {args.learning_rate:g}) with another --output-dir"
+        raise UserError(f"{reason}{after}: {hint}")
+    run.checkpoint = broadcast_from_main(accelerator, newest_whole(args.run_dir, found))
+    run.state = replace(
+        checkpoints.read_state(run.checkpoint),
+        seconds=state.seconds,
+        returns=state.returns + 1,
+        rate_factor=state.rate_factor * RATE_FACTOR,
+    )
+    accelerator.print(
+        f"notice: {reason}: the run goes back to step {run.state.step}, learning rate {rate * RATE_FACTOR:.2g}"
+    )
+    checkpoints.load(run, parts)
+    run.means, run.skipped = RunningMean(run.state, accelerator.device), SkippedSteps()
+    history.remove_later_records(run, repeats_exactly=False)
+    run.bar.reset(total=run.bar.total)
+    run.bar.update(run.state.step * run.plan.global_batch)

@@ -1,0 +1,85 @@
+"""NaN and infinity in gradients, weights and the optimizer's state of both scripts, at each phase, in fp32 and bf16.
+
+Right: the step is skipped, or the run goes back, or it stops with its reason. All that is left is finite.
+"""
+
+import math
+import shutil
+from functools import partial
+
+import torch
+from common import Base, Trial, fresh_folder, not_finite, run
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+STEPS = 24
+FLAGS = {
+    "VAE": ("train_vae", []),
+    "VAE with a discriminator": ("train_vae", ["--adversarial-weight", 0.3, "--adversarial-start", 0.3]),
+    "VAE with a target for the KL": ("train_vae", ["--kl-target", 50]),
+    "UNet": ("train_unet", []),
+    "UNet with Muon and plateau": ("train_unet", ["--optimizer", "muon", "--lr-scheduler", "plateau"]),
+}
+
+
+def poison(kind: str, value: float, steps: list[int]) -> None:
+    """Set one value to `value` at these optimizer steps: of a gradient, a weight or the optimizer's state."""
+    count, first = 0, None
+
+    def hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        nonlocal count, first
+        first = first or id(optimizer)
+        count += id(optimizer) == first
+        if id(optimizer) != first or count not in steps:
+            return
+        weight = next(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        state = next((v for v in optimizer.state[weight].values() if v.ndim), weight.data)
+        poisoned = {"gradient": weight.grad, "weight": weight.data, "state": state}[kind]
+        poisoned[(0,) * poisoned.ndim] = value
+
+    register_optimizer_step_pre_hook(hook)
+
+
+def poison_loss(value: float, steps: list[int]) -> None:
+    """Multiply the loss of these steps by `value`, before the backward pass."""
+    from accelerate import Accelerator
+
+    original, count = Accelerator.backward, 0
+
+    def backward(self: Accelerator, loss: torch.Tensor, **options: object) -> None:
+        nonlocal count
+        count += 1
+        original(self, loss * value if count in steps else loss, **options)
+
+    Accelerator.backward = backward
+
+
+def trial(base: Base, name: str, kind: str, value: float, steps: list[int], precision: str) -> str:
+    folder = fresh_folder(f"{name} {kind} {value} {steps} {precision}")
+    script, flags = FLAGS[name]
+    words = [*getattr(base, script)(folder / "run", *flags, "--max-train-steps", STEPS, "--checkpoint-steps", 4)]
+    at = words.index("--checkpoint-every")
+    del words[at : at + 2]
+    words[words.index("--mixed-precision") + 1] = precision
+    function = ("poison_loss", value, steps) if kind == "loss" else ("poison", kind, value, steps)
+    done = run(*words, folder=folder, before=("not_finite", *function))
+    if done.has_traceback or done.code not in (0, 2):
+        return f"exit code {done.code}: {done.last_line}"
+    told = any(word in done.output for word in ("skipped", "goes back", "NaN or infinite"))
+    wrong = not_finite(folder / "run") or ("" if told else "nothing was said")
+    if not wrong:
+        shutil.rmtree(folder)
+    return wrong
+
+
+def trials(base: Base, seed: int, count: int = 120) -> list[Trial]:
+    found = []
+    for name in FLAGS:
+        for kind in ("gradient", "weight", "state", "loss"):
+            for value in (math.nan, math.inf):
+                for steps in ([1], [9], [10, 11, 12], list(range(9, 60))):
+                    if kind == "state" and value == math.inf:
+                        continue  # an infinite second moment is a step of size 0: AdamW and Muon stay finite
+                    for precision in ("no", "bf16"):
+                        title = f"{name}, {kind} {value} at {steps[0]} and {len(steps) - 1} more, {precision}"
+                        found.append(Trial(title, partial(trial, base, name, kind, value, steps, precision)))
+    return found[:: max(1, len(found) // count)][:count]

@@ -1,0 +1,152 @@
+"""Each stop signal, at random moments of each command: once, twice, to the whole group, with workers.
+
+Right: exit code 128 + the signal's number (or the command had just ended), no traceback, and a resumed training run is
+that of a run without an interruption. Also: one of two processes is killed; the other one ends with a reason.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+from common import ROOT, WORK, Base, Program, Trial, fresh_folder, rng_of, run, same_run
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+WAYS = ("once", "twice", "to the group", "with a worker")
+
+
+def commands(base: Base, folder: Path) -> dict[str, list[object]]:
+    """Return the words of each command that is interrupted. Photos of its own: nothing is cached yet."""
+    return {
+        "train_vae": base.train_vae(folder / "run"),
+        "train_unet": base.train_unet(folder / "run"),
+        "prepare": ["prepare", "--data-dir", base.photos, "--output-dir", "prepared", "--figs-dir", "figs"],
+        "generate": [
+            "generate",
+            "--pipeline",
+            base.unet,
+            "--num-images",
+            40,
+            "--batch-size",
+            2,
+            "--output",
+            "grid.png",
+        ],
+        "evaluate": [
+            "evaluate",
+            "--pipeline",
+            base.unet,
+            "--data-dir",
+            base.photos,
+            "--num-images",
+            40,
+            "--against",
+            "all",
+            "--output-dir",
+            folder / "evaluation",
+        ],
+        "push": ["push", "--pipeline", base.unet, "--repo-id", "user/name", "--dry-run"],
+    }
+
+
+def trial(base: Base, command: str, seconds: float, number: int, way: str, seed: int, index: int) -> str:
+    folder, rng = fresh_folder(f"signal {index}"), rng_of(seed, "signals", index)
+    words = commands(base, folder)[command]
+    is_training = command.startswith("train")
+    if way == "with a worker" and is_training:
+        words += ["--num-workers", 1]
+    program = Program(words, folder, cache=folder / "cache", new_group=True).start()
+    program.process.join(rng.uniform(0.1, seconds))
+    try:
+        (os.killpg if way in ("to the group", "with a worker") else os.kill)(program.process.pid, number)
+        if way == "twice":
+            time.sleep(0.02)
+            os.kill(program.process.pid, number)
+    except ProcessLookupError:
+        pass
+    done = program.wait()
+    # -number: the signal came before the program could handle it
+    if done.has_traceback or done.code not in (0, 128 + number, -number):
+        return f"exit code {done.code}: {done.last_line}"
+    if is_training:
+        resumed = run(*words, "--resume", "latest", folder=folder, cache=folder / "cache")
+        if resumed.code and "a finished run" not in resumed.output:
+            return f"the resumed run ended with {resumed.code}: {resumed.last_line}"
+        wrong = same_run({"train_vae": base.vae, "train_unet": base.unet}[command], folder / "run")
+    else:
+        again = run(*words, folder=folder, cache=folder / "cache")
+        wrong = "" if again.code == 0 else f"again: exit code {again.code}: {again.last_line}"
+    if not wrong:
+        shutil.rmtree(folder)
+    return wrong
+
+
+def one_of_two(base: Base, victim: int, index: int) -> str:
+    """Kill one of two processes of `accelerate launch`, and resume with two."""
+    folder = fresh_folder(f"two processes {index}")
+    words = [str(word) for word in base.train_vae(folder / "run", "--epochs", 60, "--batch-size", 2)]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        str(ROOT / words[0]),
+        *words[1:],
+    ]
+    log = (WORK / f"two-{index}.log").open("w")
+    process = subprocess.Popen(launch, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    metrics, end = folder / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.2)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any("train_vae.py" in word for word in child.cmdline())
+    ]
+    if len(ranks) != 2:
+        process.kill()
+        return f"{len(ranks)} processes instead of 2"
+    start = time.monotonic()
+    ranks[victim].kill()
+    try:
+        code = process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return "the other process did not end within a minute"
+    if any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+        return f"a process is left after {time.monotonic() - start:.0f} seconds"
+    return "" if code else "exit code 0"
+
+
+def trials(base: Base, seed: int, count: int = 108) -> list[Trial]:
+    seconds = {}
+    for command in commands(base, WORK):
+        folder = fresh_folder(f"reference {command}")
+        start = time.monotonic()
+        done = run(*commands(base, folder)[command], folder=folder, cache=folder / "cache")
+        assert done.code == 0, done.output
+        seconds[command] = time.monotonic() - start
+    found = []
+    for index in range(count):
+        command = list(seconds)[index % len(seconds)]
+        number = SIGNALS[index // len(seconds) % len(SIGNALS)]
+        way = WAYS[index // len(seconds) // len(SIGNALS) % len(WAYS)]
+        run_it = partial(trial, base, command, seconds[command], number, way, seed, index)
+        found.append(Trial(f"{command}, {number.name} {way}, {index}", run_it))
+    found += [Trial(f"one of two processes, rank {n % 2}, {n}", partial(one_of_two, base, n % 2, n)) for n in range(4)]
+    return found

@@ -146,7 +146,8 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
                     terms, reconstruction = autoencoder_step(run, models, images, noise, kl_weight, is_adversarial)
                     if models.discriminator and until_adversarial <= DISCRIMINATOR_LEAD:
                         terms["discriminator"] = discriminator_step(run, models, images, reconstruction)
-                    norm = optimizer_step(accelerator, models.optimizer, models.parameters, args.max_grad_norm)
+                    parameters = models.parameters, args.max_grad_norm, models.discriminator_parameters
+                    norm = optimizer_step(accelerator, models.optimizer, *parameters)
                 run.skipped.add(norm)
                 run.means.add(**terms)
                 kl += terms["kl"].detach() / args.grad_accum

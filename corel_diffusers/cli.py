@@ -18,9 +18,10 @@ from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, P
 from corel_diffusers.config.parsing import parse, use_files_for_plots
 from corel_diffusers.config.train import Env, Train
 from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
-from corel_diffusers.files import one_line_errors
+from corel_diffusers.files import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,7 +126,9 @@ def main() -> None:
     use_files_for_plots()
     with one_line_errors():
         if not words or words[0] not in COMMANDS:
-            # prints the help, or the error for an unknown command, and exits
+            if words and words[0] not in ("-h", "--help"):
+                raise UserError(f"there is no command {words[0]}: give one of {', '.join(COMMANDS)}")
+            # prints the help and exits
             tyro.extras.subcommand_cli_from_dict(
                 {name: kind for name, (kind, _) in COMMANDS.items()}, prog="corel-diffusers", args=words
             )
@@ -133,4 +136,4 @@ def main() -> None:
         if issubclass(kind, TrainingArguments):
             run(parse(kind, words, prog))
         else:
-            run(tyro.cli(kind, prog=prog, description=inspect.getdoc(kind), args=words).checked())
+            run(parse_flags(kind, words, prog=prog, description=inspect.getdoc(kind)).checked())

@@ -66,7 +66,7 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 def exit_with_signal(number: int, frame: object) -> None:
     """Exit with the code of a signal."""
-    print("stopped", file=sys.stderr)
+    os.write(2, b"stopped\n")  # print could be what the signal has interrupted
     sys.exit(128 + number)
 
 

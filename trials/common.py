@@ -168,7 +168,9 @@ def fresh_folder(name: str) -> Path:
 
 def same_run(a: Path, b: Path) -> str:
     """Return "" if two finished runs have the same weights, bit for bit, and the same metrics, or else a difference."""
-    for file in sorted(a.rglob("*.safetensors")):
+    newest = sorted((a / "checkpoints").iterdir())[-1]  # an interruption leaves one more, so others are removed
+    published = [file for file in a.rglob("*.safetensors") if "checkpoints" not in file.parts]
+    for file in sorted([*published, *newest.glob("*.safetensors")]):
         other = b / file.relative_to(a)
         if not other.is_file():
             return f"{file.relative_to(a)} is missing"

@@ -4,6 +4,7 @@ Right: exit code 128 + the signal's number (or the command had just ended), no t
 that of a run without an interruption. Also: one of two processes is killed; the other one ends with a reason.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -113,11 +114,10 @@ def one_of_two(base: Base, victim: int, index: int) -> str:
     metrics, end = folder / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.2)
-    ranks = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any("train_vae.py" in word for word in child.cmdline())
-    ]
+    ranks = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a process that has ended by now
+            ranks += [child] if any("train_vae.py" in word for word in child.cmdline()) else []
     if len(ranks) != 2:
         process.kill()
         return f"{len(ranks)} processes instead of 2"

@@ -15,6 +15,7 @@ import yaml
 
 from corel_diffusers.config.diffusers_flags import translate
 from corel_diffusers.config.training import TrainingArguments
+from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.files import UserError, one_line_errors, read_json
 
 Flags = TypeVar("Flags", bound=TrainingArguments)
@@ -52,10 +53,10 @@ def parse(kind: type[Flags], words: Sequence[str] | None = None, prog: str | Non
         (name, tyro.conf.OmitArgPrefixes[group], field(default=group()))
         for name, group in zip(names, kind.GROUPS, strict=True)
     ]
-    parsed = tyro.cli(
+    parsed = parse_flags(
         make_dataclass("Boxes", boxes),
+        words,
         prog=prog,
-        args=words,
         description=inspect.getdoc(kind),
         config=(tyro.conf.DisallowNone,),
     )

@@ -14,15 +14,22 @@ from corel_diffusers.files import UserError, first_line
 from corel_diffusers.hub.cards import dataset_card, write_card, write_own
 from corel_diffusers.sampling.pipelines import has_guide
 
+
+def model_files(folder: str) -> tuple[str, ...]:
+    """Return the patterns of the files that a model of diffusers consists of. No pickle is one of them."""
+    names = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    return tuple(f"{folder}/{name}" for name in names)
+
+
 PIPELINE_FILES = (
     "model_index.json",
     "pipeline.py",
     "README.md",
     "grid.png",
     "loss_history.png",
-    "vae/*",
-    "unet/*",
-    "scheduler/*",
+    "scheduler/scheduler_config.json",
+    *model_files("vae"),
+    *model_files("unet"),
 )
 VAE_FILES = ("README.md", "config.json", "diffusion_pytorch_model.safetensors", "training_losses.png")
 LAST_CHECKPOINT = "last-checkpoint"  # folder of the newest checkpoint in a repository, as transformers names it
@@ -64,7 +71,7 @@ def push(
         UserError: there is no model in the folder, there is no token, or the Hub refuses the upload.
     """
     if (folder / "model_index.json").is_file():
-        flag, patterns = "--pipeline", PIPELINE_FILES + (("guide/*",) if has_guide(folder) else ())
+        flag, patterns = "--pipeline", PIPELINE_FILES + (model_files("guide") if has_guide(folder) else ())
     elif (folder / "config.json").is_file():
         flag, patterns = "--vae", VAE_FILES
     else:

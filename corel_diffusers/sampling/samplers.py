@@ -12,6 +12,7 @@ from diffusers import (
 )
 
 from corel_diffusers.config.commands import Sampling
+from corel_diffusers.files import UserError, first_line
 from corel_diffusers.sampling.ddim import DDIM
 
 
@@ -24,9 +25,17 @@ class Sampler(NamedTuple):
 
 
 def set_sampler(pipe: DiffusionPipeline, args: Sampling) -> tuple[str, int]:
-    """Give the pipeline the sampler of the flags. Return its name and its number of steps."""
+    """Give the pipeline the sampler of the flags. Return its name and its number of steps.
+
+    Raises:
+        UserError: the scheduler of the pipeline has a config that the sampler cannot take.
+    """
     name = AUTO if args.sampler == "auto" else args.sampler
-    pipe.scheduler = build_sampler(name, pipe.scheduler)
+    try:
+        pipe.scheduler = build_sampler(name, pipe.scheduler)
+    except (TypeError, ValueError) as error:
+        hint = "repair scheduler/scheduler_config.json in its folder"
+        raise UserError(f"--pipeline: its scheduler cannot be used ({first_line(error)}): {hint}") from None
     return name, possible_steps(pipe.scheduler, args.steps or SAMPLERS[name].default_steps)
 
 

@@ -14,10 +14,19 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as torch_state
 
-from corel_diffusers.files import UserError, explain_full_disk, fsync_folder, read_json, remove_folder, write_json
+from corel_diffusers.files import (
+    UserError,
+    explain_full_disk,
+    fsync_folder,
+    read_json,
+    remove_folder,
+    write_json,
+    write_text,
+)
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
 from corel_diffusers.saved_models import changed_files, write_manifest
+from corel_diffusers.training.history import METRICS, text_of
 from corel_diffusers.training.learning_rate import LearningRate
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.state import RunState
@@ -156,6 +165,7 @@ def save(run: Run, parts: Parts) -> None:
             values = {"state": asdict(run.state), "settings": run.settings, "learning_rate": parts.rate.state_dict()}
             values["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
             write_json(temporary / "state.json", values)
+            write_text(temporary / METRICS, text_of(run.history))
             write_manifest(temporary)
             fsync_folder(temporary)  # otherwise a power cut could leave a checkpoint of empty files
             remove_folder(path)

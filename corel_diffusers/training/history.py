@@ -16,6 +16,8 @@ from corel_diffusers.saved_models import finish_model_save
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.trackers import start_trackers
 
+METRICS = "metrics.jsonl"  # in the folder of the run, and in each checkpoint
+
 
 def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | None] = (), **more: object) -> None:
     """Write run.json, training_photos.txt and metrics.jsonl, start the trackers, and read the metrics so far.
@@ -59,6 +61,8 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
 def remove_later_records(run: Run, repeats_exactly: bool) -> None:
     """Read the metrics so far, and remove those after the step of the state: the run will write them again.
 
+    A checkpoint has a copy of the metrics. If the file in the run's folder was damaged, it is restored from there.
+
     A removed line may belong to a model that was saved as best. If the run does not repeat its steps exactly, it may
     not reach this model again. No line would then describe the model in the folder of the run. In this case, the next
     validation saves its model as best.
@@ -67,11 +71,21 @@ def remove_later_records(run: Run, repeats_exactly: bool) -> None:
         repeats_exactly: whether the run repeats each removed step exactly. It does not if it continues from an older
             checkpoint than the latest, if it ends by time, or if its learning rate has changed.
     """
-    path = run.args.run_dir / "metrics.jsonl"
-    all_records = broadcast_from_main(run.accelerator, read_metrics(path))
+    all_records = broadcast_from_main(run.accelerator, read_metrics(run.args.run_dir / METRICS))
     run.history = [record for record in all_records if record["step"] <= run.state.step]
     removed = all_records[len(run.history) :]
     if run.checkpoint and not repeats_exactly and any(record.get("published") for record in removed):
         run.state.best = math.inf
+    if run.checkpoint and run.accelerator.is_main_process and (run.checkpoint / METRICS).is_file():
+        saved = read_metrics(run.checkpoint / METRICS)
+        if saved != run.history:
+            print(f"notice: {METRICS} was damaged: it is restored from {run.checkpoint.name}")
+            run.history = saved
+    run.history = broadcast_from_main(run.accelerator, run.history)
     if run.accelerator.is_main_process:
-        write_text(path, "".join(json.dumps(record) + "\n" for record in run.history))
+        write_text(run.args.run_dir / METRICS, text_of(run.history))
+
+
+def text_of(records: list[dict]) -> str:
+    """Return the content of metrics.jsonl."""
+    return "".join(json.dumps(record) + "\n" for record in records)

@@ -206,7 +206,11 @@ class SkippedSteps:
 
 
 def optimizer_step(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], max_norm: float
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    max_norm: float,
+    not_clipped: Sequence[torch.nn.Parameter] = (),
 ) -> torch.Tensor | None:
     """Clip the gradients, update the weights and clear the gradients, after the last backward pass of a step.
 
@@ -214,12 +218,19 @@ def optimizer_step(
 
     A step whose gradients are NaN or infinite is skipped. In fp16 the gradient scaler does this.
 
+    Args:
+        parameters: the parameters whose gradients are clipped together.
+        not_clipped: the other parameters of the optimizer.
+
     Returns:
-        The norm of the gradients before clipping, a scalar; None after the earlier backward passes.
+        The norm of the gradients of `parameters` before clipping, a scalar. It is NaN if a gradient of `not_clipped` is
+        NaN or infinite. None after the earlier backward passes.
     """
     norm = None
     if accelerator.sync_gradients:
         norm = clip_gradients(accelerator, optimizer, parameters, max_norm)
+        if others := [parameter.grad for parameter in not_clipped if parameter.grad is not None]:
+            norm = norm + 0.0 * torch.nn.utils.get_total_norm(others)
     if norm is None or accelerator.scaler or norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()

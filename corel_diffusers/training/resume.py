@@ -14,6 +14,7 @@ from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.files import UserError, read_json
 from corel_diffusers.models.configs import load_config
 from corel_diffusers.runtime.processes import broadcast_from_main, run_on_main
+from corel_diffusers.saved_models import MANIFEST
 from corel_diffusers.training.checkpoints import damage, find_checkpoints, read_state
 from corel_diffusers.training.length import RunLength
 from corel_diffusers.training.run import Run
@@ -83,6 +84,8 @@ def newest_whole(run_dir: Path, checkpoints: list[Path]) -> Path:
     for checkpoint in reversed(checkpoints):
         refuse_pickles(checkpoint)
         if not (reason := damage(checkpoint)):
+            if not (checkpoint / MANIFEST).is_file():
+                print(f"notice: {checkpoint.name} has no {MANIFEST}, so nobody can tell whether it is whole")
             return checkpoint
         print(f"notice: {checkpoint.name} is damaged ({reason}): it is not used")
     raise UserError(f"--resume latest: all checkpoints in {run_dir} are damaged: start again in another --output-dir")

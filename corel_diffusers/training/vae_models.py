@@ -35,6 +35,7 @@ class VAEModels(NamedTuple):
     perceptual_pass: Callable | None  # `perceptual`, for batches of the training size only
     optimizer: torch.optim.Optimizer  # of all models
     parameters: list[torch.nn.Parameter]  # of `model`
+    discriminator_parameters: list[torch.nn.Parameter]
     parts: Parts
 
 
@@ -72,9 +73,9 @@ def build_models(args: VAEArguments, accelerator: Accelerator, vae: AutoencoderK
     rate = LearningRate([part.optimizer for part in trained], args)
     parts = Parts(trained, rate, build_ema(args, model))
     # listed once: walking the modules is slower than the EMA update
-    parameters = list(model.parameters())
+    parameters, others = list(model.parameters()), list(discriminator.parameters()) if discriminator else []
     optimizer = accelerator.prepare(optimizer)
-    return VAEModels(vae, model, discriminator, perceptual, perceptual_pass, optimizer, parameters, parts)
+    return VAEModels(vae, model, discriminator, perceptual, perceptual_pass, optimizer, parameters, others, parts)
 
 
 def trains_grey(args: VAEArguments, accelerator: Accelerator, photos: DatasetDict, share: Share) -> bool:

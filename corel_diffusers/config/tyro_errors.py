@@ -1,0 +1,54 @@
+"""Turn the boxes in which tyro explains a wrong command line into one line, as all other errors have it."""
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from corel_diffusers.files import UserError
+
+Kind = TypeVar("Kind")
+HELP_HINT = re.compile(r"run:? (.* --help)|see (.* --help)")
+
+
+def parse_flags(kind: type[Kind], words: Sequence[str], **options: object) -> Kind:
+    """Parse words as an object of the dataclass `kind`, with `tyro.cli`. `--help` prints the help and exits.
+
+    Raises:
+        UserError: a flag is unknown, has no value, or has a value of another type.
+    """
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            return tyro.cli(kind, args=list(words), **options)
+        except SystemExit as ended:
+            if not ended.code:
+                raise
+    raise UserError(one_line(printed.getvalue()))
+
+
+def one_line(box: str) -> str:
+    """Return the content of one of tyro's boxes as one line."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"^[│|]|[│|]\s*$", "", line).strip() for line in plain.strip().splitlines()[1:-1]]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line and set(line) <= {"─", "-"}:
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    reason, *more = (" ".join(filter(None, section)) for section in sections)
+    reason = reason.split(" Got errors:")[0].rstrip(".").removeprefix("Error parsing ")
+    reason = re.sub(r": no type matching \S+ could be instantiated from \[(.*)\]$", r" \1", reason)
+    for section in more:
+        if meant := re.match(r"Perhaps you meant: (--[\w-]+)", section):
+            reason += f": perhaps you meant {meant[1]}"
+        elif expected := re.match(r"Argument helptext: (.*?[A-Z}]) (?=[A-Z0-9])", section):
+            reason += f": expected {expected[1]}"
+        elif section.startswith("Available subcommands"):
+            reason += f": {section[0].lower()}{section[1:]}"
+        elif hint := HELP_HINT.search(section):
+            reason += f" (see {hint[1] or hint[2]})"
+    return reason[0].lower() + reason[1:]

@@ -187,7 +187,12 @@ def test_a_signal_to_all_processes_of_a_terminal_saves_a_checkpoint(name, vae_fl
     """Ctrl-C reaches the workers that read batches too. The run needs their batches until it stops."""
     flags = [*vae_flags, "--num-workers", 1, "--grad-accum", 4, "--epochs", 10**5, "--output-dir", tmp_path]
     command = [sys.executable, ROOT / "train_vae.py", *map(str, flags)]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+    def as_in_a_terminal() -> None:  # where the tests run, `nohup` or a shell may have made it ignore the signal
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+    options = {"start_new_session": True, "preexec_fn": as_in_a_terminal, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **options)
     metrics, end = tmp_path / "metrics.jsonl", time.monotonic() + 120
     try:
         while not (metrics.is_file() and metrics.read_text()):

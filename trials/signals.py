@@ -88,29 +88,14 @@ def trial(base: Base, command: str, seconds: float, number: int, way: str, seed:
 
 
 def one_of_two(base: Base, victim: int, index: int) -> str:
-    """Kill one of two processes of `accelerate launch`, and resume with two."""
+    """Kill one of two processes of `torchrun`: the other one must end."""
     folder = fresh_folder(f"two processes {index}")
     words = [str(word) for word in base.train_vae(folder / "run", "--epochs", 60, "--batch-size", 2)]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        str(ROOT / words[0]),
-        *words[1:],
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch += [str(ROOT / words[0]), *words[1:]]
     log = (WORK / f"two-{index}.log").open("w")
-    process = subprocess.Popen(launch, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(launch, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=env)
     metrics, end = folder / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.2)

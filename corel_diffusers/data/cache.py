@@ -1,6 +1,6 @@
 """Per-photo arrays (pixels, latents, features) that are computed once and cached on disk.
 
-An array is one folder with index.json and shards. The name of the folder is a key that identifies the content. A shard
+An array is one folder of shards. The name of the folder is a key that identifies the content. A shard
 is a safetensors file with the values of consecutive photos. Each shard is written atomically, so an interrupted run
 continues with the missing shards, and several processes can divide the shards among them. Reading one photo takes the
 time and the memory of one photo, whatever the size of the array.
@@ -22,11 +22,12 @@ from datasets import config
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from corel_diffusers.files import atomic_file, explain_full_disk, read_json, write_json
+from corel_diffusers.files import atomic_file, explain_full_disk
 
 CACHE_VERSION = "3"  # increase it when the code that fills a cache computes different values
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
 # A small array gets smaller shards, of at least MIN_PHOTOS photos, so that several processes have shards to divide.
+# With other numbers, increase CACHE_VERSION.
 SHARD_BYTES, MIN_PHOTOS = 2**26, 64
 
 
@@ -48,10 +49,10 @@ class ShardedArray:
     system counts mapped pages as memory of the process for as long as it has memory to spare.
     """
 
-    def __init__(self, folder: Path) -> None:
-        index = read_json(folder / "index.json")
-        self.folder, self.shape, self.dtype = folder, tuple(index["shape"]), np.dtype(index["dtype"])
-        self.photos_per_shard = index["photos_a_shard"]
+    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.folder, self.shape, self.dtype = folder, tuple(shape), dtype
+        photo_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+        self.photos_per_shard = max(1, min(SHARD_BYTES // photo_bytes, max(MIN_PHOTOS, math.ceil(shape[0] / 64))))
         self.header_bytes: dict[int, int] = {}  # shard -> size of its header, after which its values begin
 
     def __len__(self) -> int:
@@ -129,14 +130,7 @@ def cached_array(
         at_once: `compute` gets at most this many photos per call.
     """
     folder, dtype = cache_folder(key), np.dtype(dtype)
-    if not (folder / "index.json").is_file():
-        photos_per_shard = min(
-            SHARD_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize), max(MIN_PHOTOS, math.ceil(shape[0] / 64))
-        )
-        write_json(
-            folder / "index.json", {"shape": shape, "dtype": dtype.name, "photos_a_shard": max(1, photos_per_shard)}
-        )
-    array = ShardedArray(folder)
+    array = ShardedArray(folder, shape, dtype)
     photos_per_shard = array.photos_per_shard
 
     def fill(shards: range, hide_progress: bool, is_known: Callable[[Path], bool]) -> None:

@@ -106,6 +106,7 @@ def run_and_print(words: list[str]) -> None:
             print(line, end="")
     except KeyboardInterrupt:  # the button of a notebook: the command saves a checkpoint and ends
         process.terminate()
+        print(process.stdout.read(), end="")
         process.wait()
         raise
     if process.wait():

@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import tyro
@@ -43,14 +44,16 @@ def run_in_own_process(words: list[str]) -> None:
     """Run a command in a process of its own, which gives back all its memory. End with its exit code if it fails."""
     print(f"corel-diffusers {' '.join(words)}", flush=True)
     # in a session of its own, so that a signal to all processes of a terminal reaches it once: through this process
-    process, code = subprocess.Popen([*COMMAND, *words], start_new_session=True), None
+    process, code, stopped = subprocess.Popen([*COMMAND, *words], start_new_session=True), None, 0
     while code is None:
         try:
             code = process.wait()
         except SystemExit as signalled:  # see `exit_with_signal`: the command saves a checkpoint and ends
-            process.send_signal(signalled.code - 128)
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
+            stopped = signalled.code
+            with suppress(ValueError):  # on Windows, the console has sent Ctrl-C to both
+                process.send_signal(stopped - 128)
+    if code or stopped:
+        sys.exit(stopped or (code if code > 0 else 128 - code))
 
 
 def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process) -> None:

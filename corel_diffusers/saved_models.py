@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from corel_diffusers.files import UserError, explain_full_disk, read_json, write_json
+from corel_diffusers.files import UserError, explain_full_disk, printable, read_json, write_json
 
 ENTRY_FILES = ("model_index.json", "config.json")  # loading a pipeline or a model starts from one of these files
 MANIFEST = "manifest.json"  # path of a file -> [bytes, CRC-32], of all other files of a saved model or checkpoint
@@ -83,7 +83,7 @@ def changed_files(folder: Path) -> dict[str, str]:
         return {MANIFEST: "cannot be read"}
     except OSError as error:
         return {str(folder): f"cannot be read ({error.strerror})"}
-    return changed
+    return {printable(name): reason for name, reason in changed.items()}  # a stranger may have written the manifest
 
 
 def crc32_of(file: Path) -> int:

@@ -79,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
                 value = entry["value"]
                 if entry["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "deletedFile":
+                    files.pop(value["path"], None)
                 elif entry["key"] == "lfsFile":
                     files[value["path"]] = hub.blobs[value["oid"]]
             return self.answer({"success": True, "commitOid": SHA, "commitUrl": f"{hub.url}/{name}/commit/{SHA}"})

@@ -111,7 +111,7 @@ def test_a_wrong_file_of_flags_is_one_line(content, expected, tmp_path):
     if content:
         (tmp_path / "flags.yaml").write_text(content)
     with pytest.raises(UserError, match=expected):
-        with_config_file(["--config-file", str(tmp_path / "flags.yaml")])
+        with_config_file(["--config-file", str(tmp_path / "flags.yaml")], VAEArguments)
 
 
 def test_the_backend_of_a_notebook_does_not_end_a_run(vae_flags, tmp_path):

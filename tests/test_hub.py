@@ -154,22 +154,32 @@ def test_pushed_photos_have_the_same_labels_captions_and_splits(hub, raw_photos,
 
 
 def test_the_best_pipeline_and_the_checkpoint_are_pushed_during_the_run(hub, unet_flags, tmp_path):
-    """With --hub-strategy checkpoint. The run then goes on from what is on the Hub, and ends with the same weights."""
-    flags = [*unet_flags, "--push-to-hub", "--hub-model-id", "user/fresh", "--hub-strategy", "checkpoint"]
-    flags += ["--checkpoint-steps", 1, "--keep-checkpoints", 1, "--max-train-steps", 2, "--output-dir"]
-    script("train_unet", *flags, tmp_path / "run", env={k: v for k, v in hub.env("").items() if k != "HF_HOME"})
-    files = hub.repos["user/fresh"]
-    for name, content in files.items():
-        if name.startswith("last-checkpoint/step-000001/"):
-            target = tmp_path / "clone" / "checkpoints" / name.removeprefix("last-checkpoint/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-    script("train_unet", *unet_flags, "--max-train-steps", 2, "--resume", "latest", "--output-dir", tmp_path / "clone")
+    """With --hub-strategy checkpoint. A longer run that goes on from the Hub equals one without a stop."""
+    flags = [*unet_flags, "--lr-scheduler", "none", "--checkpoint-steps", 1, "--output-dir"]
+    hub_flags = [
+        "--push-to-hub",
+        "--hub-model-id",
+        "user/fresh",
+        "--hub-strategy",
+        "checkpoint",
+        "--max-train-steps",
+        2,
+    ]
+    env = {k: v for k, v in hub.env("").items() if k != "HF_HOME"}
+    script("train_unet", *flags, tmp_path / "run", *hub_flags, env=env)
+    checkpoint = {n: c for n, c in hub.repos["user/fresh"].items() if n.startswith("last-checkpoint/")}
+    assert {name.split("/")[1] for name in checkpoint} == {"step-000002"}, "the checkpoint before is removed"
+    for name, content in checkpoint.items():
+        target = tmp_path / "clone" / "checkpoints" / name.removeprefix("last-checkpoint/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    script("train_unet", *flags, tmp_path / "clone", "--resume", "latest", "--max-train-steps", 3)
+    script("train_unet", *flags, tmp_path / "whole", "--max-train-steps", 3)
     weights = [
-        load_file(tmp_path / folder / "checkpoints" / "step-000002" / "model.safetensors")
-        for folder in ("run", "clone")
+        load_file(tmp_path / run / "checkpoints" / "step-000003" / "model.safetensors") for run in ("clone", "whole")
     ]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert (tmp_path / "clone" / "model_index.json").is_file()
 
 
 def test_push_to_hub_without_a_token_is_refused_before_training(unet_flags, tmp_path, monkeypatch):

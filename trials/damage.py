@@ -36,7 +36,7 @@ def judged(done: Result, equals_reference: Callable[[], bool]) -> str:
         return done.refused()
     if done.code or done.has_traceback:
         return f"exit code {done.code}: {done.last_line}"
-    named = any(word in done.output for word in ("damaged", "notice", "left out", "changed", "ignored"))
+    named = any(word in done.output for word in ("damaged", "notice", "left out", "changed", "ignored", "missing"))
     return "" if named or equals_reference() else "the damaged file was used in silence"
 
 

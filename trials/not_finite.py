@@ -8,7 +8,7 @@ import shutil
 from functools import partial
 
 import torch
-from common import Base, Trial, fresh_folder, not_finite, run
+from common import Base, Trial, fresh_folder, not_finite, rng_of, run
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 STEPS = 24
@@ -22,7 +22,7 @@ FLAGS = {
 
 
 def poison(kind: str, value: float, steps: list[int]) -> None:
-    """Set one value to `value` at these optimizer steps: of a gradient, a weight or the optimizer's state."""
+    """Set one value of a weight or of the optimizer's state to `value` at these optimizer steps."""
     count, first = 0, None
 
     def hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -33,14 +33,14 @@ def poison(kind: str, value: float, steps: list[int]) -> None:
             return
         weight = next(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
         state = next((v for v in optimizer.state[weight].values() if v.ndim), weight.data)
-        poisoned = {"gradient": weight.grad, "weight": weight.data, "state": state}[kind]
+        poisoned = {"weight": weight.data, "state": state}[kind]
         poisoned[(0,) * poisoned.ndim] = value
 
     register_optimizer_step_pre_hook(hook)
 
 
-def poison_loss(value: float, steps: list[int]) -> None:
-    """Multiply the loss of these steps by `value`, before the backward pass."""
+def poison_backward(kind: str, value: float, steps: list[int]) -> None:
+    """In these steps, multiply the loss by `value`, or set a gradient to it after the backward pass."""
     from accelerate import Accelerator
 
     original, count = Accelerator.backward, 0
@@ -48,7 +48,11 @@ def poison_loss(value: float, steps: list[int]) -> None:
     def backward(self: Accelerator, loss: torch.Tensor, **options: object) -> None:
         nonlocal count
         count += 1
-        original(self, loss * value if count in steps else loss, **options)
+        is_due = count in steps
+        original(self, loss * value if is_due and kind == "loss" else loss, **options)
+        if is_due and kind == "gradient":
+            weight = next(p for p in self._models[0].parameters() if p.grad is not None)
+            weight.grad[(0,) * weight.ndim] = value
 
     Accelerator.backward = backward
 
@@ -60,7 +64,7 @@ def trial(base: Base, name: str, kind: str, value: float, steps: list[int], prec
     at = words.index("--checkpoint-every")
     del words[at : at + 2]
     words[words.index("--mixed-precision") + 1] = precision
-    function = ("poison_loss", value, steps) if kind == "loss" else ("poison", kind, value, steps)
+    function = ("poison_backward" if kind in ("loss", "gradient") else "poison", kind, value, steps)
     done = run(*words, folder=folder, before=("not_finite", *function))
     if done.has_traceback or done.code not in (0, 2):
         return f"exit code {done.code}: {done.last_line}"
@@ -82,4 +86,5 @@ def trials(base: Base, seed: int, count: int = 120) -> list[Trial]:
                     for precision in ("no", "bf16"):
                         title = f"{name}, {kind} {value} at {steps[0]} and {len(steps) - 1} more, {precision}"
                         found.append(Trial(title, partial(trial, base, name, kind, value, steps, precision)))
-    return found[:: max(1, len(found) // count)][:count]
+    rng_of(seed, "not_finite").shuffle(found)
+    return found[:count]

@@ -46,19 +46,9 @@ def run_program(
     cache.CACHE_DIR = Path(cache_dir)
     code = 0
     try:
-        if before:
-            module, function, *arguments = before
-            getattr(importlib.import_module(module), function)(*arguments)
-        if words[0] in SCRIPTS:
-            module, kind = SCRIPTS[words[0]]
-            sys.argv = words
-            with one_line_errors():
-                flags = parse(kind)
-                with start.explain_out_of_memory(flags):
-                    module.main(flags)
-        else:
-            sys.argv = ["corel-diffusers", *words]
-            cli.main()
+        with one_line_errors():
+            print("started", flush=True)
+            run_words(words, before)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
@@ -68,3 +58,19 @@ def run_program(
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def run_words(words: list[str], before: tuple) -> None:
+    """Run `main` of a script or of the command."""
+    if before:
+        module, function, *arguments = before
+        getattr(importlib.import_module(module), function)(*arguments)
+    if words[0] in SCRIPTS:
+        module, kind = SCRIPTS[words[0]]
+        sys.argv = words
+        flags = parse(kind)
+        with start.explain_out_of_memory(flags):
+            module.main(flags)
+    else:
+        sys.argv = ["corel-diffusers", *words]
+        cli.main()

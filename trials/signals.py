@@ -62,7 +62,9 @@ def trial(base: Base, command: str, seconds: float, number: int, way: str, seed:
     if way == "with a worker" and is_training:
         words += ["--num-workers", 1]
     program = Program(words, folder, cache=folder / "cache", new_group=True).start()
-    program.process.join(rng.uniform(0.1, seconds))
+    while not program.log.read_text() and program.process.is_alive():  # its first line: it handles signals by then
+        time.sleep(0.01)
+    program.process.join(rng.uniform(0, seconds))
     try:
         (os.killpg if way in ("to the group", "with a worker") else os.kill)(program.process.pid, number)
         if way == "twice":
@@ -71,8 +73,7 @@ def trial(base: Base, command: str, seconds: float, number: int, way: str, seed:
     except ProcessLookupError:
         pass
     done = program.wait()
-    # -number: the signal came before the program could handle it
-    if done.has_traceback or done.code not in (0, 128 + number, -number):
+    if done.has_traceback or done.code not in (0, 128 + number):
         return f"exit code {done.code}: {done.last_line}"
     if is_training:
         resumed = run(*words, "--resume", "latest", folder=folder, cache=folder / "cache")

@@ -6,7 +6,7 @@ from pathlib import Path
 from corel_diffusers.config.checks import flag_name
 from corel_diffusers.config.training import TrainingArguments
 
-OF_ONE_START = ("plan", "resume", "config_file")  # flags of one start of a run, not of the run
+OF_ONE_START = ("plan", "resume", "config_file", "change_precision")  # flags of one start of a run, not of the run
 
 
 def given_flags(args: TrainingArguments) -> dict:

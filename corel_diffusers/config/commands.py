@@ -237,7 +237,7 @@ class Push:
     base_dir: str = "."
     """Folder at which relative paths start."""
     private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make the repository private."""
+    """Create a private repository. An existing public one is refused."""
     revision: str | None = None
     """Branch of the repository (default: main). It is created if it does not exist."""
     license: str | None = None

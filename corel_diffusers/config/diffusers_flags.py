@@ -63,6 +63,9 @@ FLAGS = {
     "--disc-start": OtherFlag(instead="give --adversarial-start, a fraction of the run"),
     "--disc-factor": OtherFlag(instead="give --adversarial-weight"),
     "--disc-scale": OtherFlag(instead="give --adversarial-weight"),
+    "--perceptual-scale": OtherFlag("--perceptual-weight"),
+    "--disc-learning-rate": OtherFlag(instead="omit it: the discriminator has the learning rate of the VAE"),
+    "--disc-lr-scheduler": OtherFlag(instead="omit it: the discriminator has the schedule of the VAE"),
     "--disc-loss": OtherFlag(instead="omit it: the discriminator has a hinge loss"),
     "--decoder-only": OtherFlag(instead="omit it: encoder and decoder are trained together", has_value=False),
     # diffusion

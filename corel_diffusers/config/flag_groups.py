@@ -24,7 +24,7 @@ class PhotoFlags:
     data_dir: Annotated[str | None, tyro.conf.arg(aliases=["--image-dir"], help_behavior_hint="")] = flag(
         None, may_change=True
     )
-    """Folder of photos: prepared, raw Corel, one folder per class, or flat. "scenes": this package draws the photos."""
+    """Folder of photos, in any layout of docs/data.md. "scenes": this package draws the photos."""
     dataset_name: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Id of a Hub dataset, instead of --data-dir."""
     classes: Annotated[tuple[str, ...], SHOWN_IN_TEXT] = ()

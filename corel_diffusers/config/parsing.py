@@ -46,7 +46,7 @@ def parse(kind: type[Flags], words: Sequence[str] | None = None, prog: str | Non
         UserError: a value that no run can use, or no photos are given.
     """
     use_files_for_plots()
-    words = translate(with_config_file(sys.argv[1:] if words is None else list(words)))
+    words = translate(with_config_file(sys.argv[1:] if words is None else list(words), kind))
     # in a dataclass of dataclasses, tyro shows one box per group
     names = [re.sub(r"^(VAE|UNet)|Flags$", "", group.__name__).lower() for group in kind.GROUPS]
     boxes = [
@@ -82,7 +82,7 @@ def use_files_for_plots() -> None:
     os.environ["MPLBACKEND"] = "agg"
 
 
-def with_config_file(words: list[str]) -> list[str]:
+def with_config_file(words: list[str], kind: type[TrainingArguments]) -> list[str]:
     """Replace --config-file by the flags in that file, at the beginning: flags of the command line come later and win.
 
     The file is YAML or JSON with `name: value`, or the run.json of a run.
@@ -98,11 +98,11 @@ def with_config_file(words: list[str]) -> list[str]:
             raise UserError("--config-file: give the path of a YAML or JSON file")
         file = Path(value if equals else words[index + 1]).expanduser()
         rest = words[:index] + words[index + (1 if equals else 2) :]
-        return [*flags_of_file(file), *rest]
+        return [*flags_of_file(file, kind), *rest]
     return words
 
 
-def flags_of_file(file: Path) -> list[str]:
+def flags_of_file(file: Path, kind: type[TrainingArguments]) -> list[str]:
     """Return the flags in a file as the words of a command line: see `with_config_file`."""
     if not file.is_file():
         raise UserError(f"--config-file {file}: no such file")
@@ -117,7 +117,8 @@ def flags_of_file(file: Path) -> list[str]:
     for name, value in values.items():
         flag = "--" + str(name).replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            is_on_by_default = getattr(kind, flag[2:].replace("-", "_"), False) is True
+            words += [flag] if value else [flag.replace("--", "--no-", 1)] if is_on_by_default else []
         elif value is not None:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
     return words

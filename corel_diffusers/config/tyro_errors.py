@@ -24,7 +24,7 @@ def parse_flags(kind: type[Kind], words: Sequence[str], **options: object) -> Ki
         try:
             return tyro.cli(kind, args=list(words), **options)
         except SystemExit as ended:
-            if not ended.code:
+            if ended.code != 2:  # the help was printed, or a signal was received
                 raise
     raise UserError(one_line(printed.getvalue()))
 

@@ -71,7 +71,7 @@ class UNetLossFlags:
     log_normal: tuple[float, float] = (0.3, 1.2)
     """Mean and standard deviation of the log noise level for --timesteps log-normal. Latents have unit variance."""
     min_snr_gamma: float = 5.0
-    """Weight the loss by min(SNR, gamma), or by min(SNR, gamma) + 1 with --zero-terminal-snr (0: equal weights).
+    """Min-SNR weights of the loss (Hang et al. 2023): min(SNR, gamma) / (SNR + 1) with v_prediction (0: equal weights).
     This favours the noise levels at which images take shape."""
     align_weight: float = 0.25
     """Weight of the alignment loss (0: off).
@@ -106,7 +106,8 @@ class HubFlags:
     push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Push the pipeline to the Hub when training ends."""
     hub_model_id: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
-    """Id of the repository on the Hub: user/name. It is created as a private repository."""
+    """Id of the repository on the Hub: user/name. It is created if it does not exist, private unless --hub-public is
+    given."""
     hub_strategy: Literal["end", "best", "checkpoint"] = flag("end", may_change=True)
     """When to push: at the end; or also the best pipeline so far whenever a checkpoint is saved; or that pipeline and
     the checkpoint, as last-checkpoint/ in the repository."""

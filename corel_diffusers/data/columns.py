@@ -1,7 +1,7 @@
 """Build the columns that every dataset of photos has."""
 
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
@@ -28,12 +28,12 @@ def labelled(photos: Dataset, names: Sequence[str], class_names: list[str]) -> D
     return photos.cast_column("label", ClassLabel(names=class_names))
 
 
-def with_bytes(photos: Dataset) -> Dataset:
-    """Return `photos` with the bytes of each image file in place of its path."""
+def with_bytes(photos: Dataset, file: Path) -> Dataset:
+    """Return `photos` with the bytes of each image file in place of its path, written to the Arrow file `file`."""
     rows = photos.cast_column("image", Image(decode=False))
 
     def read(row: dict) -> dict:
-        content = row["image"]["bytes"] or FilePath(row["image"]["path"]).read_bytes()
+        content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
         return {"image": {"bytes": content, "path": row["file_name"]}}
 
-    return rows.map(read, desc="reading photos").cast_column("image", Image())
+    return rows.map(read, desc="reading photos", cache_file_name=str(file)).cast_column("image", Image())

@@ -111,13 +111,12 @@ def run_of(folder: Path) -> dict:
 def card_data(run: dict, license_id: str | None, task: str | None, tags: list[str]) -> ModelCardData:
     """Return what the Hub reads: license, data set, base model and tags."""
     flags = run.get("flags", {})
-    init_from = flags.get("init_from", "")
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
         license=license_id or flags.get("license"),
         datasets=flags.get("dataset_name"),
-        base_model=init_from if init_from.count("/") == 1 and not Path(init_from).exists() else None,
+        base_model=run.get("base_model"),
         tags=["diffusers", *tags],
     )
 

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, get_token
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.data.columns import with_bytes
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.files import UserError, first_line
+from corel_diffusers.files import UserError, explain_full_disk, first_line, read_json
 from corel_diffusers.hub.cards import dataset_card, write_card, write_own
 from corel_diffusers.sampling.pipelines import has_guide
 
@@ -47,6 +47,13 @@ def is_part_of(folder: Path, file: Path) -> bool:
     return file.is_file() and inside and not file.name.startswith(".")
 
 
+def is_vae(folder: Path) -> bool:
+    """Return whether a folder holds an AutoencoderKL whose training has ended."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    is_run = (folder / "metrics.jsonl").is_file()
+    return config.get("_class_name") == "AutoencoderKL" and not (is_run and config.get("latents_mean") is None)
+
+
 def push(
     folder: Path,
     repo_id: str,
@@ -72,11 +79,11 @@ def push(
     """
     if (folder / "model_index.json").is_file():
         flag, patterns = "--pipeline", PIPELINE_FILES + (model_files("guide") if has_guide(folder) else ())
-    elif (folder / "config.json").is_file():
+    elif is_vae(folder):
         flag, patterns = "--vae", VAE_FILES
     else:
         raise UserError(
-            f"{folder} contains neither a pipeline (no model_index.json) nor a VAE (no config.json): "
+            f"{folder} contains neither a pipeline (no model_index.json) nor a trained VAE (an AutoencoderKL): "
             "give the --output-dir of train_unet.py as --pipeline, or that of train_vae.py as --vae"
         )
     if not dry_run:
@@ -91,16 +98,18 @@ def push_so_far(args: UNetArguments, checkpoint: Path) -> None:
 
     A push that fails gives a notice. The run goes on, and the next push has everything again.
     """
-    if not args.push_to_hub or args.hub_strategy == "end":
+    is_saved = (args.run_dir / "model_index.json").is_file()
+    if not args.push_to_hub or args.hub_strategy == "end" or not is_saved:
         return
     try:
         push(args.run_dir, args.hub_model_id, private=not args.hub_public)
         if args.hub_strategy == "checkpoint":
             HfApi().upload_folder(
                 repo_id=args.hub_model_id,
-                folder_path=checkpoint,
-                path_in_repo=f"{LAST_CHECKPOINT}/{checkpoint.name}",
-                delete_patterns=f"{LAST_CHECKPOINT}/*",
+                folder_path=checkpoint.parent,
+                path_in_repo=LAST_CHECKPOINT,
+                allow_patterns=f"{checkpoint.name}/*",
+                delete_patterns="*",  # the checkpoint before; relative to path_in_repo
                 commit_message=f"Upload {checkpoint.name}",
             )
     except Exception as error:  # many types: see `upload`
@@ -123,11 +132,12 @@ def push_dataset(
         require_token()
     photos = load_photos(source)
     names = photos["train"].features["label"].names
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, explain_full_disk(Path(temporary), "TMPDIR"):
         folder = Path(temporary) / repo_id.split("/")[1]
         (folder / "data").mkdir(parents=True)
         for split, part in photos.items():
-            with_bytes(part).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+            whole = with_bytes(part, Path(temporary) / f"{split}.arrow")
+            whole.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
         counts = {split: len(part) for split, part in photos.items()}
         write_own(folder / "README.md", dataset_card(folder, repo_id, license_id, counts, names))
         again = f"corel-diffusers push-dataset --data-dir {source} --repo-id {repo_id}"
@@ -178,6 +188,8 @@ def upload(
             repo_type=repo_type,
             folder_path=folder,
             allow_patterns=[glob.escape(file.relative_to(folder).as_posix()) for file in files],
+            # photos that were removed here, or a split that is no longer there
+            delete_patterns="data/*" if repo_type == "dataset" else None,
             commit_message=f"Upload {'photos' if repo_type == 'dataset' else 'model'}",
             revision=revision,
         )

@@ -79,6 +79,8 @@ class Trained(NamedTuple):
         )
         options = torch_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
         torch_state.set_model_state_dict(self.model, weights, options=options)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # a run that goes back has one
         if not broadcast_from_main(accelerator, bool(named)):
             return
         optimizer_state = torch_state.get_optimizer_state_dict(self.model, self.optimizers)

@@ -4,9 +4,10 @@ A single such step is skipped by `optimizer_step`. In fp16 some are normal: the 
 """
 
 from dataclasses import replace
+from functools import partial
 
 from corel_diffusers.files import UserError
-from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.processes import broadcast_from_main, run_on_main
 from corel_diffusers.training import checkpoints, history, intervals
 from corel_diffusers.training.optimizers import SkippedSteps
 from corel_diffusers.training.resume import newest_whole
@@ -28,6 +29,8 @@ def has_diverged(run: Run, parts: checkpoints.Parts) -> bool:
     """
     step = run.state.step
     is_watched = run.is_over or run.plan.ends_epoch(step, run.validate_every) or intervals.checkpoint_due(run)
+    # a signal is followed by a checkpoint; several processes exchange signals at every tenth step
+    is_watched = is_watched or (run.accelerator.num_processes == 1 and bool(run.stop.number))
     if step % CHECK_EVERY and not is_watched:
         return False
     limit = MAX_IN_A_ROW_FP16 if run.accelerator.scaler else MAX_IN_A_ROW
@@ -43,21 +46,24 @@ def go_back(run: Run, parts: checkpoints.Parts) -> None:
     """Continue from the newest whole checkpoint with a third of the learning rate. The minutes of the run go on.
 
     Raises:
-        UserError: there is no checkpoint, or the run has gone back twice already. Models and checkpoints in the folder
-            are those of the last good steps.
+        UserError: there is no checkpoint, the run has gone back twice already, or its minutes are over. Models and
+            checkpoints in the folder are those of the last good steps.
     """
     accelerator, state, args = run.accelerator, run.state, run.args
     found = broadcast_from_main(accelerator, checkpoints.find_checkpoints(args.run_dir))
     reason = f"weights or gradients are NaN or infinite at step {state.step}"
     rate = args.learning_rate * state.rate_factor
-    if not found or state.returns == MAX_RETURNS:
-        after = f", for the third time, with a learning rate of {rate:.2g}" if state.returns else ""
+    if not found or state.returns == MAX_RETURNS or (run.length.seconds and run.is_over):
+        after = f", for the third time, with a learning rate of {rate:.2g}" if state.returns == MAX_RETURNS else ""
         hint = f"try --lr {rate / 3:.1g} (was {args.learning_rate:g}) with another --output-dir"
         raise UserError(f"{reason}{after}: {hint}")
-    run.checkpoint = broadcast_from_main(accelerator, newest_whole(args.run_dir, found))
+    # the files may be on the machine of the main process only
+    run.checkpoint = run_on_main(accelerator, partial(newest_whole, args.run_dir, found))
+    saved = run_on_main(accelerator, partial(checkpoints.read_state, run.checkpoint))
     run.state = replace(
-        checkpoints.read_state(run.checkpoint),
+        saved,
         seconds=state.seconds,
+        stop_reason="",
         returns=state.returns + 1,
         rate_factor=state.rate_factor * RATE_FACTOR,
     )
@@ -67,5 +73,6 @@ def go_back(run: Run, parts: checkpoints.Parts) -> None:
     checkpoints.load(run, parts)
     run.means, run.skipped = RunningMean(run.state, accelerator.device), SkippedSteps()
     history.remove_later_records(run, repeats_exactly=False)
-    run.bar.reset(total=run.bar.total)
-    run.bar.update(run.state.step * run.plan.global_batch)
+    run.bar.n = run.bar.last_print_n = run.state.step * run.plan.global_batch
+    run.bar.refresh()
+    checkpoints.save(run, parts)  # a crash does not make it forget that it has gone back

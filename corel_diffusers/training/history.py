@@ -12,7 +12,7 @@ from corel_diffusers.data.training_photos import TRAINING_PHOTOS, training_photo
 from corel_diffusers.files import read_metrics, write_json, write_text
 from corel_diffusers.runtime.devices import device_name
 from corel_diffusers.runtime.processes import broadcast_from_main
-from corel_diffusers.saved_models import finish_model_save
+from corel_diffusers.saved_models import ENTRY_FILES, finish_model_save
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.trackers import start_trackers
 
@@ -52,6 +52,7 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
                 "plan": args.planned | args.timed,
                 "device": device_name(accelerator),
                 "data": data,
+                "base_model": args.init_location if isinstance(args.init_location, str) else None,
             }
             | more,
         )
@@ -74,12 +75,15 @@ def remove_later_records(run: Run, repeats_exactly: bool) -> None:
     all_records = broadcast_from_main(run.accelerator, read_metrics(run.args.run_dir / METRICS))
     run.history = [record for record in all_records if record["step"] <= run.state.step]
     removed = all_records[len(run.history) :]
-    if run.checkpoint and not repeats_exactly and any(record.get("published") for record in removed):
+    has_model = any((run.args.run_dir / name).is_file() for name in ENTRY_FILES)
+    was_removed = not repeats_exactly and any(record.get("published") for record in removed)
+    # without a model, the checkpoint was copied from another folder
+    if run.checkpoint and (was_removed or not broadcast_from_main(run.accelerator, has_model)):
         run.state.best = math.inf
     if run.checkpoint and run.accelerator.is_main_process and (run.checkpoint / METRICS).is_file():
         saved = read_metrics(run.checkpoint / METRICS)
         if saved != run.history:
-            print(f"notice: {METRICS} was damaged: it is restored from {run.checkpoint.name}")
+            print(f"notice: {METRICS} was damaged or missing: it is restored from {run.checkpoint.name}")
             run.history = saved
     run.history = broadcast_from_main(run.accelerator, run.history)
     if run.accelerator.is_main_process:

@@ -1,6 +1,7 @@
 """Stop a run early, or on a signal."""
 
 import sys
+import time
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -15,6 +16,7 @@ from corel_diffusers.training.state import RunState
 # A run with --max-train-minutes stops early if no model was saved as best for this fraction of its minutes. In the
 # measured runs, a gauge that had risen above SAVE_UP_TO_GAUGE times its minimum stayed above it.
 STOP_AFTER_IDLE = 0.1
+SAME_SIGNAL_SECONDS = 0.5
 
 
 def stop_reason(args: UNetArguments, state: RunState, history: list[dict]) -> str:
@@ -61,6 +63,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0  # the signal number that this process received; 0: none
+        self.received_at = 0.0  # time.monotonic() of that signal
         self.agreed = 0  # the signal number that all ranks agreed on: above 0 if any rank received one
 
     def listening(self) -> AbstractContextManager:
@@ -68,9 +71,11 @@ class StopSignal:
         return handling_signals(self._received)
 
     def _received(self, number: int, frame: object) -> None:
-        if self.number:
+        now = time.monotonic()
+        # the system and the parent process can both send one: that is not a second signal
+        if self.number and now - self.received_at > SAME_SIGNAL_SECONDS:
             sys.exit(128 + number)
-        self.number = number
+        self.number, self.received_at = self.number or number, self.received_at or now
 
     def received(self, accelerator: Accelerator, state: RunState) -> bool:
         """Return whether any rank has received a signal. The answer is the same on all ranks.

@@ -219,3 +219,21 @@ def test_a_misspelt_flag_names_the_nearest_one():
     done = launch(sys.executable, ROOT / "train_vae.py", "--image-sise", 64, check=False)
     assert done.returncode == 2
     assert "--image-size" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train-vae", "--batch-size", "x"], "error: --batch-size 'x': expected --batch-size INT (see "),
+        (["train-vae", "--epoch", "3"], "error: unrecognized options: --epoch, 3: perhaps you meant --epochs (see "),
+        (["generate", "--sampler", ""], "error: invalid choice '' for argument '--sampler'. Expected one of ("),
+        (["paint"], "error: there is no command paint: give one of train, prepare,"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(words, expected, encoding):
+    """Also on a screen that cannot show the borders of tyro's boxes."""
+    refused = tool(*words, env={"PYTHONIOENCODING": encoding}, check=False)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(expected)

@@ -73,7 +73,8 @@ def trial(base: Base, command: str, seconds: float, number: int, way: str, seed:
     except ProcessLookupError:
         pass
     done = program.wait()
-    if done.has_traceback or done.code not in (0, 128 + number):
+    # a second signal can come when the program has given its handlers back
+    if done.has_traceback or done.code not in (0, 128 + number, *([-number] if way == "twice" else [])):
         return f"exit code {done.code}: {done.last_line}"
     if is_training:
         resumed = run(*words, "--resume", "latest", folder=folder, cache=folder / "cache")

@@ -32,14 +32,16 @@ def parse_flags(kind: type[Kind], words: Sequence[str], **options: object) -> Ki
 def one_line(box: str) -> str:
     """Return the content of one of tyro's boxes as one line."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [re.sub(r"^[│|]|[│|]\s*$", "", line).strip() for line in plain.strip().splitlines()[1:-1]]
+    # without its title, and with borders without its last line: a screen that is not UTF-8 gets no borders
+    lines = plain.strip().splitlines()[1 : -1 if plain.startswith("╭") else None]
+    lines = [re.sub(r"^│|│\s*$", "", line).strip() for line in lines]
     sections: list[list[str]] = [[]]
     for line in lines:
         if line and set(line) <= {"─", "-"}:
             sections.append([])
         else:
             sections[-1].append(line)
-    reason, *more = (" ".join(filter(None, section)) for section in sections)
+    reason, *more = filter(None, (" ".join(filter(None, section)) for section in sections))
     reason = reason.split(" Got errors:")[0].rstrip(".").removeprefix("Error parsing ")
     reason = re.sub(r": no type matching \S+ could be instantiated from \[(.*)\]$", r" \1", reason)
     for section in more:

@@ -32,6 +32,8 @@ def set_sampler(pipe: DiffusionPipeline, args: Sampling) -> tuple[str, int]:
     """
     name = AUTO if args.sampler == "auto" else args.sampler
     try:
+        if (kind := pipe.scheduler.config.prediction_type) not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {kind}")
         pipe.scheduler = build_sampler(name, pipe.scheduler)
     except (TypeError, ValueError) as error:
         hint = "repair scheduler/scheduler_config.json in its folder"
@@ -90,4 +92,5 @@ SAMPLERS = {
     "dpm-solver++": Sampler(DPMSolverMultistepScheduler, 15, lambda scheduler: dpm_solver_options(scheduler.config)),
     "unipc": Sampler(UniPCMultistepScheduler, 15, first_timestep_options),
 }
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")  # of diffusers' schedulers
 AUTO = "dpm-solver++"  # in 15 steps as near to the photos as DDIM in 50: benchmarks/results/sampling.md

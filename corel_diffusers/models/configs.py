@@ -42,7 +42,7 @@ def from_config(model_class: type, values: dict, config: str, attention: str = "
     """
     try:
         model = model_class.from_config(values).to(memory_format=torch.channels_last)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError, MemoryError) as error:
         raise UserError(
             f"--config {config} is not a valid config of {model_class.__name__}: {first_line(error)}"
         ) from None

@@ -78,7 +78,10 @@ def load_pipeline(
     if "class_names" not in pipe.config:
         raise UserError(f"--pipeline {location} is a {type(pipe).__name__}: give one that train_unet.py wrote")
     check_vae_config(pipe.vae, f"--pipeline {location}")
-    require(max(sample_size_px(pipe)) <= SIDES_PX[1], "pipeline", location, "its sample_size is too large: repair it")
+    size, factor = pipe.unet.config.sample_size, downsample_factor(pipe.vae)
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    are_usable = len(sides) == 2 and all(isinstance(side, int) and 0 < side * factor <= SIDES_PX[1] for side in sides)
+    require(are_usable, "pipeline", location, f"the sample_size of its UNet cannot be used ({size}): repair it")
     if vae_location:
         vae = load_vae(vae_location)
         if any(key(vae) != key(pipe.vae) for key in (weights_key, config_key, scale_key)):

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from corel_diffusers.files import UserError
 from corel_diffusers.losses.vae import controlled_kl_weight
 
+pytestmark = pytest.mark.slow  # whole runs
 LONG = ["--max-train-steps", 30, "--checkpoint-steps", 5, "--keep-checkpoints", 0, "--validate-every", 1]
 
 

@@ -221,6 +221,7 @@ def test_a_misspelt_flag_names_the_nearest_one():
     assert "--image-size" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize(
     ("words", "expected"),

@@ -279,9 +279,9 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
     num_photos = versions.STATISTICS_PHOTOS if run.is_complete else STATISTICS_PHOTOS_WHEN_STOPPED
     photos = fitted["train"].evenly_spaced(num_photos)
     moments = latents.cache_moments(vae, photos, device, batch_size=args.batch_size)
-    mean, std = latents.measure_latent_scale(moments)
+    measured = latents.measure_latents(moments)
     config = args.run_dir / "config.json"
-    files.write_json(config, files.read_json(config) | {"latents_mean": mean, "latents_std": std})
+    files.write_json(config, files.read_json(config) | {"latents_mean": measured.mean, "latents_std": measured.std})
     saved_models.update_manifest(config)
     best = files.best_record(run.history)
     print(
@@ -292,7 +292,7 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
     mean_photo_psnr = advice.mean_photo_psnr(fitted["train"], fitted["validation"])
     start.print_notices(run.accelerator, advice.on_loss(run.history, "reconstruction", args))
     start.print_notices(run.accelerator, advice.on_kl(run.history, args, shape, mean_photo_psnr))
-    start.print_notices(run.accelerator, advice.on_channels(latents.channel_kl(moments)))
+    start.print_notices(run.accelerator, advice.on_channels(measured.kl))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data.features import cache_features, feature_scale
-from corel_diffusers.data.latents import cache_moments, load_vae, measure_latent_scale
+from corel_diffusers.data.latents import cache_moments, load_vae, measure_latents
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels, to_float
 from corel_diffusers.evaluation.report import with_interval
@@ -122,7 +122,7 @@ def tune(args: argparse.Namespace, folder: Path) -> int:
                 f"{images_seen} photos: alignment {1 - float(alignment):.3f}, KL {float(kl):.0f} nats", file=sys.stderr
             )
     vae.eval()
-    latent_mean, latent_std = measure_latent_scale(cache_moments(vae, pixels["train"], CPU))
+    latent_mean, latent_std, _ = measure_latents(cache_moments(vae, pixels["train"], CPU))
     vae.register_to_config(latents_mean=latent_mean, latents_std=latent_std)
     vae.save_pretrained(folder)
     return images_seen

@@ -9,7 +9,7 @@ from conftest import run_here
 from scipy.stats import binom
 
 from corel_diffusers.config.vae import VAEArguments
-from corel_diffusers.data.latents import channel_kl
+from corel_diffusers.data.latents import measure_latents
 from corel_diffusers.evaluation.report import on_copies
 from corel_diffusers.files import UserError
 from corel_diffusers.training.advice import on_channels, on_kl, on_loss, on_scale
@@ -151,7 +151,7 @@ def test_dead_channels_are_named():
     logvar[:, :, 1] = 0.0
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean((0, 1, 3, 4))
-    measured = channel_kl(torch.cat([mean, logvar], 2).numpy())
+    measured = measure_latents(torch.cat([mean, logvar], 2).numpy()).kl
     assert measured == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-9)
     (line,) = on_channels(measured)
     assert line.startswith("1 of the 3 latent channels carry almost no information (number 2): give --latent-dim 2")

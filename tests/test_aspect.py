@@ -23,7 +23,7 @@ from corel_diffusers.data.aspect import choose_sizes, kept_area, nearest_size, p
 from corel_diffusers.data.augmented_crops import AugmentedCrops
 from corel_diffusers.data.batches import BLOCK_STEPS, BatchPlan, sizes_of_steps, training_batches
 from corel_diffusers.data.decoding import fit_photo, open_photo
-from corel_diffusers.data.latents import cache_moments, measure_latent_scale
+from corel_diffusers.data.latents import cache_moments, measure_latents
 from corel_diffusers.data.mixed_sizes import MixedArray, join, parts_of
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_large_pixels, cache_pixels
@@ -213,7 +213,7 @@ def test_moments_of_mixed_photos_equal_those_of_each_photo(mixed_photos):
         with torch.no_grad():
             posterior = vae.encode(image).latent_dist
         assert np.allclose(moments[index][0, :4], posterior.mean[0], atol=1e-5)
-    mean, std = measure_latent_scale(moments)
+    mean, std, _ = measure_latents(moments)
     parts = [np.asarray(part)[:, :, :4].transpose(2, 0, 1, 3, 4).reshape(4, -1) for part in parts_of(moments)]
     means = np.concatenate(parts, axis=1)
     assert np.allclose(mean, means.mean(1), atol=1e-5)

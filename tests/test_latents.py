@@ -11,7 +11,7 @@ from corel_diffusers.data.latents import (
     cache_moments,
     config_key,
     load_vae,
-    measure_latent_scale,
+    measure_latents,
     sample_posterior,
     scale_latents,
     weights_key,
@@ -123,7 +123,7 @@ def test_other_weights_or_sizes_use_another_cache(vae, pixels, raw_photos, monke
 
 def test_the_measured_scale_is_that_of_sampled_latents(vae, pixels):
     moments = cache_moments(vae, pixels, torch.device("cpu"))
-    mean, std = measure_latent_scale(moments)
+    mean, std, _ = measure_latents(moments)
     generator = torch.Generator().manual_seed(0)
     repeated = torch.from_numpy(np.concatenate([moments] * 200)).flatten(0, 1)
     latents = sample_posterior(repeated, torch.randn(len(repeated), 4, 8, 8, generator=generator))

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from corel_diffusers.data import latents
-from corel_diffusers.data.latents import cache_moments, measure_latent_scale
+from corel_diffusers.data.latents import cache_moments, measure_latents
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
 from corel_diffusers.files import UserError
@@ -74,7 +74,7 @@ def test_train_vae_writes_a_model_plots_and_metrics(trained_vae, raw_photos):
         lines[0]
     )
     _, pixels = cache_pixels(load_photos(raw_photos), (32, 32))
-    mean, std = measure_latent_scale(cache_moments(vae.eval(), pixels["train"], torch.device("cpu")))
+    mean, std, _ = measure_latents(cache_moments(vae.eval(), pixels["train"], torch.device("cpu")))
     assert np.allclose(vae.config.latents_mean, mean, atol=1e-5)
     assert np.allclose(vae.config.latents_std, std, rtol=1e-4)
     assert vae.config.scaling_factor == 1
@@ -544,7 +544,7 @@ def test_a_run_that_ends_by_time_stops_early_when_the_model_memorises_the_photos
 
 def test_train_unet_refuses_an_unfinished_vae(vae_flags, unet_flags, tmp_path, monkeypatch):
     """A VAE killed before its latent scale is measured. A UNet trained on it would use a scale of 1."""
-    monkeypatch.setattr(latents, "measure_latent_scale", lambda moments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(latents, "measure_latents", lambda moments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_here("train_vae", [*vae_flags, "--output-dir", tmp_path / "vae", "--max-train-steps", 1, "--no-perceptual"])
     with pytest.raises(UserError, match="its training is not finished"):

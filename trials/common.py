@@ -159,11 +159,6 @@ class Base:
             *flags,
         ]
 
-    def copy(self, folder: Path, to: Path) -> Path:
-        """Copy a folder, with its checkpoints."""
-        shutil.copytree(folder, to)
-        return to
-
 
 def fresh_folder(name: str) -> Path:
     """Return a new folder for a trial."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from common import Base, Result, Trial, fresh_folder, rng_of, run, same_run
+from common import Base, Result, Trial, fresh_folder, not_finite, rng_of, run, same_run
 from PIL import Image
 
 DAMAGES = ("flipped", "truncated", "empty", "missing")
@@ -47,13 +47,7 @@ def of_checkpoint(base: Base, script: str, file: str, kind: str, rng: Random, fo
     damage(newest / file, kind, rng)
     # the run is made to end earlier and to continue, as after an interruption
     words = getattr(base, script)(folder / "run", "--epochs", 4, "--resume", "latest")
-    return judged(run(*words, folder=folder), lambda: False) or finite(folder / "run")
-
-
-def finite(folder: Path) -> str:
-    from common import not_finite
-
-    return not_finite(folder)
+    return judged(run(*words, folder=folder), lambda: False) or not_finite(folder / "run")
 
 
 def of_run(base: Base, script: str, file: str, kind: str, rng: Random, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def mutation(seed: int, number: int) -> str:
 def special(base: Base, kind: str) -> str:
     """Train on a folder in which one of the files is no picture."""
     folder = fresh_folder(f"special {kind}")
-    photos = base.copy(base.photos, folder / "photos")
+    photos = shutil.copytree(base.photos, folder / "photos")
     file = photos / "0001_9999.png"
     make = {
         "pipe": lambda: os.mkfifo(file),

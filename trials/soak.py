@@ -5,7 +5,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from common import Base, Trial, fresh_folder
+from common import Base, Program, Trial, fresh_folder
 
 
 def record_memory(file: str) -> None:
@@ -40,7 +40,7 @@ def trial(base: Base, script: str, steps: int) -> str:
         200,
     )
     record = folder / "memory.jsonl"
-    done = run_long(words, folder, record)
+    done = Program(words, folder, before=("soak", "record_memory", str(record))).start().wait(3600)
     if done.code:
         return f"exit code {done.code}: {done.last_line}"
     records = [json.loads(line) for line in record.read_text().splitlines()]
@@ -52,13 +52,6 @@ def trial(base: Base, script: str, steps: int) -> str:
     if late[-1]["files"] > late[0]["files"]:
         return f"{late[-1]['files'] - late[0]['files']} more open files"
     return "" if last < 1.01 * first else f"the memory grew by {last / first - 1:.1%}"
-
-
-def run_long(words: list[object], folder: Path, record: Path) -> object:
-    from common import Program
-
-    before = ("soak", "record_memory", str(record))
-    return Program(list(words), folder, before=before).start().wait(3600)
 
 
 def trials(base: Base, seed: int, count: int = 10_000) -> list[Trial]:

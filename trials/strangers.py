@@ -185,7 +185,7 @@ def configs(base: Base, file: str, values: dict, use: str, index: int) -> str:
 def paths(base: Base, name: str, table: str, index: int) -> str:
     """A table that names a file outside of its folder must not be read."""
     folder = fresh_folder(f"paths {index}")
-    photos = base.copy(base.photos, folder / "photos")
+    photos = shutil.copytree(base.photos, folder / "photos")
     shutil.copy(photos / "0001_0001.png", folder / "outside.png")
     name = name.format(folder=folder)
     rows = [{"file_name": name, "text": "x"}, {"file_name": "0001_0002.png", "text": "y"}]

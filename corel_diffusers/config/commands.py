@@ -260,7 +260,7 @@ class Push:
         return self
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class PushDataset:
     """Push photos with labels, captions and splits to the Hugging Face Hub. The repository is private."""
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
+from corel_diffusers.config import flag_groups as groups
 from corel_diffusers.config.checks import (
     SCENES,
     flag_name,
@@ -20,21 +21,19 @@ from corel_diffusers.config.checks import (
     require_usable,
     user_path,
 )
-from corel_diffusers.config.flag_groups import (
-    TRACKERS,
-    IntervalFlags,
-    LengthFlags,
-    ModelFlags,
-    OptimizerFlags,
-    OutputFlags,
-    PhotoFlags,
-    SpeedFlags,
-)
 from corel_diffusers.files import UserError
 
 
 @dataclass(kw_only=True, frozen=True)
-class TrainingArguments(PhotoFlags, LengthFlags, OutputFlags, IntervalFlags, ModelFlags, OptimizerFlags, SpeedFlags):
+class TrainingArguments(
+    groups.PhotoFlags,
+    groups.LengthFlags,
+    groups.OutputFlags,
+    groups.IntervalFlags,
+    groups.ModelFlags,
+    groups.OptimizerFlags,
+    groups.SpeedFlags,
+):
     """The flags that train_vae.py and train_unet.py share. They do not change: `resolved` returns a second object."""
 
     GROUPS: ClassVar[tuple[type, ...]]  # the groups of flags, most needed first
@@ -71,7 +70,7 @@ class TrainingArguments(PhotoFlags, LengthFlags, OutputFlags, IntervalFlags, Mod
     @property
     def trackers(self) -> list[str]:
         """The trackers of --report-to that are installed."""
-        chosen = TRACKERS if self.report_to == "all" else {self.report_to} - {"none"}
+        chosen = groups.TRACKERS if self.report_to == "all" else {self.report_to} - {"none"}
         return [name for name in chosen if importlib.util.find_spec(name)]
 
     @property

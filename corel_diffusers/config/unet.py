@@ -7,37 +7,28 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import tyro
 
+from corel_diffusers.config import flag_groups as groups
 from corel_diffusers.config.checks import check_repo_id, flag, model_location, require
-from corel_diffusers.config.flag_groups import (
-    SHOWN_IN_TEXT,
-    IntervalFlags,
-    LengthFlags,
-    ModelFlags,
-    OptimizerFlags,
-    OutputFlags,
-    PhotoFlags,
-    SpeedFlags,
-)
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import UserError
 
 
 @dataclass(kw_only=True, frozen=True)
-class UNetOutputFlags(OutputFlags):
+class UNetOutputFlags(groups.OutputFlags):
     """Where the run is saved, and how it is continued."""
 
     output_dir: str = flag("diffusion_models", may_change=True)
 
 
 @dataclass(kw_only=True, frozen=True)
-class UNetModelFlags(ModelFlags):
+class UNetModelFlags(groups.ModelFlags):
     """What is trained."""
 
     vae_checkpoint: str = flag("vae_models", may_change=True)
     """Folder of a VAE that train_vae.py trained, or the Hub id of an AutoencoderKL."""
     unconditional: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Train without class labels."""
-    dropout: Annotated[float | None, SHOWN_IN_TEXT] = None
+    dropout: Annotated[float | None, groups.SHOWN_IN_TEXT] = None
     """Dropout: fraction of inner values set to zero in each forward pass of training (default: the config's)."""
     label_dropout: float = 0.1
     """Fraction of labels replaced by the null label. It must be above 0 if there are classes:
@@ -48,7 +39,7 @@ class UNetModelFlags(ModelFlags):
 class UNetAugmentationFlags:
     """Augmented crops of the photos. Half of the photos and of the crops are mirrored."""
 
-    views: Annotated[int | None, SHOWN_IN_TEXT] = None
+    views: Annotated[int | None, groups.SHOWN_IN_TEXT] = None
     """Number of augmented crops per photo, with colour jitter, to train on in addition to the photo.
     The UNet is conditioned on the crop parameters, so its samples are not cropped.
     Default: planned, 16 if the run sees each photo so often that it would memorise it, otherwise 0."""
@@ -85,13 +76,13 @@ class StoppingFlags:
     evaluate_every: int = flag(0, may_change=True)
     """Epochs between evaluations of a few samples (0: none).
     An evaluation adds KID and copies to metrics.jsonl and the plot."""
-    early_stopping_patience: Annotated[int | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    early_stopping_patience: Annotated[int | None, groups.SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Stop after this many validations without a lower loss (0: never stop early; default: 30).
     The loss is that of training photos while the overfitting gauge is healthy, and that of held-out photos otherwise.
     The default with --max-train-minutes is to stop after a tenth of the minutes without a model to save as best."""
     early_stopping_delta: float = flag(1e-5, may_change=True)
     """A loss counts as lower only if it is lower by at least this much."""
-    oscillation_window: Annotated[int | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    oscillation_window: Annotated[int | None, groups.SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Stop if the loss oscillates without falling in this many validations.
     0 turns the check off. Default: 10, or 0 with --max-train-minutes."""
     oscillation_threshold: float = flag(0.0005, may_change=True)
@@ -105,13 +96,13 @@ class HubFlags:
 
     push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Push the pipeline to the Hub when training ends."""
-    hub_model_id: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    hub_model_id: Annotated[str | None, groups.SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Id of the repository on the Hub: user/name. It is created if it does not exist, private unless --hub-public is
     given."""
     hub_strategy: Literal["end", "best", "checkpoint"] = flag("end", may_change=True)
     """When to push: at the end; or also the best pipeline so far whenever a checkpoint is saved; or that pipeline and
     the checkpoint, as last-checkpoint/ in the repository."""
-    license: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    license: Annotated[str | None, groups.SHOWN_IN_TEXT] = flag(None, may_change=True)
     """License in the model card, by its name on the Hub, such as cc-by-4.0."""
     hub_public: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Create a public repository: everybody can load the model."""
@@ -125,17 +116,17 @@ class UNetArguments(
     These options are planned if you leave them unset: --config, --batch-size, --views and the length of the run."""
 
     GROUPS: ClassVar[tuple[type, ...]] = (
-        PhotoFlags,
-        LengthFlags,
+        groups.PhotoFlags,
+        groups.LengthFlags,
         UNetOutputFlags,
-        IntervalFlags,
+        groups.IntervalFlags,
         UNetModelFlags,
         UNetLossFlags,
         UNetAugmentationFlags,
         StoppingFlags,
         HubFlags,
-        OptimizerFlags,
-        SpeedFlags,
+        groups.OptimizerFlags,
+        groups.SpeedFlags,
     )
     MODEL: ClassVar[str] = "unet"
     PLANNED: ClassVar[tuple[str, ...]] = ("config", "batch_size", "views")  # the image size is the VAE's

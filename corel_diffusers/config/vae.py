@@ -6,22 +6,13 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import tyro
 
+from corel_diffusers.config import flag_groups as groups
 from corel_diffusers.config.checks import flag, require
-from corel_diffusers.config.flag_groups import (
-    SHOWN_IN_TEXT,
-    IntervalFlags,
-    LengthFlags,
-    ModelFlags,
-    OptimizerFlags,
-    OutputFlags,
-    PhotoFlags,
-    SpeedFlags,
-)
 from corel_diffusers.config.training import TrainingArguments
 
 
 @dataclass(kw_only=True, frozen=True)
-class VAEPhotoFlags(PhotoFlags):
+class VAEPhotoFlags(groups.PhotoFlags):
     """Which photos to train on, and at which size."""
 
     grey: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
@@ -32,19 +23,19 @@ class VAEPhotoFlags(PhotoFlags):
 
 
 @dataclass(kw_only=True, frozen=True)
-class VAEOutputFlags(OutputFlags):
+class VAEOutputFlags(groups.OutputFlags):
     """Where the run is saved, and how it is continued."""
 
     output_dir: str = flag("vae_models", may_change=True)
 
 
 @dataclass(kw_only=True, frozen=True)
-class VAEModelFlags(ModelFlags):
+class VAEModelFlags(groups.ModelFlags):
     """What is trained."""
 
-    latent_dim: Annotated[int | None, SHOWN_IN_TEXT] = None
+    latent_dim: Annotated[int | None, groups.SHOWN_IN_TEXT] = None
     """Number of latent channels (default: the config's)."""
-    downsample: Annotated[Literal[4, 8, 16] | None, SHOWN_IN_TEXT] = None
+    downsample: Annotated[Literal[4, 8, 16] | None, groups.SHOWN_IN_TEXT] = None
     """Pixels per latent position, in each direction (default: the config's)."""
 
 
@@ -67,28 +58,28 @@ class VAELossFlags:
     """Distance between photo and reconstruction, averaged over all values."""
     perceptual: bool = True
     """Add a perceptual loss: the distance in the features of a frozen network."""
-    perceptual_weight: Annotated[float | None, SHOWN_IN_TEXT] = None
+    perceptual_weight: Annotated[float | None, groups.SHOWN_IN_TEXT] = None
     """Weight of the perceptual loss (default: 0.3; 1 in a long run of a tiny model)."""
     perceptual_network: Literal["efficientnet-lite0", "vgg16"] = "efficientnet-lite0"
     """Frozen network of the perceptual loss. vgg16 needs torchvision and its weights."""
-    adversarial_weight: Annotated[float | None, SHOWN_IN_TEXT] = None
+    adversarial_weight: Annotated[float | None, groups.SHOWN_IN_TEXT] = None
     """Weight of the adversarial loss of a patch discriminator, relative to the gradient of the reconstruction loss at
     the last layer (0: no discriminator; default: 0.3 in a long run of a tiny model, otherwise 0)."""
     adversarial_start: float = 0.4
     """Fraction of the run after which the adversarial loss starts.
     The discriminator starts to learn a tenth of the run earlier."""
-    kl_weight: Annotated[float | None, SHOWN_IN_TEXT] = None
+    kl_weight: Annotated[float | None, groups.SHOWN_IN_TEXT] = None
     """Final weight of the KL divergence in nats per photo (default: 0.4 / pixels, which is 1e-4 at 64 px; half of
     that in a long run of a tiny model)."""
     kl_warmup: int = 10
     """Epochs in which the KL weight rises to its final value; at most a third of the run."""
-    kl_target: Annotated[float | None, SHOWN_IN_TEXT] = None
+    kl_target: Annotated[float | None, groups.SHOWN_IN_TEXT] = None
     """Adjust the KL weight so that the KL divergence reaches this many nats per photo.
     The adjustment begins at the first step, and --kl-warmup is not used (default: the weight is --kl-weight)."""
 
 
 @dataclass(kw_only=True, frozen=True)
-class VAEOptimizerFlags(OptimizerFlags):
+class VAEOptimizerFlags(groups.OptimizerFlags):
     """How the weights are updated."""
 
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -111,14 +102,14 @@ class VAEArguments(
 
     GROUPS: ClassVar[tuple[type, ...]] = (
         VAEPhotoFlags,
-        LengthFlags,
+        groups.LengthFlags,
         VAEOutputFlags,
-        IntervalFlags,
+        groups.IntervalFlags,
         VAEModelFlags,
         VAELossFlags,
         VAEAugmentationFlags,
         VAEOptimizerFlags,
-        SpeedFlags,
+        groups.SpeedFlags,
     )
     MODEL: ClassVar[str] = "vae"
     PLANNED: ClassVar[tuple[str, ...]] = (

@@ -13,6 +13,7 @@ import json
 import math
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -188,24 +189,19 @@ def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.dev
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
-def measure_latent_scale(moments: Array | MixedArray) -> tuple[list[float], list[float]]:
-    """Return the mean and the standard deviation of each channel of latents that are sampled from the posteriors.
+class LatentStatistics(NamedTuple):
+    """Statistics of latents that are sampled from posteriors: one value per channel."""
 
-    The law of total variance gives Var(z) = Var(mean) + E(exp(logvar)).
-
-    Args:
-        moments: (N, 2, 2C, h, w) of the training split, see `cache_moments`.
-    """
-    channels = parts_of(moments)[0].shape[2] // 2
-    mean, variance = channel_statistics(moments, slice(channels))
-    posterior_variance, _ = channel_statistics(moments, slice(channels, None), np.exp)
-    return mean.tolist(), np.sqrt(variance + posterior_variance).tolist()
+    mean: list[float]
+    std: list[float]
+    kl: list[float]  # mean KL divergence, in nats per latent value: 0 for a channel without information
 
 
-def channel_kl(moments: Array | MixedArray) -> list[float]:
-    """Return the mean KL divergence of each latent channel, in nats per latent value: 0 for a channel without content.
+def measure_latents(moments: Array | MixedArray) -> LatentStatistics:
+    """Return the statistics of the latents of these posteriors.
 
-    KL = (mean^2 + exp(logvar) - 1 - logvar) / 2 (Kingma & Welling 2014, appendix B).
+    The law of total variance gives Var(z) = Var(mean) + E(exp(logvar)). The KL divergence of a posterior is
+    (mean^2 + exp(logvar) - 1 - logvar) / 2 (Kingma & Welling 2014, appendix B).
 
     Args:
         moments: (N, V, 2C, h, w), see `cache_moments`.
@@ -214,4 +210,5 @@ def channel_kl(moments: Array | MixedArray) -> list[float]:
     mean, variance = channel_statistics(moments, slice(channels))
     posterior_variance, _ = channel_statistics(moments, slice(channels, None), np.exp)
     logvar, _ = channel_statistics(moments, slice(channels, None))
-    return ((variance + mean**2 + posterior_variance - 1 - logvar) / 2).tolist()
+    std, kl = np.sqrt(variance + posterior_variance), (variance + mean**2 + posterior_variance - 1 - logvar) / 2
+    return LatentStatistics(mean.tolist(), std.tolist(), kl.tolist())

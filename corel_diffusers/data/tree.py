@@ -83,7 +83,8 @@ def list_tree(folder: Path, flag: str = "--data-dir") -> Tree:
         flag: the flag that names the folder, for messages.
 
     Raises:
-        UserError: the folder cannot be read, or a folder with photos has a BAD_NAME.
+        UserError: the folder cannot be read, or the name of a folder with photos has bytes that are not UTF-8 or
+            control characters.
     """
     tree, endings, seen = Tree(folder), photo_endings(), set()
     folders, links = [(folder, "")], []  # links come last, so that a photo gets the name of its real folder

@@ -31,9 +31,11 @@ def set_sampler(pipe: DiffusionPipeline, args: Sampling) -> tuple[str, int]:
         UserError: the scheduler of the pipeline has a config that the sampler cannot take.
     """
     name = AUTO if args.sampler == "auto" else args.sampler
+    kind = pipe.scheduler.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        hint = f"give one of {', '.join(PREDICTION_TYPES)} in its scheduler/scheduler_config.json"
+        raise UserError(f"--pipeline: the prediction_type of its scheduler is {kind}: {hint}")
     try:
-        if (kind := pipe.scheduler.config.prediction_type) not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {kind}")
         pipe.scheduler = build_sampler(name, pipe.scheduler)
     except (TypeError, ValueError) as error:
         hint = "repair scheduler/scheduler_config.json in its folder"

@@ -9,7 +9,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.vae import VAEArguments
-from corel_diffusers.data.latents import measure_latent_scale
+from corel_diffusers.data.latents import measure_latents
 from corel_diffusers.data.mixed_sizes import Array, MixedArray
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.data.training_photos import count_trained_on
@@ -150,9 +150,7 @@ def on_scale(vae: AutoencoderKL, moments: Array | MixedArray, location: Path | s
     """
     config = vae.config
     units = config.latents_std or [1.0] * config.latent_channels
-    stds = [
-        std / unit * config.scaling_factor for std, unit in zip(measure_latent_scale(moments)[1], units, strict=True)
-    ]
+    stds = [std / unit * config.scaling_factor for std, unit in zip(measure_latents(moments).std, units, strict=True)]
     shown = f"{min(stds):.3g}" if min(stds) == max(stds) else f"{min(stds):.3g} to {max(stds):.3g}"
     text = f"--vae-checkpoint {location}: in the scale of its config, its latents have a standard deviation of {shown}"
     hint = "correct scaling_factor or latents_std in its config.json"

@@ -28,9 +28,13 @@ def has_diverged(run: Run, parts: checkpoints.Parts) -> bool:
     sees such weights.
     """
     step = run.state.step
-    is_watched = run.is_over or run.plan.ends_epoch(step, run.validate_every) or intervals.checkpoint_due(run)
-    # a signal is followed by a checkpoint; several processes exchange signals at every tenth step
-    is_watched = is_watched or (run.accelerator.num_processes == 1 and bool(run.stop.number))
+    is_watched = (
+        run.is_over
+        or run.plan.ends_epoch(step, run.validate_every)
+        or intervals.checkpoint_due(run)
+        # a signal is followed by a checkpoint; several processes exchange signals at every tenth step
+        or (run.stop.number and run.accelerator.num_processes == 1)
+    )
     if step % CHECK_EVERY and not is_watched:
         return False
     limit = MAX_IN_A_ROW_FP16 if run.accelerator.scaler else MAX_IN_A_ROW

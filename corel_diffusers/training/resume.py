@@ -85,7 +85,7 @@ def newest_whole(run_dir: Path, checkpoints: list[Path]) -> Path:
         refuse_pickles(checkpoint)
         if not (reason := damage(checkpoint)):
             if not (checkpoint / MANIFEST).is_file():
-                print(f"notice: {checkpoint.name} has no {MANIFEST}, so nobody can tell whether it is whole")
+                print(f"notice: {checkpoint.name} has no {MANIFEST}: damage to its files would not be noticed")
             return checkpoint
         print(f"notice: {checkpoint.name} is damaged ({reason}): it is not used")
     raise UserError(f"--resume latest: all checkpoints in {run_dir} are damaged: start again in another --output-dir")

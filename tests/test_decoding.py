@@ -103,7 +103,7 @@ def test_the_bits_that_are_used_decide_about_the_brightness(bits, tmp_path):
     assert np.abs(grey[..., 0] - expected[..., 0])[1:].max() <= 1
 
 
-@pytest.mark.parametrize("ending", [".avif", ".jfif", ".jpe", ".jp2", ".ppm", ".tga", ".tif", ".webp"])
+@pytest.mark.parametrize("ending", [".avif", ".jfif", ".jpe", ".jp2", ".mpo", ".ppm", ".tga", ".tif", ".webp"])
 def test_formats_that_pillow_opens_are_photos(ending, tmp_path):
     if ending == ".avif" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")

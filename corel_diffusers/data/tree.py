@@ -59,8 +59,9 @@ def photo_endings() -> tuple[str, ...]:
     """Return the endings of the photos that the installed Pillow opens, sorted."""
     register_heif()
     Image.init()
-    known = Image.registered_extensions().items()
-    return tuple(sorted(ending for ending, name in known if name in FORMATS and name in Image.OPEN))
+    # Pillow opens MPO, of cameras with two lenses, as JPEG
+    opened = {name for name in FORMATS if name in Image.OPEN or (name == "MPO" and "JPEG" in Image.OPEN)}
+    return tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in opened))
 
 
 @cache

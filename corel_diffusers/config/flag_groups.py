@@ -102,8 +102,8 @@ class ModelFlags:
     config: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Model size: tiny, base, large, or the path of a diffusers config JSON (default: planned)."""
     init_from: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
-    """Begin with the weights of a trained model of the same config: the --output-dir of a run, or, for train_vae.py, the
-    Hub id of a VAE."""
+    """Begin with the weights of a trained model of the same config: the --output-dir of a run.
+    For train_vae.py also the Hub id of a VAE."""
     seed: int = 42
     """Random seed. All randomness in a step derives from this seed and the number of the step."""
 

@@ -76,7 +76,7 @@ def go_back(run: Run, parts: checkpoints.Parts) -> None:
     )
     checkpoints.load(run, parts)
     run.means, run.skipped = RunningMean(run.state, accelerator.device), SkippedSteps()
-    history.remove_later_records(run, repeats_exactly=False)
+    history.restore_history(run, repeats_exactly=False)
     run.bar.n = run.bar.last_print_n = run.state.step * run.plan.global_batch
     run.bar.refresh()
     checkpoints.save(run, parts)  # a crash does not make it forget that it has gone back

@@ -33,7 +33,7 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
     run.length.check_slow_start(state, accelerator)
     if accelerator.is_main_process:
         finish_model_save(args.run_dir)
-    remove_later_records(run, repeats_exactly=args.resume == "latest" and not args.max_train_minutes)
+    restore_history(run, repeats_exactly=args.resume == "latest" and not args.max_train_minutes)
     if accelerator.is_main_process:
         seen_before = [name for model in models if model for name in training_photos(model)]
         names = dict.fromkeys([*photos["train"]["file_name"][:], *seen_before])
@@ -59,10 +59,11 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
     start_trackers(args, accelerator)
 
 
-def remove_later_records(run: Run, repeats_exactly: bool) -> None:
-    """Read the metrics so far, and remove those after the step of the state: the run will write them again.
+def restore_history(run: Run, repeats_exactly: bool) -> None:
+    """Set the history of the run to the metrics up to the step of its state, and remove later lines of metrics.jsonl.
 
-    A checkpoint has a copy of the metrics. If the file in the run's folder was damaged, it is restored from there.
+    The run will write these again. A checkpoint has a copy of the metrics: if the file in the run's folder was damaged,
+    it is restored from there.
 
     A removed line may belong to a model that was saved as best. If the run does not repeat its steps exactly, it may
     not reach this model again. No line would then describe the model in the folder of the run. In this case, the next

@@ -20,7 +20,7 @@ install: .venv/installed
 
 .venv/installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,tensorboard]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,tensorboard,dinov2]"
 	touch $@
 
 demo: .venv/installed
@@ -50,7 +50,7 @@ test-oldest: .venv-oldest/installed
 
 .venv-oldest/installed: constraints-oldest.txt setup.cfg
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test,tensorboard]"
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test,tensorboard,dinov2]"
 	touch $@
 
 trials: .venv/installed

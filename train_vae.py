@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL
 from corel_diffusers import files, plots, saved_models
 from corel_diffusers.data import aspect, augmented_crops, batches, latents, pixels, versions
 from corel_diffusers.data.cache import process_share
+from corel_diffusers.hub import upload
 from corel_diffusers.losses import vae as losses
 from corel_diffusers.models.configs import downsample_factor, latent_shape
 from corel_diffusers.models.vae import build_vae
@@ -176,12 +177,15 @@ def train(run: Run, models: VAEModels, fitted: dict[str, pixels.Pixels], large: 
                 if accelerator.is_main_process:
                     lines = {"KL (nats per photo)": [(args.kl_target, "target")]} if args.kl_target else None
                     plots.plot_history(run.history, PANELS, args.run_dir / "training_losses.png", lines)
+                    upload.push_so_far(args, checkpoints.find_checkpoints(args.run_dir)[-1])
             if is_stopping:
                 break
 
     # save
     if accelerator.is_main_process and run.history:
         add_latent_scale(run, fitted)
+        if args.push_to_hub and run.is_complete:
+            upload.push(args.run_dir, args.hub_model_id, private=not args.hub_public)
 
 
 def kl_weight_of_step(run: Run) -> float:

@@ -61,7 +61,8 @@ def train(photos: str | Path, *, minutes: float = 60, output_dir: str | Path = "
     the curves and the grid of samples are shown at the end.
 
     Args:
-        photos: a folder of photos, "scenes" for photos that this package draws, or the id of a Hub dataset.
+        photos: a folder of photos, "scenes" for photos that this package draws, or the id of a Hub dataset
+            (user/name, or user/name:config).
         minutes: minutes of training: a third for the VAE, two thirds for the UNet.
         output_dir: the folder for vae_models/ and diffusion_models/.
         flags: more flags of `corel-diffusers train`, such as image_size="96x144" or aspect_buckets=True.

@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from corel_diffusers.config.checks import require_data_dir, user_path
 from corel_diffusers.data.corel5k import class_names, read_words
+from corel_diffusers.data.datasets_library import load_from_hub
 from corel_diffusers.data.folders import find_photos
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.pixels import cache_pixels
@@ -246,6 +247,18 @@ def test_what_datasets_has_written_is_read(tmp_path):
         photos = load_photos(tmp_path / folder)
         assert photos["train"].features["label"].names == ["cat", "dog"], folder
         assert {split: len(part) for split, part in photos.items()} == {"train": 8, "validation": 2}
+
+
+def test_one_configuration_of_a_dataset_is_loaded(tmp_path):
+    """A folder with the header of a card is loaded by `datasets` as a repository of the Hub is."""
+    draw(tmp_path, *(f"{name}/{n}.png" for name in ("cats", "dogs") for n in range(5)))
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("cats", "dogs"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    photos, _ = load_from_hub(f"{tmp_path}:dogs")
+    expected = {np.asarray(Image.open(file)).tobytes() for file in (tmp_path / "dogs").iterdir()}
+    assert {np.asarray(image).tobytes() for part in photos.values() for image in part["image"]} == expected
+    with pytest.raises(UserError, match=r"several configurations \(cats, dogs\): give --dataset-name .*:config"):
+        load_from_hub(str(tmp_path))
 
 
 def names(*folders: str) -> list[str]:

@@ -21,7 +21,7 @@ from corel_diffusers.sampling.pipelines import pipeline_digest
 
 LOAD = """
 import sys
-sys.modules["corel_diffusers"] = None  # importing it fails
+sys.modules["corel_diffusers"] = sys.modules["transformers"] = None  # importing them fails
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 for name, model in pipe.components.items():
@@ -110,6 +110,20 @@ def test_train_unet_pushes_when_training_ends(hub, unet_flags, tmp_path):
     script("train_unet", *unet_flags, *flags, env={k: v for k, v in hub.env("").items() if k != "HF_HOME"})
     check_loaded(hub, "user/fresh", folder, tmp_path)
     assert hub.private, "a repository is private unless --hub-public is given"
+
+
+def test_train_vae_pushes_the_vae_and_its_newest_checkpoint(hub, vae_flags, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--output-dir", folder, "--max-train-steps", 2, "--checkpoint-steps", 1, "--push-to-hub"]
+    flags += ["--hub-model-id", "user/vae", "--hub-strategy", "checkpoint"]
+    env = {k: v for k, v in hub.env("").items() if k != "HF_HOME"}
+    script("train_vae", *vae_flags, *flags, env=env)
+    assert hub.private, "a repository is private unless --hub-public is given"
+    files = hub.repos["user/vae"]
+    assert {n.split("/")[1] for n in files if n.startswith("last-checkpoint/")} == {"step-000002"}
+    assert files["config.json"] == (folder / "config.json").read_bytes(), "the scale of the latents is pushed too"
+    assert "latents_std" in json.loads(files["config.json"])
+    assert "latents_mean` and" in files["README.md"].decode()
 
 
 def test_a_push_to_a_branch_leaves_main_as_it_is(hub, trained_unet, tmp_path):

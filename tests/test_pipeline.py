@@ -296,6 +296,50 @@ torch.save(images, out)
     assert torch.equal(images, expected) is not guided, "without a guide model, guidance is by the class"
 
 
+def images_of(pipe: CorelPipeline) -> torch.Tensor:
+    """Return two images (2, 3, H, W) that begin with the same noise on every device and in every precision."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe(2, [0, 1], num_inference_steps=3, generator=generator, output_type="pt").images.float().cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pipeline_that_is_loaded_in_half_precision_draws_almost_the_same_images(dtype, tmp_path):
+    pipe = build()
+    pipe.save_pretrained(tmp_path)
+    half = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=dtype, trust_remote_code=True)
+    assert {half.unet.dtype, half.vae.dtype} == {dtype}
+    assert torch.allclose(images_of(half), images_of(pipe), atol=0.02)
+
+
+def test_a_variant_is_saved_and_loaded(tmp_path):
+    pipe = build().to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    options = {"variant": "fp16", "torch_dtype": torch.float16, "trust_remote_code": True}
+    assert torch.equal(images_of(DiffusionPipeline.from_pretrained(tmp_path, **options)), images_of(pipe))
+
+
+def test_parts_load_by_themselves_and_onto_a_device(tmp_path):
+    pipe = build()
+    pipe.save_pretrained(tmp_path)
+    vae = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae")
+    assert all(map(torch.equal, vae.parameters(), pipe.vae.parameters()))
+    placed = DiffusionPipeline.from_pretrained(tmp_path, device_map="cpu", trust_remote_code=True)
+    assert torch.equal(images_of(placed), images_of(pipe))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "device_map"])
+def test_offloaded_parts_draw_the_images_of_parts_on_the_gpu(method, tmp_path):
+    pipe = build()
+    pipe.save_pretrained(tmp_path)
+    options = {"device_map": "balanced"} if method == "device_map" else {}
+    offloaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True, **options)
+    if not options:
+        getattr(offloaded, method)()
+    assert torch.allclose(images_of(offloaded), images_of(pipe.to("cuda")), atol=0.02)
+
+
 def test_decoding_in_parts_gives_the_same_images():
     pipe = build()
     latents = torch.randn(18, 4, 8, 8)

@@ -8,13 +8,14 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
+EXTRAS = ("test", "tensorboard", "dinov2")  # those that `make install` installs
 
 
 def test_the_oldest_constraints_are_the_lower_bounds_of_setup_cfg():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split()
-    lines += [line for extra in ("test", "tensorboard") for line in setup["options.extras_require"][extra].split()]
+    lines += [line for extra in EXTRAS for line in setup["options.extras_require"][extra].split()]
     bounds = {}
     for requirement in map(Requirement, lines):
         (bound,) = requirement.specifier

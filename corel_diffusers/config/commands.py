@@ -172,7 +172,7 @@ class Evaluate(Sampling):
     data_dir: str | None = None
     """Folder of the photos that the model was trained on, with the held-out photos: prepared, raw, or "scenes"."""
     dataset_name: str | None = None
-    """Id of a Hub dataset with these photos, instead of --data-dir."""
+    """Id of a Hub dataset with these photos, user/name or user/name:config, instead of --data-dir."""
     classes: tuple[str, ...] = ()
     """Compare only with photos of these classes, given by name or number (default: the classes of the model)."""
     against: Literal["auto", "test", "validation", "all"] = "auto"

@@ -30,7 +30,6 @@ FLAGS = {
     "--random-flip": OtherFlag(always="half of the photos are mirrored in each step", has_value=False),
     "--dataloader-num-workers": OtherFlag("--num-workers"),
     "--cache-dir": OtherFlag(instead="set the environment variable HF_HOME"),
-    "--dataset-config-name": OtherFlag(instead="save the configuration as a folder (save_to_disk), give --data-dir"),
     "--image-column": OtherFlag(instead="omit it: the first column of images is used"),
     "--caption-column": OtherFlag(instead="omit it: captions are not used in training"),
     # model

@@ -27,6 +27,9 @@ class PhotoFlags:
     """Folder of photos, in any layout of docs/data.md. "scenes": this package draws the photos."""
     dataset_name: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
     """Id of a Hub dataset, instead of --data-dir."""
+    dataset_config_name: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    """Configuration of the Hub dataset (default: its only one, or the one named default).
+    --dataset-name user/name:config means the same."""
     classes: Annotated[tuple[str, ...], SHOWN_IN_TEXT] = ()
     """Train only on these classes, given by name or number (default: all)."""
     max_train_samples: Annotated[int | None, SHOWN_IN_TEXT] = None
@@ -106,6 +109,24 @@ class ModelFlags:
     For train_vae.py also the Hub id of a VAE."""
     seed: int = 42
     """Random seed. All randomness in a step derives from this seed and the number of the step."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class HubFlags:
+    """Publish the model on the Hub."""
+
+    push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
+    """Push the VAE or the pipeline to the Hub when training ends."""
+    hub_model_id: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    """Id of the repository on the Hub: user/name. It is created if it does not exist, private unless --hub-public is
+    given."""
+    hub_strategy: Literal["end", "best", "checkpoint"] = flag("end", may_change=True)
+    """When to push: at the end; or also the best model so far whenever a checkpoint is saved; or that model and the
+    checkpoint, as last-checkpoint/ in the repository."""
+    license: Annotated[str | None, SHOWN_IN_TEXT] = flag(None, may_change=True)
+    """License in the model card, by its name on the Hub, such as cc-by-4.0."""
+    hub_public: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
+    """Create a public repository: everybody can load the model."""
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -30,7 +30,7 @@ class Train:
     data_dir: str | None = None
     """Folder of photos, in any layout of docs/data.md. "scenes": this package draws the photos."""
     dataset_name: str | None = None
-    """Id of a Hub dataset, instead of --data-dir."""
+    """Id of a Hub dataset, user/name or user/name:config, instead of --data-dir."""
     minutes: float = 60
     """Minutes of training: a third for the VAE, two thirds for the UNet."""
     output_dir: str = "."

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 from corel_diffusers.config import flag_groups as groups
 from corel_diffusers.config.checks import (
     SCENES,
+    check_repo_id,
     flag_name,
     model_location,
     parse_size,
@@ -31,6 +32,7 @@ class TrainingArguments(
     groups.OutputFlags,
     groups.IntervalFlags,
     groups.ModelFlags,
+    groups.HubFlags,
     groups.OptimizerFlags,
     groups.SpeedFlags,
 ):
@@ -54,8 +56,10 @@ class TrainingArguments(
 
     @property
     def photo_source(self) -> str | Path:
-        """The source of the photos for `load_photos`: a folder as a Path, or "scenes" or a Hub id as a string."""
-        return self.dataset_name or (SCENES if self.data_dir == SCENES else self.path(self.data_dir or "."))
+        """The source of the photos for `load_photos`: a folder as a Path, or "scenes" or a Hub dataset as a string."""
+        if self.dataset_name:
+            return ":".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+        return SCENES if self.data_dir == SCENES else self.path(self.data_dir or ".")
 
     @property
     def init_location(self) -> Path | str | None:
@@ -124,6 +128,8 @@ class TrainingArguments(
             parse_size(self.image_size)
         if self.dataset_name and self.data_dir:
             raise UserError("--dataset-name and --data-dir exclude each other: give only one of them")
+        if self.dataset_config_name and (not self.dataset_name or ":" in self.dataset_name):
+            raise UserError("--dataset-config-name belongs to --dataset-name: give --dataset-name user/name with it")
         if self.report_to != "none" and not self.trackers:
             name = "tensorboard" if self.report_to == "all" else self.report_to
             raise UserError(f"--report-to {self.report_to}: no such tracker is installed: pip install {name}")
@@ -138,6 +144,10 @@ class TrainingArguments(
             require_data_dir(self.photo_source)
         require_cache()
         _ = self.init_location  # raises UserError if there is no such folder
+        if self.push_to_hub and not self.hub_model_id:
+            raise UserError("--push-to-hub needs --hub-model-id user/name")
+        if self.hub_model_id:
+            check_repo_id(self.hub_model_id, "--hub-model-id")
         if self.checkpoint_every and self.checkpoint_steps:
             raise UserError("--checkpoint-every and --checkpoint-steps exclude each other: give only one of them")
         is_file = bool(self.config) and self.config.endswith(".json")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 import tyro
 
 from corel_diffusers.config import flag_groups as groups
-from corel_diffusers.config.checks import check_repo_id, flag, model_location, require
+from corel_diffusers.config.checks import flag, model_location, require
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.files import UserError
 
@@ -91,26 +91,8 @@ class StoppingFlags:
 
 
 @dataclass(kw_only=True, frozen=True)
-class HubFlags:
-    """Publish the pipeline on the Hub."""
-
-    push_to_hub: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
-    """Push the pipeline to the Hub when training ends."""
-    hub_model_id: Annotated[str | None, groups.SHOWN_IN_TEXT] = flag(None, may_change=True)
-    """Id of the repository on the Hub: user/name. It is created if it does not exist, private unless --hub-public is
-    given."""
-    hub_strategy: Literal["end", "best", "checkpoint"] = flag("end", may_change=True)
-    """When to push: at the end; or also the best pipeline so far whenever a checkpoint is saved; or that pipeline and
-    the checkpoint, as last-checkpoint/ in the repository."""
-    license: Annotated[str | None, groups.SHOWN_IN_TEXT] = flag(None, may_change=True)
-    """License in the model card, by its name on the Hub, such as cc-by-4.0."""
-    hub_public: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
-    """Create a public repository: everybody can load the model."""
-
-
-@dataclass(kw_only=True, frozen=True)
 class UNetArguments(
-    UNetOutputFlags, UNetModelFlags, UNetAugmentationFlags, UNetLossFlags, StoppingFlags, HubFlags, TrainingArguments
+    UNetOutputFlags, UNetModelFlags, UNetAugmentationFlags, UNetLossFlags, StoppingFlags, TrainingArguments
 ):
     """Train a UNet2DModel from scratch in the latent space of a VAE, and save the pipeline.
     These options are planned if you leave them unset: --config, --batch-size, --views and the length of the run."""
@@ -124,7 +106,7 @@ class UNetArguments(
         UNetLossFlags,
         UNetAugmentationFlags,
         StoppingFlags,
-        HubFlags,
+        groups.HubFlags,
         groups.OptimizerFlags,
         groups.SpeedFlags,
     )
@@ -159,10 +141,6 @@ class UNetArguments(
                 "--zero-terminal-snr: with --prediction-type epsilon the image cannot be computed from pure noise: "
                 "give --prediction-type v_prediction"
             )
-        if self.push_to_hub and not self.hub_model_id:
-            raise UserError("--push-to-hub needs --hub-model-id user/name")
-        if self.hub_model_id:
-            check_repo_id(self.hub_model_id, "--hub-model-id")
         _ = self.vae_location  # raises UserError if there is no such folder
         return flags
 

@@ -108,6 +108,7 @@ class VAEArguments(
         VAEModelFlags,
         VAELossFlags,
         VAEAugmentationFlags,
+        groups.HubFlags,
         VAEOptimizerFlags,
         groups.SpeedFlags,
     )

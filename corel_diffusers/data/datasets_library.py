@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    Value,
+    get_dataset_config_names,
+    load_dataset,
+    load_from_disk,
+)
 
 from corel_diffusers.data.columns import labelled
 from corel_diffusers.data.folder_contents import SPLIT_FOLDERS, default_caption, split_named
@@ -39,13 +48,22 @@ def load_dataset_folder(folder: Path) -> tuple[DatasetDict, dict[int, str]]:
     return with_our_columns(loaded, str(folder))
 
 
-def load_from_hub(repo_id: str) -> tuple[DatasetDict, dict[int, str]]:
-    """Load a dataset from the Hub, see `with_our_columns`."""
+def load_from_hub(name: str) -> tuple[DatasetDict, dict[int, str]]:
+    """Load a dataset from the Hub, see `with_our_columns`.
+
+    Args:
+        name: the Hub id, or user/name:config for one configuration of the dataset.
+    """
+    repo_id, _, config = name.partition(":")
     try:
-        loaded = load_dataset(repo_id)
+        loaded = load_dataset(repo_id, config or None)
     except Exception as error:  # the Hub client raises many types: offline, not found, gated, unknown format
-        raise UserError(f"--dataset-name {repo_id} cannot be loaded: {first_line(error)}") from None
-    return with_our_columns(loaded, f"--dataset-name {repo_id}")
+        if "Config name is missing" in str(error):
+            configs = ", ".join(get_dataset_config_names(repo_id))
+            hint = f"give --dataset-name {repo_id}:config"
+            raise UserError(f"--dataset-name {repo_id} has several configurations ({configs}): {hint}") from None
+        raise UserError(f"--dataset-name {name} cannot be loaded: {first_line(error)}") from None
+    return with_our_columns(loaded, f"--dataset-name {name}")
 
 
 def with_our_columns(loaded: DatasetDict, source: str) -> tuple[DatasetDict, dict[int, str]]:

@@ -45,7 +45,7 @@ def load_numbered_photos(
 
     Args:
         source: a folder (output of `corel-diffusers prepare`, raw Corel, class folders, flat, with metadata files, or
-            written by `datasets`), a Hub dataset id, or "scenes".
+            written by `datasets`), a Hub dataset id (user/name, or user/name:config), or "scenes".
         classes: names or numbers of the classes to keep. By default all classes are kept.
         max_train_samples: keep at most this many training photos.
 

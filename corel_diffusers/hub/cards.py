@@ -74,6 +74,7 @@ def vae_card(folder: Path, repo_id: str, license_id: str | None) -> str:
         size="x".join(map(str, size if isinstance(size, list) else [size, size])),
         channels=config["latent_channels"],
         factor=2 ** (len(config["block_out_channels"]) - 1),
+        has_scale=config.get("latents_mean") is not None,
         run=run if history else {},
         best=history and best_record(history),
         last=history and history[-1],
@@ -108,6 +109,12 @@ def run_of(folder: Path) -> dict:
     return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
 
 
+def hub_dataset(run: dict) -> str | None:
+    """Return the Hub id of the data set of a run, or None if the photos came from a folder."""
+    name = run.get("flags", {}).get("dataset_name")
+    return name and name.partition(":")[0]  # without the name of the configuration
+
+
 def card_data(run: dict, license_id: str | None, task: str | None, tags: list[str]) -> ModelCardData:
     """Return what the Hub reads: license, data set, base model and tags."""
     flags = run.get("flags", {})
@@ -115,7 +122,7 @@ def card_data(run: dict, license_id: str | None, task: str | None, tags: list[st
         library_name="diffusers",
         pipeline_tag=task,
         license=license_id or flags.get("license"),
-        datasets=flags.get("dataset_name"),
+        datasets=hub_dataset(run),
         base_model=run.get("base_model"),
         tags=["diffusers", *tags],
     )
@@ -134,7 +141,7 @@ def measured(evaluation: dict, run: dict) -> list[EvalResult]:
     counts = evaluation["generation"]["n"]
     shared = {
         "task_type": TASK,
-        "dataset_type": run.get("flags", {}).get("dataset_name") or "imagefolder",
+        "dataset_type": hub_dataset(run) or "imagefolder",
         "dataset_name": source,
         "dataset_split": evaluation.get("held_out"),
     }

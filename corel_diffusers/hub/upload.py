@@ -7,12 +7,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
-from corel_diffusers.config.unet import UNetArguments
+from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.columns import with_bytes
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.files import UserError, explain_full_disk, first_line, read_json
 from corel_diffusers.hub.cards import dataset_card, write_card, write_own
 from corel_diffusers.sampling.pipelines import has_guide
+from corel_diffusers.saved_models import ENTRY_FILES
 
 
 def model_files(folder: str) -> tuple[str, ...]:
@@ -47,11 +48,15 @@ def is_part_of(folder: Path, file: Path) -> bool:
     return file.is_file() and inside and not file.name.startswith(".")
 
 
-def is_vae(folder: Path) -> bool:
-    """Return whether a folder holds an AutoencoderKL whose training has ended."""
+def is_vae(folder: Path, is_training: bool) -> bool:
+    """Return whether a folder holds an AutoencoderKL that may be pushed.
+
+    When its training has ended, the scale of its latents is in its config. An AutoencoderKL without it, whose folder
+    holds a run, may be pushed by this run only.
+    """
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    is_run = (folder / "metrics.jsonl").is_file()
-    return config.get("_class_name") == "AutoencoderKL" and not (is_run and config.get("latents_mean") is None)
+    is_complete = config.get("latents_mean") is not None or not (folder / "metrics.jsonl").is_file()
+    return config.get("_class_name") == "AutoencoderKL" and (is_complete or is_training)
 
 
 def push(
@@ -61,6 +66,7 @@ def push(
     dry_run: bool = False,
     revision: str | None = None,
     license_id: str | None = None,
+    is_training: bool = False,
 ) -> None:
     """Upload a pipeline or a VAE with its model card in one commit.
 
@@ -73,13 +79,14 @@ def push(
         dry_run: only list the files.
         revision: the branch. None: the main branch.
         license_id: the license in the card, by its name on the Hub.
+        is_training: the run that trains the model pushes it.
 
     Raises:
         UserError: there is no model in the folder, there is no token, or the Hub refuses the upload.
     """
     if (folder / "model_index.json").is_file():
         flag, patterns = "--pipeline", PIPELINE_FILES + (model_files("guide") if has_guide(folder) else ())
-    elif is_vae(folder):
+    elif is_vae(folder, is_training):
         flag, patterns = "--vae", VAE_FILES
     else:
         raise UserError(
@@ -93,16 +100,16 @@ def push(
     upload(folder, patterns, repo_id, "model", again, private, dry_run, revision)
 
 
-def push_so_far(args: UNetArguments, checkpoint: Path) -> None:
-    """Push the best pipeline so far, and with --hub-strategy checkpoint the newest checkpoint beside it.
+def push_so_far(args: TrainingArguments, checkpoint: Path) -> None:
+    """Push the best model so far, and with --hub-strategy checkpoint the newest checkpoint beside it.
 
     A push that fails gives a notice. The run goes on, and the next push has everything again.
     """
-    is_saved = (args.run_dir / "model_index.json").is_file()
+    is_saved = any((args.run_dir / name).is_file() for name in ENTRY_FILES)
     if not args.push_to_hub or args.hub_strategy == "end" or not is_saved:
         return
     try:
-        push(args.run_dir, args.hub_model_id, private=not args.hub_public)
+        push(args.run_dir, args.hub_model_id, private=not args.hub_public, is_training=True)
         if args.hub_strategy == "checkpoint":
             HfApi().upload_folder(
                 repo_id=args.hub_model_id,
@@ -178,7 +185,7 @@ def upload(
         if exists and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise UserError(
                 "it exists and is public: make it private in its settings on the Hub, or allow a public upload "
-                "(push without --private, push-dataset with --public, train_unet.py with --hub-public)"
+                "(push without --private, push-dataset with --public, training with --hub-public)"
             )
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         if revision:

@@ -125,6 +125,7 @@ def set_up(
     models = build_models(args, accelerator, vae, unet, latent_set)
     validation = build_validation(run, models, diffusion, latent_set, fitted, classes)
     start.print_data_and_model(run, photos, models.unet, sizes_px, latent_set.latent_shape)
+    checkpoints.require_space_for_run(run, models.parts)
     checkpoints.load(run, models.parts)
     models_before, vae_run = [args.vae_location, args.init_location], cards.describe_vae(args.vae_location)
     history.open_run_dir(run, photos, models_before, vae=vae_run, sizes_px=sizes_px)
@@ -292,5 +293,5 @@ def write_samples_and_card(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(), start.explain_out_of_memory(arguments):
-        main(arguments)
+    with one_line_errors():
+        start.run_script(main, arguments)

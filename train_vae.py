@@ -115,6 +115,7 @@ def set_up(
     models = build_models(args, accelerator, vae)
     start.print_data_and_model(run, photos, vae, sizes_px, latent_shape(vae, sizes_px[0]))
     start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, grey))
+    checkpoints.require_space_for_run(run, models.parts)
     checkpoints.load(run, models.parts)
     history.open_run_dir(run, photos, [args.init_location], sizes_px=sizes_px, channels=vae.config.in_channels)
     run.validate_every = intervals.epochs_between_validations(args, run.plan, len(fitted["validation"]))
@@ -300,5 +301,5 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(), start.explain_out_of_memory(arguments):
-        main(arguments)
+    with one_line_errors():
+        start.run_script(main, arguments)

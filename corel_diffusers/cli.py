@@ -5,6 +5,7 @@ The flags are checked before heavy modules such as torch are imported, so an err
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,7 +59,10 @@ def run_in_own_process(words: list[str]) -> None:
 
 def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process) -> None:
     """Run the commands of `Train.commands`, one after the other."""
+    is_main_process = os.environ.get("RANK", "0") == "0"  # of several that a launcher has started
     for words in args.commands():
+        if words[0] == "evaluate" and not is_main_process:
+            return
         if words[0] == "evaluate" and not args.can_be_evaluated():
             print(f"notice: there are fewer than {MIN_PHOTOS} held-out photos: the pipeline is not evaluated")
             return
@@ -66,11 +70,9 @@ def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process
 
 
 def run_training_script(args: TrainingArguments) -> None:
-    from corel_diffusers.training.start import explain_out_of_memory
+    from corel_diffusers.training.start import run_script
 
-    script = importlib.import_module(args.script)  # train_vae.py or train_unet.py
-    with explain_out_of_memory(args):
-        script.main(args)
+    run_script(importlib.import_module(args.script).main, args)  # of train_vae.py or train_unet.py
 
 
 def run_generate(args: Generate) -> "list[Image.Image]":

@@ -100,6 +100,21 @@ def require_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}: {existing} cannot be written to: give another path")
 
 
+def require_space(folder: Path, name: str, num_bytes: int) -> None:
+    """Raise UserError if a disk has less free space than what will be written to a folder on it.
+
+    Args:
+        folder: it need not exist yet.
+        name: the environment variable or the flag that names the folder.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        needed, left = (f"{value / 1e6:,.0f} MB" for value in (num_bytes, free))
+        hint = f"make room there, or give another folder as {name}"
+        raise UserError(f"{name}: {folder} needs about {needed} more, and its disk has {left} left: {hint}")
+
+
 @contextmanager
 def explain_full_disk(folder: Path, name: str = "") -> Iterator[None]:
     """Turn the error of a full or read-only disk into a UserError that names the folder.

@@ -1,11 +1,13 @@
 """Fixtures and helpers of all tests: a separate cache, photos made for the tests, and runs of the real scripts."""
 
 import inspect
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 CACHE = tempfile.mkdtemp(prefix="corel-diffusers-tests-")
@@ -30,10 +32,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from corel_diffusers import cli
 from corel_diffusers.config.parsing import parse
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.data.scenes import CLASS_NAMES, draw_scene
+from corel_diffusers.training import start
 from corel_diffusers.training.length import RunLength
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.running_mean import RunningMean
@@ -102,13 +106,29 @@ def tool(*flags: object, **options: object) -> subprocess.CompletedProcess:
     return launch(sys.executable, "-c", "from corel_diffusers.cli import main; main()", *flags, **options)
 
 
+def tool_here(*flags: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Run the command `corel-diffusers` in this process, which saves the seconds of importing."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, ["corel-diffusers", *map(str, flags)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.argv = argv
+    assert not check or not code, f"{flags} ended with {code}\n{out.getvalue()}\n{err.getvalue()}"
+    return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
+
+
 def run_here(name: str, flags: list) -> None:
     """Run the main function of a training script in this process, which saves the seconds of importing."""
     module = importlib.import_module(name)
     AcceleratorState._reset_state(True)
     argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
     try:
-        module.main(parse(getattr(module, {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name])))
+        kind = {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name]
+        start.run_script(module.main, parse(getattr(module, kind)))
     finally:
         sys.argv = argv
         AcceleratorState._reset_state(True)  # another test may need another precision

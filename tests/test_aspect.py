@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos, run_here, tool
+from conftest import make_photos, run_here, tool_here
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -291,19 +291,19 @@ def test_the_pipeline_draws_in_each_of_its_sizes(trained):
 
 def test_generate_draws_in_a_size_and_refuses_others(trained, tmp_path):
     flags = ["--pipeline", trained / "unet", "--num-images", 2, "--steps", 2, "--output", tmp_path / "g.png"]
-    tool("generate", *flags, "--size", "48x32")
+    tool_here("generate", *flags, "--size", "48x32")
     assert Image.open(tmp_path / "g_individual" / "image_0001.png").size == (32, 48)
-    done = tool("generate", *flags, "--size", "64", check=False)
+    done = tool_here("generate", *flags, "--size", "64", check=False)
     assert done.returncode == 2
     assert "--size 64: the pipeline was trained on 32x48, 48x32: give one of these sizes" in done.stderr
-    done = tool("generate", *flags, "--size", "large", check=False)
+    done = tool_here("generate", *flags, "--size", "large", check=False)
     assert done.returncode == 2
     assert "--size large: give pixels as 128, or as 96x144 (height x width)" in done.stderr
 
 
 def test_evaluate_compares_samples_and_photos_of_the_same_sizes(trained, mixed_photos, tmp_path):
-    done = tool("evaluate", "--pipeline", trained / "unet", "--data-dir", mixed_photos, "--against", "all",
-                "--num-images", 12, "--steps", 2, "--output-dir", tmp_path)  # fmt: skip
+    done = tool_here("evaluate", "--pipeline", trained / "unet", "--data-dir", mixed_photos, "--against", "all",
+                     "--num-images", 12, "--steps", 2, "--output-dir", tmp_path)  # fmt: skip
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert results["sizes_px"] == [[32, 48], [48, 32]]
     assert "32x48 and 48x32 px" in done.stdout

@@ -6,11 +6,12 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos, tool
+from conftest import make_photos, run_here, tool
 from safetensors.numpy import load_file, save_file
 
 from corel_diffusers.config.checks import require_usable
@@ -24,6 +25,7 @@ from corel_diffusers.data.prepare import prepare
 from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
 from corel_diffusers.hub.upload import push
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
+from corel_diffusers.training import checkpoints
 from corel_diffusers.trust import require_own_code
 
 KINDS = (VAEArguments, UNetArguments, Generate, Evaluate)
@@ -85,6 +87,34 @@ def test_an_output_that_is_a_folder_or_a_device_is_refused_before_anything_is_dr
         Generate(pipeline=str(trained_unet), output=str(tmp_path / "grid.png")).checked()
     with pytest.raises(UserError, match="/dev/null is not a folder"):
         require_writable(Path("/dev/null"), "--output-dir")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_its_first_step(
+    optimizer, vae_flags, trained_vae, tmp_path, monkeypatch
+):
+    """The reference are the files that a run leaves. `trained_vae` has filled the caches before."""
+    flags = [*vae_flags, "--max-train-steps", 1, "--optimizer", optimizer, "--keep-checkpoints", 2]
+    asked, original = {}, checkpoints.require_space
+
+    def require_space(folder: Path, name: str, num_bytes: int) -> None:
+        asked[name] = num_bytes
+        original(folder, name, num_bytes)
+
+    monkeypatch.setattr(checkpoints, "require_space", require_space)
+    run_here("train_vae", [*flags, "--output-dir", tmp_path / "run"])
+    files = list((tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+    weights = next(file.stat().st_size for file in files if file.name == "model.safetensors")
+    expected = weights + 3 * sum(file.stat().st_size for file in files)
+    assert asked["--output-dir"] == pytest.approx(expected, rel=0.1), "the headers of the files are not counted"
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match="--output-dir: .* needs about . MB more, and its disk has 0 MB left: make"):
+        run_here("train_vae", [*flags, "--output-dir", tmp_path / "new" / "run"])
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="HF_HOME: .* needs about"):
+        cached_array("new", (64, 1000), np.uint8, None, "numbers")
 
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS"])

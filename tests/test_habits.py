@@ -11,13 +11,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from corel_diffusers import __version__
+from corel_diffusers.cli import run_train
 from corel_diffusers.config.checks import flag_name
 from corel_diffusers.config.diffusers_flags import FLAGS, translate
 from corel_diffusers.config.parsing import with_config_file
 from corel_diffusers.config.train import Train
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, write_json
 
 OURS = {flag_name(name) for kind in (VAEArguments, UNetArguments) for name in kind.__dataclass_fields__}
 
@@ -201,6 +202,18 @@ def test_train_divides_its_minutes_and_goes_on_with_the_same_command(tmp_path):
         assert "--aspect-buckets" in words
     assert unet[unet.index("--vae-checkpoint") + 1] == folders[0]
     assert evaluation[evaluation.index("--pipeline") + 1] == folders[1]
+
+
+def test_of_several_processes_only_the_main_one_evaluates(tmp_path, monkeypatch):
+    """`accelerate launch` and `notebook_launcher` start several processes, which train together."""
+    (tmp_path / "diffusion_models").mkdir()
+    write_json(tmp_path / "diffusion_models" / "run.json", {"data": {"photos": {"validation": 9}}})
+    args = Train(data_dir="scenes", output_dir=str(tmp_path))
+    for rank, expected in (("0", ["train-vae", "train-unet", "evaluate"]), ("1", ["train-vae", "train-unet"])):
+        monkeypatch.setenv("RANK", rank)
+        started = []
+        run_train(args, lambda words, started=started: started.append(words[0]))
+        assert started == expected
 
 
 def test_the_scripts_are_commands_and_the_version_and_the_environment_are_printed(vae_flags, tmp_path):

@@ -187,8 +187,8 @@ def test_the_best_pipeline_and_the_checkpoint_are_pushed_during_the_run(hub, une
         target = tmp_path / "clone" / "checkpoints" / name.removeprefix("last-checkpoint/")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
-    script("train_unet", *flags, tmp_path / "clone", "--resume", "latest", "--max-train-steps", 3)
-    script("train_unet", *flags, tmp_path / "whole", "--max-train-steps", 3)
+    run_here("train_unet", [*flags, tmp_path / "clone", "--resume", "latest", "--max-train-steps", 3])
+    run_here("train_unet", [*flags, tmp_path / "whole", "--max-train-steps", 3])
     weights = [
         load_file(tmp_path / run / "checkpoints" / "step-000003" / "model.safetensors") for run in ("clone", "whole")
     ]

@@ -1,5 +1,6 @@
 """Tests of the parts that both training loops share: run length, compilation, metrics, stopping."""
 
+import importlib
 import json
 import os
 import time
@@ -11,7 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import make_run
+from conftest import make_run, run_here
+from safetensors.torch import load_file
 
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
@@ -28,6 +30,7 @@ from corel_diffusers.training import ema, optimizers, start
 from corel_diffusers.training.intervals import checkpoint_due, epochs_between_validations, samples_due
 from corel_diffusers.training.length import RunLength
 from corel_diffusers.training.metrics import append_metrics
+from corel_diffusers.training.run import Run
 from corel_diffusers.training.running_mean import RunningMean
 from corel_diffusers.training.start import start_run
 from corel_diffusers.training.state import RunState
@@ -313,6 +316,35 @@ def test_the_out_of_memory_message_has_the_settings_and_the_flags_that_help():
             raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), start.explain_out_of_memory(args):
         raise RuntimeError("something else")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_vae", "train_unet"])
+def test_a_run_out_of_memory_goes_on_with_smaller_batches(name, vae_flags, unet_flags, tmp_path, monkeypatch, capsys):
+    """The reference is a run that divides its batches from the beginning."""
+    flags = [*(vae_flags if name == "train_vae" else unet_flags), "--max-train-steps", 3]
+    run_here(name, [*flags, "--output-dir", tmp_path / "divided", "--batch-size", 2, "--grad-accum", 2])
+    module, step = (
+        importlib.import_module(name),
+        {"train_vae": "autoencoder_step", "train_unet": "denoising_step"}[name],
+    )
+    original = getattr(module, step)
+
+    def step_with_little_memory(run: Run, *arguments: object) -> object:
+        if run.state.step == 1 and run.args.batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(run, *arguments)
+
+    monkeypatch.setattr(module, step, step_with_little_memory)
+    with pytest.raises(UserError, match="out of memory with --batch-size 4"):
+        run_here(name, [*flags, "--output-dir", tmp_path / "stopped"])
+    run_here(name, [*flags, "--output-dir", tmp_path / "run", "--auto-batch-size"])
+    assert "notice: out of memory: the run continues with --batch-size 2 --grad-accum 2" in capsys.readouterr().out
+    runs = [load_file(tmp_path / run / "checkpoints/step-000003/model.safetensors") for run in ("divided", "run")]
+    assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    resumed = VAEArguments(auto_batch_size=True).resolved(plan | {"image_size": "32"})
+    assert (resumed.batch_size, resumed.grad_accum) == (2, 2), "without --batch-size, a resumed run divides as before"
 
 
 def test_grad_accum_overrides_the_launchers_accumulation_steps(tmp_path, monkeypatch, capsys):

@@ -69,8 +69,7 @@ def run_words(words: list[str], before: tuple) -> None:
         module, kind = SCRIPTS[words[0]]
         sys.argv = words
         flags = parse(kind)
-        with start.explain_out_of_memory(flags):
-            module.main(flags)
+        start.run_script(module.main, flags)
     else:
         sys.argv = ["corel-diffusers", *words]
         cli.main()

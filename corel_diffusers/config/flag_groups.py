@@ -180,6 +180,9 @@ class SpeedFlags:
     compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Compile the model with torch.compile after the first steps.
     Compiling takes minutes. The script prints whether the run saves more time than that."""
+    auto_batch_size: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True, in_card=False)
+    """If the run is out of memory, halve --batch-size, double --grad-accum, and continue from the newest checkpoint.
+    The result is the same within rounding. This works in one process."""
     gradient_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = flag(False, may_change=True)
     """Recompute activations in the backward pass instead of storing them.
     The gradients are the same. Training needs less memory and is slower."""

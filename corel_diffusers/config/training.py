@@ -173,7 +173,8 @@ class TrainingArguments(
         They contain one flag for the length: the one that is set, or else --max-train-minutes.
         """
         length = {name: value for name, value in self.length.items() if value} or {"max_train_minutes": None}
-        return {name: getattr(self, name) for name in self.PLANNED} | length
+        divided = {"grad_accum": self.grad_accum} if self.auto_batch_size else {}  # it changes with the batch size
+        return {name: getattr(self, name) for name in self.PLANNED} | length | divided
 
     @property
     def timed(self) -> dict:
@@ -202,6 +203,8 @@ class TrainingArguments(
         """
         unset = [name for name in self.PLANNED if getattr(self, name) is None]
         unset += [] if any(self.length.values()) else self.length
+        # a run whose --auto-batch-size has divided the batches is resumed with this division
+        unset += ["grad_accum"] if self.batch_size is None and "grad_accum" in plan else []
         timed = {name: plan.get(name, value) for name, value in self.timed.items() if value == "auto"}
         args = replace(self, **{name: plan.get(name) for name in unset}, **timed)
         args.check_config_file()

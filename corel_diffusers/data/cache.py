@@ -22,7 +22,7 @@ from datasets import config
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from corel_diffusers.files import atomic_file, explain_full_disk
+from corel_diffusers.files import atomic_file, explain_full_disk, require_space
 
 CACHE_VERSION = "3"  # increase it when the code that fills a cache computes different values
 CACHE_DIR = Path(config.HF_CACHE_HOME).expanduser() / "corel_diffusers" / CACHE_VERSION
@@ -147,6 +147,10 @@ def cached_array(
                 save_file({"values": values}, temporary, metadata={"crc32": str(zlib.crc32(values))})
 
     num_shards = math.ceil(shape[0] / photos_per_shard)
+    if share.process_index == 0:
+        missing = sum(not shard_path(folder, shard).is_file() for shard in range(num_shards))
+        num_bytes = math.prod(shape) * dtype.itemsize
+        require_space(CACHE_DIR, "HF_HOME", missing * num_bytes // max(num_shards, 1))
     # each process checks the content of its own shards
     fill(range(share.process_index, num_shards, share.num_processes), share.process_index > 0, is_whole)
     share.wait_for_everyone()

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +21,16 @@ from corel_diffusers.files import (
     fsync_folder,
     read_json,
     remove_folder,
+    require_space,
     write_json,
     write_text,
 )
-from corel_diffusers.runtime.processes import broadcast_from_main
+from corel_diffusers.runtime.processes import broadcast_from_main, run_on_main
 from corel_diffusers.runtime.sharding import full_tensor, shard_from_main
 from corel_diffusers.saved_models import changed_files, write_manifest
 from corel_diffusers.training.history import METRICS, text_of
 from corel_diffusers.training.learning_rate import LearningRate
+from corel_diffusers.training.optimizers import Muon
 from corel_diffusers.training.run import Run
 from corel_diffusers.training.state import RunState
 
@@ -133,6 +136,30 @@ def read_state(checkpoint: Path) -> RunState:
     """Return the state of the run in a checkpoint. Entries of other versions are ignored."""
     saved = read_json(checkpoint / "state.json")["state"]
     return RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
+
+
+def require_space_for_run(run: Run, parts: Parts) -> None:
+    """Print how much a checkpoint takes on the disk.
+
+    Raises:
+        UserError: the disk has no space for the checkpoints that are kept, the one that is being saved and a model.
+    """
+    weights = sum(map(num_bytes, (p for part in parts.trained for p in part.model.parameters())))
+    averages = sum(map(num_bytes, parts.ema.shadow_params)) if parts.ema else 0
+    moments = 0
+    for optimizer in (optimizer for part in parts.trained for optimizer in part.optimizers):
+        copies = 1 if isinstance(optimizer, Muon) else 2  # AdamW has two moments
+        moments += copies * sum(num_bytes(p) for group in optimizer.param_groups for p in group["params"])
+    size, keep, found = weights + averages + moments, run.args.keep_checkpoints, find_checkpoints(run.args.run_dir)
+    missing = max(keep - len(found), 0) + 1  # while a checkpoint is saved, there is one more than are kept
+    run_on_main(run.accelerator, partial(require_space, run.args.run_dir, "--output-dir", weights + missing * size))
+    kept = f"the newest {keep} are kept" if keep else "all are kept"
+    run.accelerator.print(f"a checkpoint takes {size / 1e6:,.0f} MB, and {kept} (--keep-checkpoints)")
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Return the size of a tensor, or of all parts of a tensor that is sharded."""
+    return tensor.numel() * tensor.element_size()
 
 
 def save(run: Run, parts: Parts) -> None:

@@ -2,8 +2,9 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -78,6 +79,8 @@ def start_run(flags: TrainingArguments) -> Accelerator:
         log_with=flags.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(flags.run_dir), logging_dir=str(flags.run_dir / "logs")),
     )
+    if flags.auto_batch_size and accelerator.num_processes > 1:  # the others would wait for the one that failed
+        raise UserError("--auto-batch-size works in one process only: give --batch-size and --grad-accum instead")
     if len(precisions := set(gather_object([precision]))) > 1:
         raise UserError(
             f"--mixed-precision {precision}: the machines of this run support different precisions "
@@ -167,9 +170,15 @@ def running(args: TrainingArguments, accelerator: Accelerator) -> Iterator[None]
         yield
 
 
+class OutOfMemory(UserError):
+    """A run was out of memory. `smaller`: the same run with smaller forward passes and the same global batch."""
+
+    smaller: TrainingArguments | None = None
+
+
 @contextmanager
 def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
-    """Turn an out-of-memory error into a UserError: one line with the settings of the run and the flags that help."""
+    """Turn an out-of-memory error into an OutOfMemory: one line with the run's settings and the flags that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -186,13 +195,48 @@ def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
             raise UserError(f"out of memory{peak_memory}: end other programs that use memory, or give {hint}") from None
         if not args.gradient_checkpointing:
             hint = f"--gradient-checkpointing, or {hint}"
-        divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
-        if divisors:
-            accumulated = args.grad_accum * args.batch_size // divisors[-1]
-            hint = f"--batch-size {divisors[-1]} --grad-accum {accumulated} (the same effective batch), or {hint}"
-        raise UserError(
-            f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}"
-        ) from None
+        if smaller := with_smaller_batches(args):
+            flags = f"--batch-size {smaller.batch_size} --grad-accum {smaller.grad_accum}"
+            hint = f"{flags} (the same effective batch), or {hint}"
+        explained = OutOfMemory(f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}")
+        explained.smaller = smaller
+        raise explained from None
+
+
+def with_smaller_batches(args: TrainingArguments) -> TrainingArguments | None:
+    """Return the arguments with at most half as many photos per forward pass and the same global batch.
+
+    Return None if a forward pass has one photo already.
+    """
+    divisors = [d for d in range(1, args.batch_size // 2 + 1) if args.batch_size % d == 0]
+    if not divisors:
+        return None
+    accumulated = args.grad_accum * args.batch_size // divisors[-1]
+    return replace(args, batch_size=divisors[-1], grad_accum=accumulated)
+
+
+def run_script(main: Callable[[TrainingArguments], None], flags: TrainingArguments) -> None:
+    """Run a training script. With --auto-batch-size, continue with smaller batches after it was out of memory.
+
+    The run then continues from its newest checkpoint, or begins again if it has none.
+
+    Args:
+        main: the function of the script that trains as its flags say.
+    """
+    while True:
+        try:
+            with explain_out_of_memory(flags):
+                return main(flags)
+        except OutOfMemory as error:
+            if not flags.auto_batch_size or not error.smaller:
+                raise
+            flags = replace(error.smaller, resume=flags.resume or "latest")
+        # outside of `except`, because the error holds the functions that were running, and so their tensors
+        forget_models()
+        gc.collect()
+        torch.cuda.empty_cache()
+        batches = f"--batch-size {flags.batch_size} --grad-accum {flags.grad_accum} (the same effective batch)"
+        print(f"notice: out of memory: the run continues with {batches}")
 
 
 def end_run(run: Run) -> None:

@@ -536,7 +536,8 @@ def test_samples_have_the_class_fractions_of_the_photos():
 
 def test_evaluate_measures_one_class(trained_unet, raw_photos, tmp_path):
     done = tool_here("evaluate", "--pipeline", trained_unet, "--data-dir", raw_photos, "--against", "all",
-                     "--num-images", 6, "--steps", 2, "--classes", CLASS_NAMES[1], "--output-dir", tmp_path)  # fmt: skip
+                     "--num-images", 6, "--steps", 2, "--classes", CLASS_NAMES[1],
+                     "--output-dir", tmp_path)  # fmt: skip
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(results["classes"]) == [CLASS_NAMES[1]]
     assert results["generation"]["n"] == [6, 6]

@@ -75,6 +75,8 @@ STATISTICS_PHOTOS_WHEN_STOPPED = 256
 def main(flags: VAEArguments) -> None:
     """Train a VAE as the flags say."""
     # start
+    if flags.push_to_hub:
+        upload.require_token()
     began = time.monotonic()
     accelerator = start.start_run(flags)
     photos, _ = start.load_training_photos(flags, accelerator)

@@ -274,7 +274,7 @@ def test_a_hub_dataset_is_read_by_its_column_types(raw_photos, tmp_path, monkeyp
         raw_photos, tmp_path / "folders", [f"{name}/{n}.png" for name in ("beach", "dog") for n in range(5)]
     )
     loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
-    monkeypatch.setattr("corel_diffusers.data.datasets_library.load_dataset", lambda repo_id: loaded)
+    monkeypatch.setattr("corel_diffusers.data.datasets_library.load_dataset", lambda repo_id, config: loaded)
     photos = load_photos("somebody/photos")
     assert photos["train"].features["label"].names == ["beach", "dog"]
     assert sorted(photos["train"].column_names) == ["caption", "file_name", "image", "label"]
@@ -293,7 +293,7 @@ def test_a_hub_split_without_labels_is_not_held_out(raw_photos, tmp_path, monkey
     unlabelled = loaded["train"].map(lambda row: {"label": -1})
     monkeypatch.setattr(
         "corel_diffusers.data.datasets_library.load_dataset",
-        lambda repo_id: DatasetDict(train=loaded["train"], test=unlabelled),
+        lambda repo_id, config: DatasetDict(train=loaded["train"], test=unlabelled),
     )
     assert {split: len(part) for split, part in load_photos("somebody/photos").items()} == {"train": 8, "validation": 2}
 
@@ -305,7 +305,7 @@ def test_a_hub_dataset_with_unlabelled_training_photos_is_refused(raw_photos, tm
     train = load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))["train"]
     one_unlabelled = train.map(lambda row, index: {"label": -1 if index == 3 else row["label"]}, with_indices=True)
     monkeypatch.setattr(
-        "corel_diffusers.data.datasets_library.load_dataset", lambda repo_id: DatasetDict(train=one_unlabelled)
+        "corel_diffusers.data.datasets_library.load_dataset", lambda repo_id, config: DatasetDict(train=one_unlabelled)
     )
     with pytest.raises(UserError, match="some photos of its train split have no label"):
         load_photos("user/photos")

@@ -28,7 +28,6 @@ from corel_diffusers.files import (
     require_writable,
     write_json,
 )
-from corel_diffusers.hub.upload import require_token
 from corel_diffusers.internals import forget_models
 from corel_diffusers.models.configs import parameter_count
 from corel_diffusers.runtime.compilation import require_compiler
@@ -63,8 +62,6 @@ def start_run(flags: TrainingArguments) -> Accelerator:
         raise UserError(
             f"--output-dir {flags.run_dir} holds a {entry_file} that was not written by a run: give another folder"
         )
-    if flags.push_to_hub and not flags.plan:
-        require_token()
     if flags.compile:
         require_compiler("cuda" if gpu else "cpu")
     refuse_other_launchers()

@@ -73,7 +73,7 @@ class CorelPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        num_images: int | str | list[str] | None = None,
+        first: int | str | list[str] | None = None,
         class_labels: str | int | list[str | int] | None = None,
         guidance_scale: float = 2.5,
         num_inference_steps: int | None = None,
@@ -86,13 +86,14 @@ class CorelPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_images: int | None = None,
         batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
         Args:
-            num_images: number of images. None means one image, or one per class of a list `class_labels`. A class name
-                or a list of them here is taken as `class_labels`: pipe("sunset").
+            first: what is given without a name: the number of images, as in pipe(4), or the classes, as in
+                pipe("sunset") and pipe("sunset", num_images=4).
             class_labels: one class for all images or one class per image, each a name or a label (its position in
                 class_names, from 0). A number that is the name of a class means this class. None means no class:
                 the null label.
@@ -113,13 +114,16 @@ class CorelPipeline(DiffusionPipeline):
                 takes half the time. None means `default_guidance_interval`.
             height, width: size of the images in pixels. None means the size of `default_size`. The model draws well in
                 the sizes that it was trained on: see `image_sizes`.
+            num_images: number of images. None means one image, or one per class of a list `class_labels`.
             batch_size: the name that num_images has in the pipelines of diffusers.
 
         Raises:
             ValueError: an unknown class, a size that the model cannot take, or class_labels, generator or latents that
                 do not fit num_images.
         """
-        num_images, class_labels = self.count_images(num_images, class_labels, batch_size)
+        num_images, class_labels = self.count_images(
+            first, class_labels, batch_size if num_images is None else num_images
+        )
         labels = self.label_ids(num_images, class_labels)
         num_inference_steps = num_inference_steps or self.default_steps
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -133,17 +137,23 @@ class CorelPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def count_images(
-        self, num_images: object, class_labels: object, batch_size: int | None
+        self, first: object, class_labels: object, num_images: object
     ) -> tuple[int, str | int | list[str | int] | None]:
         """Return the number of images and their classes, from the ways in which people give them.
 
         Raises:
-            ValueError: the number is not a whole number above 0.
+            ValueError: the number is not a whole number above 0, or something is given twice.
         """
-        if isinstance(num_images, (str, list, tuple)) and class_labels is None:
-            num_images, class_labels = None, num_images
-        if num_images is None:
-            num_images = batch_size
+        if isinstance(first, (str, list, tuple)):
+            if num_images is None and isinstance(class_labels, int):  # pipe("sunset", 4)
+                class_labels, num_images = None, class_labels
+            if class_labels is not None:
+                raise ValueError(f"{first!r} and class_labels={class_labels!r}: give the classes once")
+            class_labels = first
+        elif first is not None:
+            if num_images is not None:
+                raise ValueError(f"{first!r} and num_images={num_images!r}: give the number of images once")
+            num_images = first
         if num_images is None:
             num_images = len(class_labels) if isinstance(class_labels, (list, tuple)) else 1
         if not isinstance(num_images, int) or num_images < 1:

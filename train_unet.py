@@ -181,7 +181,7 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
                 if accelerator.is_main_process:
                     lines = first_copy_lines(run.history)
                     plots.plot_history(run.history, PANELS, args.run_dir / "loss_history.png", lines)
-                    cards.write_card(args.run_dir)
+                    cards.write_card(args.run_dir, args.hub_model_id)
                     upload.push_so_far(args, checkpoints.find_checkpoints(args.run_dir)[-1])
             if is_stopping:
                 break
@@ -284,14 +284,14 @@ def validate_and_save(run: Run, models: UNetModels, diffusion: Diffusion, valida
 def write_samples_and_card(run: Run) -> None:
     """Write a grid of samples of the pipeline that is saved as best, and the model card. Print its held-out loss."""
     args, best = run.args, files.best_record(run.history)
-    epochs = f"epoch {best['epoch']} of {run.history[-1]['epoch']}"
+    epochs = f"epoch {best['epoch']}, out of {run.history[-1]['epoch']} so far"
     epochs += f" ({run.state.stop_reason})" if run.state.stop_reason else ""
     print(f"{args.run_dir} holds the pipeline of {epochs}: held-out loss {best['val_loss']:.4f}")
     start.print_notices(run.accelerator, advice.on_loss(run.history, "loss", args))
     # loaded as any user loads it
     pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(run.accelerator.device)
     plots.save_image(previews.sample_grid(pipe, args.seed, num_samples=36), args.run_dir / "grid.png")
-    cards.write_card(args.run_dir)
+    cards.write_card(args.run_dir, args.hub_model_id)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ A value that cannot be used raises `corel_diffusers.files.UserError`. Its text s
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -18,11 +21,13 @@ from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
 from corel_diffusers.config.train import Train
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.files import read_json, read_metrics
+from corel_diffusers.files import UserError, read_json, read_metrics
 from corel_diffusers.models.unet import build_unet
 from corel_diffusers.models.vae import build_vae
 
 __all__ = ["TrainedRun", "build_unet", "build_vae", "evaluate", "generate", "load_photos", "prepare", "push", "train"]
+
+Flags = TypeVar("Flags", Train, Prepare, Generate, Evaluate, Push)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,51 @@ class TrainedRun:
         return [file for file in [*files, self.pipeline_dir / "grid.png"] if file.is_file()]
 
 
-def train(photos: str | Path, *, minutes: float = 60, output_dir: str | Path = ".", **flags: object) -> TrainedRun:
+def flags_of(kind: type[Flags], **values: object) -> Flags:
+    """Return the checked flags of a command, from keywords.
+
+    A flag that takes text also takes a path or a number, and a flag that takes several values also takes one.
+
+    Raises:
+        TypeError: there is no such keyword. The message names the nearest ones.
+        UserError: a value cannot be used.
+    """
+    types = get_type_hints(kind)
+    names = [field.name for field in fields(kind)]
+    for name, value in values.items():
+        if name not in names:
+            near = get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"perhaps you meant {near[0]}; " if near else ""
+            raise TypeError(f"there is no keyword {name}: {hint}the keywords are {', '.join(names)}")
+        takes = (types[name], *get_args(types[name]))
+        choices = [choice for part in takes if get_origin(part) is Literal for choice in get_args(part)]
+        if choices and value not in (*choices, None):
+            raise UserError(f"{name}={value!r}: give one of {', '.join(map(repr, choices))}")
+        if types[name] is bool and not isinstance(value, bool):
+            raise UserError(f"{name}={value!r}: give True or False")
+        if get_origin(types[name]) is tuple:
+            values[name] = tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
+        elif str in takes and isinstance(value, (int, float, PathLike)) and not isinstance(value, bool):
+            values[name] = str(value)
+        elif isinstance(value, str) and str not in takes and {int, float} & set(takes):
+            raise UserError(f"{name}={value!r}: give a number")
+    return kind(**values).checked()
+
+
+def folder_of(pipeline: "str | Path | TrainedRun") -> str:
+    """Return the folder or the Hub id of a pipeline. A TrainedRun stands for its pipeline.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(pipeline, TrainedRun):
+        return str(pipeline.pipeline_dir)
+    if not isinstance(pipeline, (str, PathLike)):
+        raise TypeError(f"{type(pipeline).__name__}: give the folder of a pipeline, its Hub id, or what train returns")
+    return str(pipeline)
+
+
+def train(photos: str | Path, minutes: float = 60, *, output_dir: str | Path = ".", **flags: object) -> TrainedRun:
     """Train a VAE and a UNet, and evaluate the pipeline. The same call continues an interrupted run.
 
     Training runs in processes of its own, so it works from a thread and several times in one notebook. In a notebook,
@@ -81,10 +130,8 @@ def train(photos: str | Path, *, minutes: float = 60, output_dir: str | Path = "
         (32, 32)
     """
     is_hub_id = not Path(photos).expanduser().is_dir() and str(photos).count("/") == 1
-    source = {"dataset_name" if is_hub_id else "data_dir": str(photos)}
-    if "image_size" in flags:
-        flags["image_size"] = str(flags["image_size"])
-    args = Train(**source, minutes=minutes, output_dir=str(output_dir), **flags).checked()
+    source = {"dataset_name" if is_hub_id else "data_dir": photos}
+    args = flags_of(Train, **source, minutes=minutes, output_dir=output_dir, **flags)
     run_train(args, run_and_print)
     run = TrainedRun(*args.folders())
     show_in_notebook(run.pictures)
@@ -137,18 +184,18 @@ def prepare(data_dir: str | Path, **flags: object) -> Path:
     Raises:
         UserError: the photos cannot be prepared.
     """
-    args = Prepare(data_dir=str(data_dir), **flags).checked()
+    args = flags_of(Prepare, data_dir=data_dir, **flags)
     run_prepare(args)
     return user_path(args.base_dir, args.output_dir) / "corel" / "corel_all"
 
 
-def generate(pipeline: str | Path, num_images: int = 16, **flags: object) -> list[Image.Image]:
+def generate(pipeline: str | Path | TrainedRun, num_images: int = 16, **flags: object) -> list[Image.Image]:
     """Generate samples with a trained pipeline, and save a grid and single images.
 
     Args:
-        pipeline: a folder of train_unet.py, or a Hub id together with trust_remote_code=True.
+        pipeline: what `train` returns, a folder of train_unet.py, or a Hub id together with trust_remote_code=True.
         num_images: the number of samples.
-        flags: more flags of `corel-diffusers generate`, such as class_=("sunset",), seed=1 or output="grid.png".
+        flags: more flags of `corel-diffusers generate`, such as class_="sunset", seed=1 or output="grid.png".
 
     Returns:
         The samples, RGB images, or grey ones from a model of grey photos.
@@ -156,14 +203,14 @@ def generate(pipeline: str | Path, num_images: int = 16, **flags: object) -> lis
     Raises:
         UserError: a flag cannot be used.
     """
-    return run_generate(Generate(pipeline=str(pipeline), num_images=num_images, **flags).checked())
+    return run_generate(flags_of(Generate, pipeline=folder_of(pipeline), num_images=num_images, **flags))
 
 
-def evaluate(pipeline: str | Path, data_dir: str | Path, **flags: object) -> dict:
+def evaluate(pipeline: str | Path | TrainedRun, data_dir: str | Path, **flags: object) -> dict:
     """Measure how near samples are to held-out photos, and how many of them are copies of training photos.
 
     Args:
-        pipeline: a folder of train_unet.py, or a Hub id together with trust_remote_code=True.
+        pipeline: what `train` returns, a folder of train_unet.py, or a Hub id together with trust_remote_code=True.
         data_dir: the photos that the model was trained on, with the held-out photos, or "scenes".
         flags: more flags of `corel-diffusers evaluate`, such as num_images=300 or features="dinov2".
 
@@ -173,18 +220,18 @@ def evaluate(pipeline: str | Path, data_dir: str | Path, **flags: object) -> dic
     Raises:
         UserError: a flag cannot be used.
     """
-    return run_evaluate(Evaluate(pipeline=str(pipeline), data_dir=str(data_dir), **flags).checked())
+    return run_evaluate(flags_of(Evaluate, pipeline=folder_of(pipeline), data_dir=data_dir, **flags))
 
 
-def push(pipeline: str | Path, repo_id: str, **flags: object) -> None:
+def push(pipeline: str | Path | TrainedRun, repo_id: str, **flags: object) -> None:
     """Push a pipeline folder with its model card to the Hugging Face Hub.
 
     Args:
-        pipeline: the folder that train_unet.py wrote.
+        pipeline: what `train` returns, or the folder that train_unet.py wrote.
         repo_id: user/name.
         flags: more flags of `corel-diffusers push`: private, revision, dry_run.
 
     Raises:
         UserError: there is no pipeline or no token, or the Hub refuses the upload.
     """
-    run_push(Push(pipeline=str(pipeline), repo_id=repo_id, **flags).checked())
+    run_push(flags_of(Push, pipeline=folder_of(pipeline), repo_id=repo_id, **flags))

@@ -70,6 +70,30 @@ def test_the_commands_are_functions(trained_unet, raw_photos, tmp_path, capsys):
     assert "would push" in capsys.readouterr().out
 
 
+def test_values_are_taken_as_people_write_them(trained_unet, tmp_path):
+    run = api.TrainedRun(tmp_path, trained_unet)
+    images = cd.generate(run, 1, class_="pine forest", size=32, steps=1, output=tmp_path / "grid.png")
+    assert images[0].size == (32, 32)
+    assert len(cd.generate(run, 1, class_=2, steps=1, output=tmp_path / "grid.png")) == 1
+    cd.push(run, "user/name", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "expected"),
+    [
+        (lambda folder: cd.generate(folder, size=32, class_labels="sunset"), TypeError, "perhaps you meant class_;"),
+        (lambda folder: cd.train("scenes", epochs=5), TypeError, "there is no keyword epochs: .*minutes, output_dir"),
+        (lambda folder: cd.generate(folder, "12"), UserError, "num_images='12': give a number"),
+        (lambda folder: cd.evaluate(folder, "scenes", features=3), UserError, "features=3: give one of 'eff"),
+        (lambda folder: cd.push(folder, "user/name", private="yes"), UserError, "private='yes': give True or False"),
+        (lambda folder: cd.generate(None), TypeError, "NoneType: give the folder of a pipeline"),
+    ],
+)
+def test_a_wrong_keyword_is_named(call, error, expected, trained_unet):
+    with pytest.raises(error, match=expected):
+        call(trained_unet)
+
+
 def test_a_wrong_flag_raises_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="--minutes -1: give a number above 0"):
         cd.train("scenes", minutes=-1)

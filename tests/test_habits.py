@@ -130,19 +130,35 @@ def test_a_folder_of_caches_that_cannot_be_written_to_is_named(vae_flags, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "count"),
+    ("first", "arguments", "count"),
     [
-        ({"num_images": "snowy mountain"}, 1),
-        ({"num_images": ["snowy mountain", "sunset at sea"]}, 2),
-        ({"class_labels": ["snowy mountain", "sunset at sea", "sunset at sea"]}, 3),
-        ({"batch_size": 2}, 2),
-        ({"num_images": 3, "class_labels": 1}, 3),
-        ({}, 1),
+        (("snowy mountain",), {}, 1),
+        (("snowy mountain",), {"num_images": 2}, 2),
+        (("snowy mountain", 2), {}, 2),
+        ((["snowy mountain", "sunset at sea"],), {}, 2),
+        ((), {"class_labels": ["snowy mountain", "sunset at sea", "sunset at sea"]}, 3),
+        ((), {"batch_size": 2}, 2),
+        ((2,), {"class_labels": "snowy mountain"}, 2),
+        ((), {"num_images": 3, "class_labels": 1}, 3),
+        ((), {}, 1),
     ],
 )
-def test_the_first_calls_that_people_try_draw(arguments, count, trained_unet):
+def test_the_first_calls_that_people_try_draw(first, arguments, count, trained_unet):
     pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
-    assert len(pipe(**arguments, num_inference_steps=2).images) == count
+    assert len(pipe(*first, **arguments, num_inference_steps=1).images) == count
+
+
+@pytest.mark.parametrize(
+    ("first", "arguments", "expected"),
+    [
+        (("snowy mountain",), {"class_labels": "sunset at sea"}, "give the classes once"),
+        ((2,), {"num_images": 3}, "give the number of images once"),
+    ],
+)
+def test_what_is_given_twice_is_refused(first, arguments, expected, trained_unet):
+    pipe = DiffusionPipeline.from_pretrained(trained_unet, trust_remote_code=True)
+    with pytest.raises(ValueError, match=expected):
+        pipe(*first, **arguments)
 
 
 @pytest.mark.parametrize("num_images", [0, -1, 1.5])

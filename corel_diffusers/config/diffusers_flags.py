@@ -1,7 +1,8 @@
-"""The flags of diffusers' training examples: the flags here that mean the same, and what to give instead of the rest.
+"""The flags of other training programs: the flags here that mean the same, and what to give instead of the rest.
 
-The examples are `train_unconditional.py` and `train_autoencoderkl.py`. `translate` replaces their flags in a command
-line before it is parsed. docs/from-diffusers.md has the same table; a test compares the two.
+The programs are diffusers' `train_unconditional.py` and `train_autoencoderkl.py`, denoising-diffusion-pytorch (the
+arguments of its Trainer), and kohya's scripts. `translate` replaces their flags in a command line before it is parsed.
+docs/from-diffusers.md has the same tables; a test compares them.
 """
 
 import os
@@ -12,7 +13,7 @@ from corel_diffusers.files import UserError
 
 
 class OtherFlag(NamedTuple):
-    """A flag of diffusers' examples. Exactly one of `ours`, `always`, `instead` and `variable` is given."""
+    """A flag of another program. Exactly one of `ours`, `always`, `instead` and `variable` is given."""
 
     ours: str = ""  # the flag here that means the same
     values: Mapping[str, str] = {}  # their values -> ours, where the names differ
@@ -84,6 +85,26 @@ FLAGS = {
     "--logging-dir": OtherFlag(instead="omit it: the logs are in the --output-dir"),
     "--tracker-project-name": OtherFlag(instead="omit it: the tracker's project has the name of the script"),
     "--local-rank": OtherFlag(always="accelerate launch sets it"),
+    # denoising-diffusion-pytorch: the arguments of its Trainer
+    "--folder": OtherFlag("--data-dir"),
+    "--train-num-steps": OtherFlag("--max-train-steps"),
+    "--train-lr": OtherFlag("--learning-rate"),
+    "--gradient-accumulate-every": OtherFlag("--grad-accum"),
+    "--results-folder": OtherFlag("--output-dir"),
+    "--save-and-sample-every": OtherFlag(instead="give --sample-every, in epochs, and --checkpoint-steps"),
+    "--ema-update-every": OtherFlag(instead="omit it: the EMA is updated in each step"),
+    "--num-samples": OtherFlag(instead="omit it: the grids during training have 12 samples"),
+    "--amp": OtherFlag(always="fp16 is used on a GPU (see --mixed-precision)", has_value=False),
+    "--augment-horizontal-flip": OtherFlag(always="half of the photos are mirrored in each step", has_value=False),
+    # kohya's scripts
+    "--max-train-epochs": OtherFlag("--epochs"),
+    "--enable-bucket": OtherFlag("--aspect-buckets", has_value=False),
+    "--save-every-n-steps": OtherFlag("--checkpoint-steps"),
+    "--save-every-n-epochs": OtherFlag("--checkpoint-every"),
+    "--sample-every-n-epochs": OtherFlag("--sample-every"),
+    "--optimizer-type": OtherFlag(instead="give --optimizer adamw or muon"),
+    "--flip-aug": OtherFlag(always="half of the photos are mirrored in each step", has_value=False),
+    "--cache-latents": OtherFlag(always="latents are always cached", has_value=False),
     # the Hub
     "--hub-token": OtherFlag(variable="HF_TOKEN"),
     "--hub-private-repo": OtherFlag(always="a new repository is private", has_value=False),
@@ -91,7 +112,7 @@ FLAGS = {
 
 
 def translate(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with the flags of diffusers' examples replaced by ours.
+    """Return the words of a command line with the flags of other programs replaced by ours.
 
     Raises:
         UserError: a flag has no meaning here. The message says what to give instead.

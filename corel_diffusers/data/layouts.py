@@ -88,8 +88,9 @@ def classes_of_names(
         found.classes = {number: named.get(number, str(number)) for number in sorted(set(numbers.values()))}
         if unnamed := [str(number) for number in found.classes if number not in named]:
             found.notices.append(
-                f"classes.txt has no name for class {', '.join(unnamed)}: the number is used as the name "
-                f"(read as {LAYOUT_NAMES[found.layout]}; if the photos have no classes, give prepare --layout flat)"
+                f"classes.txt has no name for class {', '.join(unnamed)}, or is not there: the number is used as the "
+                f"name (read as {LAYOUT_NAMES[found.layout]}; if the photos have no classes, train the UNet with "
+                "--unconditional, or prepare them with --layout flat)"
             )
     found.left_out |= dict.fromkeys(stems.keys() - numbers.keys(), f"its name does not match the {found.layout} layout")
     return numbers

@@ -13,19 +13,21 @@ TEMPLATES = Path(__file__).parent
 TASK = "unconditional-image-generation"
 
 
-def write_card(folder: Path, repo_id: str = "user/name", license_id: str | None = None) -> None:
+def write_card(folder: Path, repo_id: str | None = None, license_id: str | None = None) -> None:
     """Write the card README.md of the pipeline or the VAE in `folder`, from the files of its run.
 
     A card without the line WRITTEN_BY was written or edited by the user and is not changed.
 
     Args:
-        repo_id: the Hub id in the card's example of loading the model.
+        repo_id: the Hub id in the card's example of loading the model. None: user/name.
         license_id: the license, by its name on the Hub. None: that of the run's flags, if there is one.
     """
     is_pipeline = (folder / "model_index.json").is_file()
     if not is_pipeline and not (folder / "config.json").is_file():  # stopped before the first epoch: there is no model
         return
-    write_own(folder / "README.md", (pipeline_card if is_pipeline else vae_card)(folder, repo_id, license_id))
+    write_own(
+        folder / "README.md", (pipeline_card if is_pipeline else vae_card)(folder, repo_id or "user/name", license_id)
+    )
 
 
 def write_own(file: Path, text: str) -> None:

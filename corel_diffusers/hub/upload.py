@@ -37,9 +37,14 @@ LAST_CHECKPOINT = "last-checkpoint"  # folder of the newest checkpoint in a repo
 
 
 def require_token() -> None:
-    """Raise UserError if there is no token for the Hub. Training for a push calls this before it starts."""
+    """Raise UserError if the Hub does not answer to the token. Training for a push calls this before it starts."""
     if not get_token():
         raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # many types: see `upload`
+        hint = "run `hf auth login`, set HF_TOKEN, or check the connection"
+        raise UserError(f"the Hub cannot be used with this token ({first_line(error)}): {hint}") from None
 
 
 def is_part_of(folder: Path, file: Path) -> bool:
@@ -96,7 +101,7 @@ def push(
     if not dry_run:
         require_token()
         write_card(folder, repo_id, license_id)
-    again = f"corel-diffusers push {flag} {folder} --repo-id {repo_id}"
+    again = f"corel-diffusers push {flag} {folder} --repo-id {repo_id}" + (" --private" if private else "")
     upload(folder, patterns, repo_id, "model", again, private, dry_run, revision)
 
 
@@ -148,6 +153,7 @@ def push_dataset(
         counts = {split: len(part) for split, part in photos.items()}
         write_own(folder / "README.md", dataset_card(folder, repo_id, license_id, counts, names))
         again = f"corel-diffusers push-dataset --data-dir {source} --repo-id {repo_id}"
+        again += "" if private else " --public"
         upload(folder, ("README.md", "data/*"), repo_id, "dataset", again, private, dry_run)
 
 

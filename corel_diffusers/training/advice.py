@@ -38,7 +38,11 @@ def on_loss(history: list[dict], name: str, args: TrainingArguments) -> list[str
     if last < 0.95 * first:
         return []
     rate = args.learning_rate
-    if last > first:
+    if args.lr_warmup_steps >= history[-1]["step"]:
+        hint = (
+            f"the learning rate still rises: give fewer than --lr-warmup-steps {args.lr_warmup_steps}, or train longer"
+        )
+    elif last > first:
         hint = f"the learning rate is too high: try --lr {rate / 2:.1g} (was {rate:g})"
     else:
         lengths = {

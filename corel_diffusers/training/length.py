@@ -53,7 +53,7 @@ class RunLength:
         if spent > SLOW_START_FRACTION * self.seconds:
             accelerator.print(
                 f"notice: {duration}; the result is cached: "
-                "if you start the same command again, it has all its minutes for training"
+                "a new run, in another --output-dir, has all its minutes for training"
             )
 
     def tick(self, state: RunState, accelerator: Accelerator) -> None:

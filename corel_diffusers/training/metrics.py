@@ -74,9 +74,10 @@ def log_validation(run: Run, values: dict[str, float], is_printed: bool, not_pri
             printed = {
                 name: value
                 for name, value in values.items()
-                if not re.search(r"(loss|gauge)_\d$", name) and name not in not_printed
+                if not re.search(r"(loss|gauge)_\d$", name) and name not in (*not_printed, "published")
             }
             run.bar.write(
                 f"epoch {run.epoch}: "
                 + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in printed.items())
+                + (", saved as best" if values.get("published") else "")
             )

@@ -243,9 +243,10 @@ def fastest_precision(
             set_precision(accelerator, precision)
             rates[precision, attention] = photos_per_second(trial_step(attention), batch_size)
     if len(rates) > 1:
+        milliseconds = {key: 1e3 * batch_size / rate for key, rate in rates.items()}
         timings = ", ".join(
-            f"{'float32' if name == 'no' else name} with {kernel} attention {1e3 * batch_size / rate:.3g}"
-            for (name, kernel), rate in rates.items()
+            f"{'float32' if name == 'no' else name} with {kernel} attention {float(f'{value:.3g}'):,g}"
+            for (name, kernel), value in milliseconds.items()
         )
         accelerator.print(f"ms per step: {timings}")
     best = next(iter(rates))

@@ -141,10 +141,11 @@ def print_data_and_model(
         latent_shape: the (C, h, w) of the first of these sizes.
     """
     train, held_out = photos["train"], photos["validation"]
-    classes = train.features["label"].names
+    names = train.features["label"].names
+    classes = "no classes" if getattr(run.args, "unconditional", False) else f"{len(names)} classes"
     sizes = " or ".join(f"{height}x{width}" for height, width in sizes_px)
     run.accelerator.print(
-        f"{len(train)} training photos, {len(held_out)} held-out photos, {len(classes)} classes, "
+        f"{len(train)} training photos, {len(held_out)} held-out photos, {classes}, "
         f"{sizes} px; {MODEL_NAMES[run.args.MODEL]} of {parameter_count(model)}, "
         f"latents {'x'.join(map(str, latent_shape))}"
     )

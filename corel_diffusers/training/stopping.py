@@ -1,5 +1,6 @@
 """Stop a run early, or on a signal."""
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -75,6 +76,8 @@ class StopSignal:
         # the system and the parent process can both send one: that is not a second signal
         if self.number and now - self.received_at > SAME_SIGNAL_SECONDS:
             sys.exit(128 + number)
+        if not self.number:
+            os.write(2, b"\nstopping: the step ends, then a checkpoint is saved (a second signal stops at once)\n")
         self.number, self.received_at = self.number or number, self.received_at or now
 
     def received(self, accelerator: Accelerator, state: RunState) -> bool:

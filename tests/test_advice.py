@@ -64,16 +64,14 @@ def test_advice_about_the_kl(history, args, expected):
 
 
 def test_advice_about_the_loss():
-    def advice(values):
-        return on_loss(
-            [{"loss": value, "epoch": n + 1} for n, value in enumerate(values)],
-            "loss",
-            VAEArguments(learning_rate=1e-3),
-        )
+    def advice(values, warmup_steps=30):
+        history = [{"loss": value, "epoch": n + 1, "step": 14 * (n + 1)} for n, value in enumerate(values)]
+        return on_loss(history, "loss", VAEArguments(learning_rate=1e-3, lr_warmup_steps=warmup_steps))
 
     assert advice([1.0 - 0.05 * n for n in range(10)]) == []
     assert "train longer (--epochs 20) or try --lr 0.002" in advice([1.0 - 0.001 * n for n in range(10)])[0]
     assert "too high: try --lr 0.0005" in advice([1.0 + 0.1 * n for n in range(10)])[0]
+    assert "still rises: give fewer than --lr-warmup-steps 500" in advice([1.0 - 0.001 * n for n in range(10)], 500)[0]
     assert advice([1.0, 1.0]) == [], "two epochs are not enough"
 
 

@@ -256,6 +256,10 @@ def test_a_misspelt_flag_names_the_nearest_one():
     ("words", "expected"),
     [
         (["train-vae", "--batch-size", "x"], "error: --batch-size 'x': expected --batch-size INT (see "),
+        (
+            ["train-vae", "--reslution", "64"],
+            "error: unrecognized options: --reslution, 64: perhaps you meant --resolution (",
+        ),
         (["train-vae", "--epoch", "3"], "error: unrecognized options: --epoch, 3: perhaps you meant --epochs (see "),
         (["generate", "--sampler", ""], "error: invalid choice '' for argument '--sampler'. Expected one of ("),
         (["paint"], "error: there is no command paint: give one of train, prepare,"),

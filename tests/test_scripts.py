@@ -536,7 +536,7 @@ def test_a_run_that_ends_by_time_stops_early_when_the_model_memorises_the_photos
     assert [line["published"] for line in metrics(tmp_path)] == [1, 1, 1, 1, 0], (
         "no loss is lower, but the gauge is below its limit"
     )
-    assert "epoch 4 of 5 (the model memorises the photos" in (out := capsys.readouterr().out)
+    assert "epoch 4, out of 5 so far (the model memorises the photos" in (out := capsys.readouterr().out)
     assert "give --early-stopping-patience 0 to continue" in out
     run_here("train_unet", [*flags, "--resume", "latest"])
     assert len(metrics(tmp_path)) == 5, "the resumed run does not train either"

@@ -4,10 +4,12 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TypeVar
 
 import tyro
 
+from corel_diffusers.config.diffusers_flags import FLAGS
 from corel_diffusers.files import UserError
 
 Kind = TypeVar("Kind")
@@ -53,4 +55,8 @@ def one_line(box: str) -> str:
             reason += f": {section[0].lower()}{section[1:]}"
         elif hint := HELP_HINT.search(section):
             reason += f" (see {hint[1] or hint[2]})"
+    unknown = re.match(r"Unrecognized options: (--[\w-]+)", reason)
+    if unknown and "perhaps you meant" not in reason:
+        near = get_close_matches(unknown[1].replace("_", "-"), FLAGS, n=1, cutoff=0.75)
+        reason = reason.replace(" (see ", f": perhaps you meant {near[0]} (see ") if near else reason
     return reason[0].lower() + reason[1:]

@@ -83,6 +83,9 @@ def start_run(flags: TrainingArguments) -> Accelerator:
             f"--mixed-precision {precision}: the machines of this run support different precisions "
             f"({' and '.join(sorted(precisions))}): give --mixed-precision no"
         )
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
+    if is_launched and accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
+        accelerator.print("notice: accelerate launch gives this process one thread: set OMP_NUM_THREADS to the cores")
     launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launcher_steps not in ("1", "auto", str(flags.grad_accum)):
         accelerator.print(

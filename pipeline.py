@@ -262,10 +262,7 @@ class CorelPipeline(DiffusionPipeline):
                 if guided and (
                     guide_at_all_levels or low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
                 ):
-                    weak_pred, model_pred = (
-                        prediction.to(latents.dtype) for prediction in self.weak_and_full(inputs, timestep, labels)
-                    )
-                    model_pred = weak_pred + guidance_scale * (model_pred - weak_pred)
+                    model_pred = self.guided_prediction(inputs, timestep, labels, guidance_scale)
                 else:
                     model_pred = self.unet(inputs, timestep, labels).sample.to(latents.dtype)
                 with torch.autocast(latents.device.type, enabled=False):  # only the networks run in half precision
@@ -282,14 +279,17 @@ class CorelPipeline(DiffusionPipeline):
             )
         return latents
 
-    def weak_and_full(
-        self, inputs: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the prediction that guidance leads away from, and the UNet's prediction: (N, C, h, w) each."""
+    def guided_prediction(
+        self, inputs: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
+        """Return the UNet's prediction, led away from the weak prediction: (N, C, h, w), see `guidance_scale` above."""
         if self.guide is not None:
-            return self.guide(inputs, timestep, labels).sample, self.unet(inputs, timestep, labels).sample
-        both_labels = torch.cat([torch.full_like(labels, self.null_label), labels])
-        return self.unet(torch.cat([inputs, inputs]), timestep, both_labels).sample.chunk(2)  # in one forward pass
+            weak_pred, model_pred = (model(inputs, timestep, labels).sample for model in (self.guide, self.unet))
+        else:  # both in one forward pass
+            both_labels = torch.cat([torch.full_like(labels, self.null_label), labels])
+            weak_pred, model_pred = self.unet(torch.cat([inputs, inputs]), timestep, both_labels).sample.chunk(2)
+        weak_pred, model_pred = weak_pred.to(inputs.dtype), model_pred.to(inputs.dtype)
+        return weak_pred + guidance_scale * (model_pred - weak_pred)
 
     def decode(self, latents: torch.Tensor, output_type: str) -> list | torch.Tensor:
         """Decode scaled latents (N, C, h, w) to images of `output_type`.

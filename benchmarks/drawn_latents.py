@@ -61,8 +61,7 @@ def denoised(
         latents = scheduler.add_noise(latents, part_noise, scheduler.timesteps[first].expand(len(latents)))
         for timestep in scheduler.timesteps[first:]:
             if low <= float(timestep) / 1000 <= high:
-                weak, full = pipe.weak_and_full(latents, timestep, part_labels)
-                model_pred = weak + GUIDANCE * (full - weak)
+                model_pred = pipe.guided_prediction(latents, timestep, part_labels, GUIDANCE)
             else:
                 model_pred = pipe.unet(latents, timestep, part_labels).sample
             latents = scheduler.step(model_pred, timestep, latents).prev_sample

@@ -3,15 +3,15 @@
 A value that cannot be used raises `corel_diffusers.files.UserError`. Its text says what to do.
 """
 
+import re
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TypeVar
 
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -19,9 +19,11 @@ from PIL import Image
 from corel_diffusers.cli import COMMAND, run_evaluate, run_generate, run_prepare, run_push, run_train
 from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
+from corel_diffusers.config.parsing import words_of
 from corel_diffusers.config.train import Train
+from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.files import UserError, read_json, read_metrics
+from corel_diffusers.files import read_json, read_metrics
 from corel_diffusers.models.unet import build_unet
 from corel_diffusers.models.vae import build_vae
 
@@ -59,35 +61,13 @@ class TrainedRun:
         return [file for file in [*files, self.pipeline_dir / "grid.png"] if file.is_file()]
 
 
-def flags_of(kind: type[Flags], **values: object) -> Flags:
-    """Return the checked flags of a command, from keywords.
-
-    A flag that takes text also takes a path or a number, and a flag that takes several values also takes one.
+def flags_of(kind: type[Flags], command: str, **values: object) -> Flags:
+    """Return the checked flags of a command, from keywords. They are parsed as the words of a command line are.
 
     Raises:
-        TypeError: there is no such keyword. The message names the nearest ones.
-        UserError: a value cannot be used.
+        UserError: there is no such flag, or a value cannot be used.
     """
-    types = get_type_hints(kind)
-    names = [field.name for field in fields(kind)]
-    for name, value in values.items():
-        if name not in names:
-            near = get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"perhaps you meant {near[0]}; " if near else ""
-            raise TypeError(f"there is no keyword {name}: {hint}the keywords are {', '.join(names)}")
-        takes = (types[name], *get_args(types[name]))
-        choices = [choice for part in takes if get_origin(part) is Literal for choice in get_args(part)]
-        if choices and value not in (*choices, None):
-            raise UserError(f"{name}={value!r}: give one of {', '.join(map(repr, choices))}")
-        if types[name] is bool and not isinstance(value, bool):
-            raise UserError(f"{name}={value!r}: give True or False")
-        if get_origin(types[name]) is tuple:
-            values[name] = tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
-        elif str in takes and isinstance(value, (int, float, PathLike)) and not isinstance(value, bool):
-            values[name] = str(value)
-        elif isinstance(value, str) and str not in takes and {int, float} & set(takes):
-            raise UserError(f"{name}={value!r}: give a number")
-    return kind(**values).checked()
+    return parse_flags(kind, words_of(values, kind), prog=f"corel-diffusers {command}").checked()
 
 
 def folder_of(pipeline: "str | Path | TrainedRun") -> str:
@@ -129,9 +109,9 @@ def train(photos: str | Path, minutes: float = 60, *, output_dir: str | Path = "
         >>> run.pipeline("sunset at sea").images[0].size
         (32, 32)
     """
-    is_hub_id = not Path(photos).expanduser().is_dir() and str(photos).count("/") == 1
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.:-]+", str(photos)) and not Path(photos).is_dir()
     source = {"dataset_name" if is_hub_id else "data_dir": photos}
-    args = flags_of(Train, **source, minutes=minutes, output_dir=output_dir, **flags)
+    args = flags_of(Train, "train", **source, minutes=minutes, output_dir=output_dir, **flags)
     run_train(args, run_and_print)
     run = TrainedRun(*args.folders())
     show_in_notebook(run.pictures)
@@ -184,7 +164,7 @@ def prepare(data_dir: str | Path, **flags: object) -> Path:
     Raises:
         UserError: the photos cannot be prepared.
     """
-    args = flags_of(Prepare, data_dir=data_dir, **flags)
+    args = flags_of(Prepare, "prepare", data_dir=data_dir, **flags)
     run_prepare(args)
     return user_path(args.base_dir, args.output_dir) / "corel" / "corel_all"
 
@@ -203,7 +183,7 @@ def generate(pipeline: str | Path | TrainedRun, num_images: int = 16, **flags: o
     Raises:
         UserError: a flag cannot be used.
     """
-    return run_generate(flags_of(Generate, pipeline=folder_of(pipeline), num_images=num_images, **flags))
+    return run_generate(flags_of(Generate, "generate", pipeline=folder_of(pipeline), num_images=num_images, **flags))
 
 
 def evaluate(pipeline: str | Path | TrainedRun, data_dir: str | Path, **flags: object) -> dict:
@@ -220,7 +200,7 @@ def evaluate(pipeline: str | Path | TrainedRun, data_dir: str | Path, **flags: o
     Raises:
         UserError: a flag cannot be used.
     """
-    return run_evaluate(flags_of(Evaluate, pipeline=folder_of(pipeline), data_dir=data_dir, **flags))
+    return run_evaluate(flags_of(Evaluate, "evaluate", pipeline=folder_of(pipeline), data_dir=data_dir, **flags))
 
 
 def push(pipeline: str | Path | TrainedRun, repo_id: str, **flags: object) -> None:
@@ -234,4 +214,4 @@ def push(pipeline: str | Path | TrainedRun, repo_id: str, **flags: object) -> No
     Raises:
         UserError: there is no pipeline or no token, or the Hub refuses the upload.
     """
-    run_push(flags_of(Push, pipeline=folder_of(pipeline), repo_id=repo_id, **flags))
+    run_push(flags_of(Push, "push", pipeline=folder_of(pipeline), repo_id=repo_id, **flags))

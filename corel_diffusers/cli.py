@@ -5,7 +5,6 @@ The flags are checked before heavy modules such as torch are imported, so an err
 
 import importlib
 import inspect
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from corel_diffusers import __version__
-from corel_diffusers.config.checks import MIN_PHOTOS, user_path
+from corel_diffusers.config.checks import MIN_PHOTOS, is_main_process, user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset
 from corel_diffusers.config.parsing import parse, use_files_for_plots
 from corel_diffusers.config.train import Env, Train
@@ -59,9 +58,8 @@ def run_in_own_process(words: list[str]) -> None:
 
 def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process) -> None:
     """Run the commands of `Train.commands`, one after the other."""
-    is_main_process = os.environ.get("RANK", "0") == "0"  # of several that a launcher has started
     for words in args.commands():
-        if words[0] == "evaluate" and not is_main_process:
+        if words[0] == "evaluate" and not is_main_process():
             return
         if words[0] == "evaluate" and not args.can_be_evaluated():
             print(f"notice: there are fewer than {MIN_PHOTOS} held-out photos: the pipeline is not evaluated")
@@ -92,14 +90,18 @@ def run_evaluate(args: Evaluate) -> dict:
 
 
 def run_push(args: Push) -> None:
-    from corel_diffusers.hub.upload import push
+    from corel_diffusers.hub.upload import push, require_token
 
+    if not args.dry_run:
+        require_token()
     push(args.folder, args.repo_id, args.private, args.dry_run, args.revision, args.license)
 
 
 def run_push_dataset(args: PushDataset) -> None:
-    from corel_diffusers.hub.upload import push_dataset
+    from corel_diffusers.hub.upload import push_dataset, require_token
 
+    if not args.dry_run:
+        require_token()
     push_dataset(args.folder, args.repo_id, not args.public, args.dry_run, args.license)
 
 

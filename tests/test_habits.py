@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from corel_diffusers import __version__
 from corel_diffusers.cli import run_train
 from corel_diffusers.config.checks import flag_name
-from corel_diffusers.config.diffusers_flags import FLAGS, translate
+from corel_diffusers.config.other_flags import FLAGS, translate
 from corel_diffusers.config.parsing import with_config_file
 from corel_diffusers.config.train import Train
 from corel_diffusers.config.unet import UNetArguments

@@ -324,10 +324,8 @@ def test_a_run_out_of_memory_goes_on_with_smaller_batches(name, vae_flags, unet_
     """The reference is a run that divides its batches from the beginning."""
     flags = [*(vae_flags if name == "train_vae" else unet_flags), "--max-train-steps", 3]
     run_here(name, [*flags, "--output-dir", tmp_path / "divided", "--batch-size", 2, "--grad-accum", 2])
-    module, step = (
-        importlib.import_module(name),
-        {"train_vae": "autoencoder_step", "train_unet": "denoising_step"}[name],
-    )
+    module = importlib.import_module(name)
+    step = {"train_vae": "autoencoder_step", "train_unet": "denoising_step"}[name]
     original = getattr(module, step)
 
     def step_with_little_memory(run: Run, *arguments: object) -> object:

@@ -61,6 +61,11 @@ def require_usable(flags: object) -> None:
                 require(abs(part) <= largest, name, part, f"give at most {largest:,}")
 
 
+def is_main_process() -> bool:
+    """Return whether this process is the first, or the only one, of those that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def flag_name(field_name: str) -> str:
     """Return the flag of a field: "--max-train-steps" for "max_train_steps", "--class" for "class_"."""
     return "--" + field_name.rstrip("_").replace("_", "-")

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from typing import TypeVar
 import tyro
 import yaml
 
-from corel_diffusers.config.diffusers_flags import translate
+from corel_diffusers.config.other_flags import FLAGS, translate
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.files import UserError, one_line_errors, read_json
@@ -56,6 +56,7 @@ def parse(kind: type[Flags], words: Sequence[str] | None = None, prog: str | Non
     parsed = parse_flags(
         make_dataclass("Boxes", boxes),
         words,
+        FLAGS,
         prog=prog,
         description=inspect.getdoc(kind),
         config=(tyro.conf.DisallowNone,),
@@ -113,12 +114,21 @@ def flags_of_file(file: Path, kind: type[TrainingArguments]) -> list[str]:
         raise UserError(f"--config-file {file} is not valid YAML ({str(error).splitlines()[0]}): correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"--config-file {file}: expected lines such as `image-size: 64`")
-    values, words = values.get("flags", values), []  # in the run.json of a run, they are under "flags"
+    return words_of(values.get("flags", values), kind)  # in the run.json of a run, they are under "flags"
+
+
+def words_of(values: Mapping[str, object], kind: type) -> list[str]:
+    """Return flags by name as the words of a command line. None leaves a flag out.
+
+    Args:
+        kind: the class of the flags, with their defaults.
+    """
+    words = []
     for name, value in values.items():
-        flag = "--" + str(name).replace("_", "-")
+        flag = "--" + str(name).strip("_").replace("_", "-")  # the field of --class is class_
         if isinstance(value, bool):
             is_on_by_default = getattr(kind, flag[2:].replace("-", "_"), False) is True
             words += [flag] if value else [flag.replace("--", "--no-", 1)] if is_on_by_default else []
         elif value is not None:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return words

@@ -3,21 +3,23 @@
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
 
 import tyro
 
-from corel_diffusers.config.diffusers_flags import FLAGS
 from corel_diffusers.files import UserError
 
 Kind = TypeVar("Kind")
 HELP_HINT = re.compile(r"run:? (.* --help)|see (.* --help)")
 
 
-def parse_flags(kind: type[Kind], words: Sequence[str], **options: object) -> Kind:
+def parse_flags(kind: type[Kind], words: Sequence[str], known: Iterable[str] = (), **options: object) -> Kind:
     """Parse words as an object of the dataclass `kind`, with `tyro.cli`. `--help` prints the help and exits.
+
+    Args:
+        known: more flags that the program understands, to be proposed for a misspelt one.
 
     Raises:
         UserError: a flag is unknown, has no value, or has a value of another type.
@@ -28,11 +30,11 @@ def parse_flags(kind: type[Kind], words: Sequence[str], **options: object) -> Ki
         except SystemExit as ended:
             if ended.code != 2:  # the help was printed, or a signal was received
                 raise
-    raise UserError(one_line(printed.getvalue()))
+    raise UserError(one_line(printed.getvalue(), known))
 
 
-def one_line(box: str) -> str:
-    """Return the content of one of tyro's boxes as one line."""
+def one_line(box: str, known: Iterable[str]) -> str:
+    """Return the content of one of tyro's boxes as one line. known: see `parse_flags`."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     # without its title, and with borders without its last line: a screen that is not UTF-8 gets no borders
     lines = plain.strip().splitlines()[1 : -1 if plain.startswith("╭") else None]
@@ -57,6 +59,6 @@ def one_line(box: str) -> str:
             reason += f" (see {hint[1] or hint[2]})"
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", reason)
     if unknown and "perhaps you meant" not in reason:
-        near = get_close_matches(unknown[1].replace("_", "-"), FLAGS, n=1, cutoff=0.75)
+        near = get_close_matches(unknown[1].replace("_", "-"), known, n=1, cutoff=0.75)
         reason = reason.replace(" (see ", f": perhaps you meant {near[0]} (see ") if near else reason
     return reason[0].lower() + reason[1:]

@@ -37,7 +37,7 @@ LAST_CHECKPOINT = "last-checkpoint"  # folder of the newest checkpoint in a repo
 
 
 def require_token() -> None:
-    """Raise UserError if the Hub does not answer to the token. Training for a push calls this before it starts."""
+    """Raise UserError if the Hub does not answer to the token. What leads to a push calls this before it starts."""
     if not get_token():
         raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
     try:
@@ -87,7 +87,7 @@ def push(
         is_training: the run that trains the model pushes it.
 
     Raises:
-        UserError: there is no model in the folder, there is no token, or the Hub refuses the upload.
+        UserError: there is no model in the folder, or the Hub refuses the upload.
     """
     if (folder / "model_index.json").is_file():
         flag, patterns = "--pipeline", PIPELINE_FILES + (model_files("guide") if has_guide(folder) else ())
@@ -99,7 +99,6 @@ def push(
             "give the --output-dir of train_unet.py as --pipeline, or that of train_vae.py as --vae"
         )
     if not dry_run:
-        require_token()
         write_card(folder, repo_id, license_id)
     again = f"corel-diffusers push {flag} {folder} --repo-id {repo_id}" + (" --private" if private else "")
     upload(folder, patterns, repo_id, "model", again, private, dry_run, revision)
@@ -138,10 +137,8 @@ def push_dataset(
         private, dry_run, license_id: see `push`.
 
     Raises:
-        UserError: the photos cannot be loaded, there is no token, or the Hub refuses the upload.
+        UserError: the photos cannot be loaded, or the Hub refuses the upload.
     """
-    if not dry_run:
-        require_token()
     photos = load_photos(source)
     names = photos["train"].features["label"].names
     with tempfile.TemporaryDirectory() as temporary, explain_full_disk(Path(temporary), "TMPDIR"):

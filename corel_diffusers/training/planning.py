@@ -245,7 +245,7 @@ def fastest_precision(
     if len(rates) > 1:
         milliseconds = {key: 1e3 * batch_size / rate for key, rate in rates.items()}
         timings = ", ".join(
-            f"{'float32' if name == 'no' else name} with {kernel} attention {float(f'{value:.3g}'):,g}"
+            f"{'float32' if name == 'no' else name} with {kernel} attention {value:{',.0f' if value > 100 else '.3g'}}"
             for (name, kernel), value in milliseconds.items()
         )
         accelerator.print(f"ms per step: {timings}")

@@ -18,6 +18,7 @@ from accelerate.utils import (
 )
 from datasets import DatasetDict
 
+from corel_diffusers.config.checks import is_main_process
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.photos import load_numbered_photos
 from corel_diffusers.files import (
@@ -50,7 +51,7 @@ def start_run(flags: TrainingArguments) -> Accelerator:
     """
     gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     precision = resolve_precision(flags.mixed_precision, "cuda" if gpu else "cpu")
-    if not flags.plan and os.environ.get("RANK", "0") == "0":  # only the main process writes
+    if not flags.plan and is_main_process():  # only the main process writes
         require_writable(flags.run_dir, "--output-dir")
     begun = read_metrics(flags.run_dir / "metrics.jsonl") or find_checkpoints(flags.run_dir)
     if begun and not flags.resume and not flags.plan:
@@ -144,12 +145,14 @@ def print_data_and_model(
         latent_shape: the (C, h, w) of the first of these sizes.
     """
     train, held_out = photos["train"], photos["validation"]
-    names = train.features["label"].names
-    classes = "no classes" if getattr(run.args, "unconditional", False) else f"{len(names)} classes"
+    classes = train.features["label"].names
+    name = MODEL_NAMES[run.args.MODEL]
+    if run.args.MODEL == "unet" and not model.config.num_class_embeds:
+        name += " without classes"
     sizes = " or ".join(f"{height}x{width}" for height, width in sizes_px)
     run.accelerator.print(
-        f"{len(train)} training photos, {len(held_out)} held-out photos, {classes}, "
-        f"{sizes} px; {MODEL_NAMES[run.args.MODEL]} of {parameter_count(model)}, "
+        f"{len(train)} training photos, {len(held_out)} held-out photos, {len(classes)} classes, "
+        f"{sizes} px; {name} of {parameter_count(model)}, "
         f"latents {'x'.join(map(str, latent_shape))}"
     )
 
@@ -172,9 +175,11 @@ def running(args: TrainingArguments, accelerator: Accelerator) -> Iterator[None]
 
 
 class OutOfMemory(UserError):
-    """A run was out of memory. `smaller`: the same run with smaller forward passes and the same global batch."""
+    """A run was out of memory."""
 
-    smaller: TrainingArguments | None = None
+    def __init__(self, message: str, smaller: TrainingArguments | None) -> None:
+        super().__init__(message)
+        self.smaller = smaller  # the same run with smaller forward passes and the same global batch
 
 
 @contextmanager
@@ -199,9 +204,8 @@ def explain_out_of_memory(args: TrainingArguments) -> Iterator[None]:
         if smaller := with_smaller_batches(args):
             flags = f"--batch-size {smaller.batch_size} --grad-accum {smaller.grad_accum}"
             hint = f"{flags} (the same effective batch), or {hint}"
-        explained = OutOfMemory(f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}")
-        explained.smaller = smaller
-        raise explained from None
+        message = f"out of memory with --batch-size {args.batch_size} at {size}{peak_memory}: try {hint}"
+        raise OutOfMemory(message, smaller) from None
 
 
 def with_smaller_batches(args: TrainingArguments) -> TrainingArguments | None:

@@ -39,6 +39,7 @@ from corel_diffusers.losses import vae as losses
 from corel_diffusers.losses.perceptual import PerceptualLoss
 from corel_diffusers.models.discriminator import build_discriminator
 from corel_diffusers.plots import image_grid, save_image
+from pipeline import CorelPipeline
 
 CPU, STEPS, GUIDANCE = torch.device("cpu"), 15, 2.5
 LEVELS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -140,7 +141,8 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True)
+    saved = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True)
+    pipe = CorelPipeline(**saved.components, class_names=saved.config.class_names)
     pipe.set_progress_bar_config(disable=True)
     photos, pixels = cache_pixels(load_photos(args.data_dir), pipe.default_size)
     vae, network = pipe.vae, load_network("efficientnet-lite0", CPU)

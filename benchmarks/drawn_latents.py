@@ -170,7 +170,8 @@ def main() -> None:
     lines += [
         f"| free samples, seed {seed}, tuned decoder | {kid(tuned, part):.1f} |" for seed, part in enumerate(samples, 1)
     ]
-    rows = [decoded(pipe, model, samples[0][::step][:12]) for step in (1, 5) for model in (vae, tuned)]
+    shown = samples[0][:: len(labels) // 24][:24]  # the photos are sorted by class
+    rows = [decoded(pipe, model, part) for part in shown.split(12) for model in (vae, tuned)]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     save_image(
         image_grid([Image.fromarray(image) for image in np.concatenate(rows)], 12),

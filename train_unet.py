@@ -74,7 +74,7 @@ def main(flags: UNetArguments) -> None:
     """Train a UNet as the flags say."""
     # start
     if flags.push_to_hub:
-        upload.require_token()
+        upload.require_accepted_token()
     began = time.monotonic()
     accelerator = start.start_run(flags)
     vae = latents.load_vae(flags.vae_location).to(accelerator.device)

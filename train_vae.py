@@ -76,7 +76,7 @@ def main(flags: VAEArguments) -> None:
     """Train a VAE as the flags say."""
     # start
     if flags.push_to_hub:
-        upload.require_token()
+        upload.require_accepted_token()
     began = time.monotonic()
     accelerator = start.start_run(flags)
     photos, _ = start.load_training_photos(flags, accelerator)

@@ -90,18 +90,18 @@ def run_evaluate(args: Evaluate) -> dict:
 
 
 def run_push(args: Push) -> None:
-    from corel_diffusers.hub.upload import push, require_token
+    from corel_diffusers.hub.upload import push, require_accepted_token
 
     if not args.dry_run:
-        require_token()
+        require_accepted_token()
     push(args.folder, args.repo_id, args.private, args.dry_run, args.revision, args.license)
 
 
 def run_push_dataset(args: PushDataset) -> None:
-    from corel_diffusers.hub.upload import push_dataset, require_token
+    from corel_diffusers.hub.upload import push_dataset, require_accepted_token
 
     if not args.dry_run:
-        require_token()
+        require_accepted_token()
     push_dataset(args.folder, args.repo_id, not args.public, args.dry_run, args.license)
 
 

@@ -156,15 +156,15 @@ def links(base: Base, place: str, kind: str, index: int) -> str:
         def create_repo(self, *arguments: object, **options: object) -> None:
             pass
 
-    listed, original = io.StringIO(), upload.HfApi
-    upload.HfApi = Api
+    listed, original = io.StringIO(), (upload.HfApi, upload.require_token)
+    upload.HfApi, upload.require_token = Api, lambda: None
     try:
         with redirect_stdout(listed):
             upload.push(pipe, "user/name")
     except UserError:
         pass
     finally:
-        upload.HfApi = original
+        upload.HfApi, upload.require_token = original
     if any(SECRET.encode() in content for content in sent.values()):
         return "a file from outside would be uploaded"
     unlisted = [name for name in sent if name not in listed.getvalue()]

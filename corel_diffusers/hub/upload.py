@@ -37,9 +37,14 @@ LAST_CHECKPOINT = "last-checkpoint"  # folder of the newest checkpoint in a repo
 
 
 def require_token() -> None:
-    """Raise UserError if the Hub does not answer to the token. What leads to a push calls this before it starts."""
+    """Raise UserError if this machine has no token for the Hub."""
     if not get_token():
         raise UserError("no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def require_accepted_token() -> None:
+    """Raise UserError if the Hub does not accept the token. Scripts and commands ask once, before they start to work."""
+    require_token()
     try:
         HfApi().whoami()
     except Exception as error:  # many types: see `upload`
@@ -99,6 +104,7 @@ def push(
             "give the --output-dir of train_unet.py as --pipeline, or that of train_vae.py as --vae"
         )
     if not dry_run:
+        require_token()  # before the card is changed
         write_card(folder, repo_id, license_id)
     again = f"corel-diffusers push {flag} {folder} --repo-id {repo_id}" + (" --private" if private else "")
     upload(folder, patterns, repo_id, "model", again, private, dry_run, revision)

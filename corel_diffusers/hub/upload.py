@@ -43,7 +43,7 @@ def require_token() -> None:
 
 
 def require_accepted_token() -> None:
-    """Raise UserError if the Hub does not accept the token. Scripts and commands ask once, before they start to work."""
+    """Raise UserError if the Hub does not accept the token. Scripts and commands ask once, before they start."""
     require_token()
     try:
         HfApi().whoami()

@@ -179,7 +179,8 @@ class CorelPipeline(DiffusionPipeline):
         device, dtype, factor = self._execution_device, self.unet.dtype, self.vae_scale_factor
         shape = (num_images, self.unet.config.in_channels, size_px[0] // factor, size_px[1] // factor)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            # in float32: some versions of torch draw other numbers in half precision
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
         return latents.to(device=device, dtype=dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)

@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +138,45 @@ def test_a_full_disk_is_one_line_and_the_older_file_stays(number, tmp_path, monk
         raise RuntimeError(f"a library says: {os.strerror(errno.ENOSPC)} (os error 28)")
     with pytest.raises(ValueError, match="another error"), explain_full_disk(tmp_path):
         raise ValueError("another error")
+
+
+LOST_PROCESS = """
+import os
+import sys
+
+import torch.distributed as dist
+
+from corel_diffusers.training.start import run_script
+
+
+def main(flags):
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if os.environ["RANK"] == "1":
+        os._exit(1)
+    dist.barrier()
+
+
+try:
+    run_script(main, None)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_process_that_has_lost_the_other_one_says_so_in_a_line(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    options = {"cwd": tmp_path, "text": True, "stderr": subprocess.PIPE}
+    both = [
+        subprocess.Popen([sys.executable, "-c", LOST_PROCESS], env=env | {"RANK": rank}, **options) for rank in "01"
+    ]
+    message = both[0].communicate(timeout=120)[1]
+    assert both[1].wait(120) == 1
+    assert message.strip().splitlines()[-1].startswith("UserError: another process of this run has ended")
+
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{", '{"a": NaN'])

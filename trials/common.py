@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -105,6 +106,16 @@ class Program:
         output = self.log.read_text(errors="replace")
         self.log.unlink()
         return Result(self.process.exitcode, output)
+
+
+def start_two(words: list[object], folder: Path, **options: object) -> list[Program]:
+    """Start two processes that train together, as `accelerate launch --num_processes 2` does it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [Program(words, folder, env=shared | rank, **options).start() for rank in ranks]
 
 
 def run(*words: object, folder: Path, **options: object) -> Result:

@@ -220,6 +220,14 @@ def with_smaller_batches(args: TrainingArguments) -> TrainingArguments | None:
     return replace(args, batch_size=divisors[-1], grad_accum=accumulated)
 
 
+def is_lost_process(error: RuntimeError) -> bool:
+    """Return whether the error says that the other processes of a run cannot be reached any more.
+
+    The text is checked as well, because gloo, which connects processes on CPUs, raises a plain RuntimeError.
+    """
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
 def run_script(main: Callable[[TrainingArguments], None], flags: TrainingArguments) -> None:
     """Run a training script. With --auto-batch-size, continue with smaller batches after it was out of memory.
 
@@ -227,6 +235,9 @@ def run_script(main: Callable[[TrainingArguments], None], flags: TrainingArgumen
 
     Args:
         main: the function of the script that trains as its flags say.
+
+    Raises:
+        UserError: there is not enough memory, or another process of the run has ended.
     """
     while True:
         try:
@@ -236,6 +247,11 @@ def run_script(main: Callable[[TrainingArguments], None], flags: TrainingArgumen
             if not flags.auto_batch_size or not error.smaller:
                 raise
             flags = replace(error.smaller, resume=flags.resume or "latest")
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            reason = "another process of this run has ended, and its output says why"
+            raise UserError(f"{reason}. So this process ends too; --resume latest continues the run") from None
         # outside of `except`, because the error holds the functions that were running, and so their tensors
         forget_models()
         gc.collect()

@@ -160,16 +160,17 @@ def train(run: Run, models: UNetModels, diffusion: Diffusion, latent_set: Latent
             run.state.step += 1
             run.length.tick(run.state, accelerator)
             compiler.tick(run.state.step, run.total_steps - run.state.step)
-            if validation.guide.due(run.state.step):
-                with ema_weights(models.parts.ema, models.model, models.full_model):
-                    if accelerator.is_main_process:
-                        validation.guide.keep(run.state.step)
             metrics.show_progress(run)
-            if has_diverged(run, models.parts):
+            is_snapshot = validation.guide.due(run.state.step)
+            if has_diverged(run, models.parts, is_snapshot):
                 go_back(run, models.parts)
                 training_batches = latent_set.batches(args, run.plan, run.state.step, *source)
                 continue
 
+            if is_snapshot:
+                with ema_weights(models.parts.ema, models.model, models.full_model):
+                    if accelerator.is_main_process:
+                        validation.guide.keep(run.state.step)
             is_last_step = run.is_over
             if is_last_step or run.plan.ends_epoch(run.state.step, run.validate_every):
                 validate_and_save(run, models, diffusion, validation)

@@ -16,6 +16,7 @@ from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import UserError
 from corel_diffusers.training import checkpoints
 from corel_diffusers.training.checkpoints import Parts, Trained, find_checkpoints, read_state
+from corel_diffusers.training.ema import build_ema
 from corel_diffusers.training.learning_rate import LearningRate
 from corel_diffusers.training.optimizers import CombinedOptimizer, build_optimizer, optimizer_step
 from corel_diffusers.training.resume import newest_whole, refuse_pickles, resumed_checkpoint
@@ -179,14 +180,18 @@ def test_a_checkpoint_of_pickles_is_refused_by_name(tmp_path):
         refuse_pickles(checkpoint)
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+@pytest.mark.parametrize("kind", ["weight", "second moment", "average"])
+def test_values_that_are_not_finite_are_not_saved(kind, tmp_path):
     args = VAEArguments(output_dir=str(tmp_path)).resolved({"image_size": "32"})
     module = torch.nn.Linear(2, 2)
-    part = Trained("model", module, torch.optim.AdamW(module.parameters()))
-    with torch.no_grad():
-        module.bias[1] = float("inf")
-    with pytest.raises(UserError, match="a weight is NaN or infinite at step 3, so no checkpoint is saved"):
-        checkpoints.save(make_run(args, 3), Parts([part], LearningRate([part.optimizer], args), None))
+    part, ema = Trained("model", module, torch.optim.AdamW(module.parameters())), build_ema(args, module)
+    module(torch.ones(1, 2)).sum().backward()
+    part.optimizer.step()
+    moment = part.optimizer.state[module.bias]["exp_avg_sq"]
+    values = {"weight": module.bias.data, "second moment": moment, "average": ema.shadow_params[1]}[kind]
+    values[1] = float("inf")
+    with pytest.raises(UserError, match="is NaN or infinite at step 3, so no checkpoint is saved"):
+        checkpoints.save(make_run(args, 3), Parts([part], LearningRate([part.optimizer], args), ema))
     assert not find_checkpoints(tmp_path)
 
 

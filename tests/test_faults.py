@@ -178,7 +178,6 @@ def test_a_process_that_has_lost_the_other_one_says_so_in_a_line(tmp_path):
     assert message.strip().splitlines()[-1].startswith("UserError: another process of this run has ended")
 
 
-
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{", '{"a": NaN'])
 def test_json_of_any_content_is_one_line(content, tmp_path):
     (tmp_path / "file.json").write_text(content)

@@ -1,4 +1,6 @@
-"""NaN and infinity in gradients, weights and the optimizer's state of both scripts, at each phase, in fp32 and bf16.
+"""NaN and infinity in both scripts, at each phase, in fp32 and bf16.
+
+They come up in gradients, weights, averaged weights, the optimizer's state, the loss and the latents.
 
 Right: the step is skipped, or the run goes back, or it stops with its reason. All that is left is finite.
 """
@@ -57,6 +59,36 @@ def poison_backward(kind: str, value: float, steps: list[int]) -> None:
     Accelerator.backward = backward
 
 
+def poison_values(kind: str, value: float, calls: list[int]) -> None:
+    """In these calls, set one value of a batch of latents, or of the averaged weights, to `value`."""
+    from corel_diffusers.data.batches import ArrayBatches
+    from corel_diffusers.training.ema import EMA
+
+    owner, name = {"latents": (ArrayBatches, "__getitem__"), "average": (EMA, "step")}[kind]
+    original, count = getattr(owner, name), 0
+
+    def changed(self: ArrayBatches | EMA, argument: object) -> list[torch.Tensor] | None:
+        nonlocal count
+        count += 1
+        batch = original(self, argument)
+        if count in calls:
+            values = self.shadow_params[0] if kind == "average" else next(v for v in batch if v.is_floating_point())
+            values[(0,) * values.ndim] = value
+        return batch
+
+    setattr(owner, name, changed)
+
+
+POISONS = {
+    "gradient": poison_backward,
+    "loss": poison_backward,
+    "weight": poison,
+    "state": poison,
+    "average": poison_values,
+    "latents": poison_values,
+}
+
+
 def trial(base: Base, name: str, kind: str, value: float, steps: list[int], precision: str) -> str:
     folder = fresh_folder(f"{name} {kind} {value} {steps} {precision}")
     script, flags = FLAGS[name]
@@ -64,8 +96,7 @@ def trial(base: Base, name: str, kind: str, value: float, steps: list[int], prec
     at = words.index("--checkpoint-every")
     del words[at : at + 2]
     words[words.index("--mixed-precision") + 1] = precision
-    function = ("poison_backward" if kind in ("loss", "gradient") else "poison", kind, value, steps)
-    done = run(*words, folder=folder, before=("not_finite", *function))
+    done = run(*words, folder=folder, before=("not_finite", POISONS[kind].__name__, kind, value, steps))
     if done.has_traceback or done.code not in (0, 2):
         return f"exit code {done.code}: {done.last_line}"
     told = any(word in done.output for word in ("skipped", "goes back", "NaN or infinite"))
@@ -78,11 +109,9 @@ def trial(base: Base, name: str, kind: str, value: float, steps: list[int], prec
 def trials(base: Base, seed: int, count: int = 120) -> list[Trial]:
     found = []
     for name in FLAGS:
-        for kind in ("gradient", "weight", "state", "loss"):
+        for kind in POISONS if name.startswith("UNet") else [kind for kind in POISONS if kind != "latents"]:
             for value in (math.nan, math.inf):
                 for steps in ([1], [9], [10, 11, 12], list(range(9, 60))):
-                    if kind == "state" and value == math.inf:
-                        continue  # an infinite second moment is a step of size 0: AdamW and Muon stay finite
                     for precision in ("no", "bf16"):
                         title = f"{name}, {kind} {value} at {steps[0]} and {len(steps) - 1} more, {precision}"
                         found.append(Trial(title, partial(trial, base, name, kind, value, steps, precision)))

@@ -172,7 +172,7 @@ def save(run: Run, parts: Parts) -> None:
     it is loaded. No state of a random generator is saved, because every random value is derived from the step.
     """
     accelerator, ema = run.accelerator, parts.ema
-    refuse_broken_weights(run, parts)
+    refuse_broken_values(run, parts)
     run.means.store(run.state, accelerator)
     path = run.args.run_dir / "checkpoints" / f"step-{run.state.step:06d}"
     temporary = path.with_name(f".{path.name}.partial")
@@ -206,20 +206,25 @@ def save(run: Run, parts: Parts) -> None:
     accelerator.wait_for_everyone()
 
 
-def weights_are_finite(parts: Parts) -> bool:
-    """Return whether no weight of the trained models is NaN or infinite."""
-    parameters = [parameter for part in parts.trained for parameter in part.model.parameters()]
-    return math.isfinite(float(full_tensor(torch.nn.utils.get_total_norm(parameters))))
+def values_are_finite(parts: Parts) -> bool:
+    """Return whether no weight, no averaged weight and no value in the state of an optimizer is NaN or infinite."""
+    values = list(parts.ema.shadow_params) if parts.ema else []
+    for part in parts.trained:
+        values += part.model.parameters()
+        states = [state for optimizer in part.optimizers for state in optimizer.state.values()]
+        values += [value for state in states for value in state.values() if torch.is_tensor(value) and value.ndim]
+    return math.isfinite(float(full_tensor(torch.nn.utils.get_total_norm(values))))
 
 
-def refuse_broken_weights(run: Run, parts: Parts) -> None:
-    """Raise UserError if a weight is NaN or infinite. Such a checkpoint would replace a good one."""
-    if weights_are_finite(parts):
+def refuse_broken_values(run: Run, parts: Parts) -> None:
+    """Raise UserError if a value of the checkpoint is NaN or infinite. Such a checkpoint would replace a good one."""
+    if values_are_finite(parts):
         return
     rate = run.args.learning_rate
     raise UserError(
-        f"a weight is NaN or infinite at step {run.state.step}, so no checkpoint is saved: continue from the last one "
-        f"with --resume latest; if it happens again, try --lr {rate / 3:.1g} (was {rate:g}) with another --output-dir"
+        f"a weight or a value of the optimizer is NaN or infinite at step {run.state.step}, so no checkpoint is saved: "
+        f"continue from the last one with --resume latest; if it happens again, try --lr {rate / 3:.1g} (was {rate:g}) "
+        "with another --output-dir"
     )
 
 

@@ -21,24 +21,29 @@ MAX_RETURNS = 2
 RATE_FACTOR = 1 / 3  # of the learning rate after a return
 
 
-def has_diverged(run: Run, parts: checkpoints.Parts) -> bool:
-    """Return whether too many steps in a row were skipped, or a weight is NaN or infinite.
+def has_diverged(run: Run, parts: checkpoints.Parts, is_snapshot: bool = False) -> bool:
+    """Return whether too many steps in a row were skipped, or a weight or a value of the optimizer is NaN or infinite.
 
-    It looks at every tenth step, and at each step that is followed by a validation or a checkpoint. So none of these
-    sees such weights.
+    It counts the skipped steps at every tenth step: after a weight became NaN, all steps are skipped. It looks at the
+    values at each step that is followed by a validation, a checkpoint or a snapshot, so none of these sees such values.
+
+    Args:
+        is_snapshot: whether the weights of this step become a snapshot for the guide model.
     """
     step = run.state.step
-    is_watched = (
-        run.is_over
+    is_counted = step % CHECK_EVERY == 0
+    is_followed = (
+        is_snapshot
+        or run.is_over
         or run.plan.ends_epoch(step, run.validate_every)
         or intervals.checkpoint_due(run)
         # a signal is followed by a checkpoint; several processes exchange signals at every tenth step
-        or (run.stop.number and run.accelerator.num_processes == 1)
+        or (run.stop.number if run.accelerator.num_processes == 1 else is_counted)
     )
-    if step % CHECK_EVERY and not is_watched:
+    if not (is_counted or is_followed):
         return False
     limit = MAX_IN_A_ROW_FP16 if run.accelerator.scaler else MAX_IN_A_ROW
-    if int(run.skipped.in_a_row) >= limit or not checkpoints.weights_are_finite(parts):
+    if int(run.skipped.in_a_row) >= limit or (is_followed and not checkpoints.values_are_finite(parts)):
         return True
     if (new := int(run.skipped.total) - run.skipped.told) and not run.accelerator.scaler:
         run.skipped.told += new

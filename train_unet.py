@@ -8,7 +8,6 @@ accelerate launch train_unet.py --vae-checkpoint vae_models --image-dir training
 
 from corel_diffusers.config.parsing import parse_script
 from corel_diffusers.config.unet import UNetArguments
-from corel_diffusers.files import one_line_errors
 
 if __name__ == "__main__":
     arguments = parse_script(UNetArguments)
@@ -296,5 +295,4 @@ def write_samples_and_card(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        start.run_script(main, arguments)
+    start.run_script(main, arguments)

@@ -8,7 +8,6 @@ accelerate launch train_vae.py --data-dir training_data/corel/corel_all --output
 
 from corel_diffusers.config.parsing import parse_script
 from corel_diffusers.config.vae import VAEArguments
-from corel_diffusers.files import one_line_errors
 
 if __name__ == "__main__":
     arguments = parse_script(VAEArguments)
@@ -303,5 +302,4 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        start.run_script(main, arguments)
+    start.run_script(main, arguments)

@@ -128,7 +128,7 @@ def run_here(name: str, flags: list) -> None:
     argv, sys.argv = sys.argv, [f"{name}.py", *map(str, flags)]
     try:
         kind = {"train_vae": "VAEArguments", "train_unet": "UNetArguments"}[name]
-        start.run_script(module.main, parse(getattr(module, kind)))
+        start.train_within_memory(module.main, parse(getattr(module, kind)))
     finally:
         sys.argv = argv
         AcceleratorState._reset_state(True)  # another test may need another precision

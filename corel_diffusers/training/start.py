@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from corel_diffusers.data.photos import load_numbered_photos
 from corel_diffusers.files import (
     UserError,
     is_out_of_memory,
+    one_line_errors,
     read_json,
     read_metrics,
     require_writable,
@@ -229,12 +231,32 @@ def is_lost_process(error: RuntimeError) -> bool:
 
 
 def run_script(main: Callable[[TrainingArguments], None], flags: TrainingArguments) -> None:
-    """Run a training script. With --auto-batch-size, continue with smaller batches after it was out of memory.
+    """Run a training script, with the exit codes and the one-line errors of all programs of the toolkit.
+
+    If one of several processes ends early, it ends without freeing its models and connections: torch's threads still
+    use them, and freeing them can abort the process or wait without end (torch 2.13, gloo).
+
+    Args:
+        main: the function of the script that trains as its flags say.
+    """
+    try:
+        with one_line_errors():
+            train_within_memory(main, flags)
+    except SystemExit as ended:
+        if not torch.distributed.is_initialized():
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code)
+
+
+def train_within_memory(main: Callable[[TrainingArguments], None], flags: TrainingArguments) -> None:
+    """Train. With --auto-batch-size, continue with smaller batches after a run was out of memory.
 
     The run then continues from its newest checkpoint, or begins again if it has none.
 
     Args:
-        main: the function of the script that trains as its flags say.
+        main: see `run_script`.
 
     Raises:
         UserError: there is not enough memory, or another process of the run has ended.

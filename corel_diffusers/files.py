@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from uuid import uuid4
 
@@ -62,6 +63,23 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
     finally:
         for number, handler_before in previous.items():
             signal.signal(number, handler_before or signal.SIG_DFL)
+
+
+@contextmanager
+def stop_signals_later() -> Iterator[None]:
+    """Deliver STOP_SIGNALS after this context only. A process that is started inside it does not receive them.
+
+    Windows cannot delay signals: there, nothing changes.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its start ends such a delay
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def exit_with_signal(number: int, frame: object) -> None:

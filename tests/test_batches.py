@@ -5,10 +5,13 @@ They must not depend on how the global batch is divided or on where the arrays a
 
 import gc
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from corel_diffusers.data.batches import BatchPlan, preload, training_batches
 from corel_diffusers.data.cache import cached_array
@@ -55,6 +58,38 @@ def test_batches_of_tensors_and_of_workers_equal_batches_of_numpy_arrays():
     rows, indices = plan.rows(1), plan.indices(3, 1)
     assert np.array_equal(batches[0][3][0], arrays[0][indices, versions[3][rows]])
     assert np.array_equal(batches[0][3][1], indices)
+
+
+SIGNAL_WHILE_WORKERS_START = """
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+
+from corel_diffusers.data.batches import BatchPlan, training_batches
+from corel_diffusers.files import STOP_SIGNALS, handling_signals
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}")
+    received = []
+    with handling_signals(lambda number, frame: received.append(number)):
+        batches = training_batches(BatchPlan(8, 2, 1, 1, 0, seed=0), 0, 4, 1, np.arange(8))
+        for number in STOP_SIGNALS:
+            os.killpg(0, number)
+        print(len(list(batches)), sorted(received) == sorted(STOP_SIGNALS))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
+@pytest.mark.parametrize("method", ["fork", "spawn"])  # of Linux and of macOS
+def test_stop_signals_to_the_whole_group_do_not_end_a_worker_that_starts(method, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SIGNAL_WHILE_WORKERS_START.format(method=method))
+    words = [sys.executable, script]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=env, start_new_session=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "4 True\n"), done.stderr
 
 
 class CollectingArray(np.ndarray):

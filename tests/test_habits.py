@@ -77,8 +77,22 @@ def test_the_commands_of_the_examples_run(raw_photos, configs, trained_vae, tmp_
     run_here("train_unet", words)
     assert "notice: --random_flip changes nothing" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "unet" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
-    with pytest.raises(UserError, match="--image_column has no meaning here: omit it: the first column of images is"):
-        run_here("train_vae", ["--train_data_dir", raw_photos, "--image_column=img"])
+    words = [
+        "--train_data_dir",
+        raw_photos,
+        "--image_column=img",
+        "--validation_image",
+        "a.jpg",
+        "b.jpg",
+        "--decoder_only",
+    ]
+    with pytest.raises(UserError) as refused:
+        run_here("train_vae", words)
+    assert str(refused.value).split("; ") == [
+        "--image_column has no meaning here: omit it: the first column of images is used",
+        "--validation_image has no meaning here: omit it: held-out photos are reconstructed",
+        "--decoder_only has no meaning here: omit it: encoder and decoder are trained together",
+    ]
 
 
 @pytest.mark.parametrize("name", ["train_vae", "train_unet"])

@@ -22,14 +22,19 @@ def lrs(scheduler, optimizer, steps):
 def test_learning_rates_are_equal_to_torch():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=70, eta_min=1e-5)
-    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=0)
+    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine", lr_min=1e-5, lr_warmup_steps=0)
     assert np.allclose([2e-3 * lr_factor(args, s, 70) for s in range(70)], lrs(cosine, optimizer, 70), rtol=1e-6)
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
     restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=2, eta_min=1e-5)
-    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine_warm_restarts", lr_warmup_steps=0)
+    args = VAEArguments(learning_rate=2e-3, lr_scheduler="cosine_warm_restarts", lr_min=1e-5, lr_warmup_steps=0)
     assert np.allclose([2e-3 * lr_factor(args, s, 70) for s in range(70)], lrs(restarts, optimizer, 70), rtol=1e-6)
     assert 2e-3 * lr_factor(args, 70, 70) == pytest.approx(1e-5), "the run ends at --lr-min"
+
+
+@pytest.mark.parametrize(("rate", "lowest"), [(1e-3, 1e-5), (2e-5, 1e-5), (4.5e-6, 4.5e-7)])
+def test_the_lowest_rate_is_below_the_learning_rate_of_any_fine_tuning(rate, lowest):
+    assert VAEArguments(learning_rate=rate).resolved({"image_size": "32"}).lr_min == pytest.approx(lowest)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
@@ -38,13 +43,13 @@ def test_diffusers_schedules_are_equal_to_diffusers(name):
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     reference = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=20)
-    args = VAEArguments(learning_rate=1e-3, lr_scheduler=name, lr_warmup_steps=3)
+    args = VAEArguments(learning_rate=1e-3, lr_scheduler=name, lr_min=0, lr_warmup_steps=3)
     assert np.allclose([1e-3 * lr_factor(args, s, 20) for s in range(20)], lrs(reference, optimizer, 20))
 
 
 def test_plateau_is_equal_to_torch_also_after_resume():
     def rate():
-        args = VAEArguments(lr_scheduler="plateau", learning_rate=1e-3, lr_warmup_steps=0)
+        args = VAEArguments(lr_scheduler="plateau", learning_rate=1e-3, lr_min=1e-5, lr_warmup_steps=0)
         return LearningRate([torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)], args)
 
     losses = [1.0, 0.5, *[0.6] * 14, *[0.4] * 13]

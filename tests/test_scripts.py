@@ -607,7 +607,7 @@ REFUSED = [
     ("train_vae", ["--data-dir", "nowhere"], "--data-dir nowhere is not a folder"),
     ("train_vae", ["--config", "huge"], "--config huge is unknown"),
     ("train_vae", ["--lr", "-1"], "--learning-rate -1.0: give a number above 0"),
-    ("train_vae", ["--lr", "1e-6"], "--lr-min 1e-05: give at most --learning-rate"),
+    ("train_vae", ["--lr", "1e-6", "--lr-min", "1e-5"], "--lr-min 1e-05: give at most --learning-rate"),
     (
         "train_unet",
         ["--vae-checkpoint", "nowhere"],

@@ -140,8 +140,9 @@ class OptimizerFlags:
     lr_scheduler: LR_SCHEDULERS = "cosine"
     """Schedule of the learning rate. cosine and cosine_warm_restarts end at --lr-min.
     plateau halves the rate, down to --lr-min. linear and the names after it are schedules of diffusers."""
-    lr_min: float = 1e-5
-    """Lowest learning rate of cosine, cosine_warm_restarts and plateau."""
+    lr_min: Annotated[float | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """Lowest learning rate of cosine, cosine_warm_restarts and plateau
+    (default: 1e-5, or a tenth of a --learning-rate below that)."""
     lr_warmup_steps: int = 30
     """Number of steps in which the learning rate rises to its peak."""
     weight_decay: float = 1e-2

@@ -115,9 +115,9 @@ def translate(words: Sequence[str]) -> list[str]:
     """Return the words of a command line with the flags of other programs replaced by ours.
 
     Raises:
-        UserError: a flag has no meaning here. The message says what to give instead.
+        UserError: flags have no meaning here. The message says what to give instead of each of them.
     """
-    result, rest = [], list(words)
+    result, refused, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -126,7 +126,8 @@ def translate(words: Sequence[str]) -> list[str]:
             result.append(word)
             continue
         if other.instead:
-            raise UserError(f"{name} has no meaning here: {other.instead}")
+            refused.append(f"{name} has no meaning here: {other.instead}")
+            continue
         if other.has_value and not equals:
             if not rest:
                 raise UserError(f"{name} needs a value")
@@ -137,4 +138,6 @@ def translate(words: Sequence[str]) -> list[str]:
             os.environ[other.variable] = value
         else:
             result += [other.ours, *([other.values.get(value, value)] if other.has_value else [])]
+    if refused:
+        raise UserError("; ".join(refused))
     return result

@@ -115,11 +115,12 @@ class TrainingArguments(
         given = [flag_name(name) for name, value in self.length.items() if value]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other: give only one of them")
-        for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
+        for name in ("seed", "num_workers", "keep_checkpoints", "lr_warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "give a number above 0")
+        require(self.lr_min is None or self.lr_min >= 0, "lr_min", self.lr_min, "give 0 or more")
         if self.learning_rate:
             self.check_learning_rate()
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
@@ -189,7 +190,7 @@ class TrainingArguments(
     def check_learning_rate(self) -> None:
         """Raise UserError if --lr-min is higher than --learning-rate."""
         require(
-            self.lr_min <= self.learning_rate,
+            self.lr_min is None or self.lr_min <= self.learning_rate,
             "lr_min",
             self.lr_min,
             f"give at most --learning-rate {self.learning_rate:g}",
@@ -210,4 +211,6 @@ class TrainingArguments(
         args.check_config_file()
         args = replace(args, learning_rate=args.learning_rate or args.LEARNING_RATES.get(args.config, 1e-4))
         args.check_learning_rate()
+        if args.lr_min is None:
+            args = replace(args, lr_min=1e-5 if args.learning_rate >= 1e-5 else args.learning_rate / 10)
         return args

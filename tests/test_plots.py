@@ -1,22 +1,46 @@
 """The plots of a run, compared with the lines that matplotlib draws."""
 
+import gc
+import weakref
+
+from matplotlib.figure import Figure
 from PIL import Image
 
 from corel_diffusers import plots
 
 
-def test_the_plot_shows_labelled_horizontal_lines(tmp_path, monkeypatch):
-    from matplotlib import pyplot
+def test_the_figures_of_earlier_plots_are_freed(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
 
+    def save_and_remember(figure: Figure, *args: object, **options: object) -> None:
+        figures.append(weakref.ref(figure))
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save_and_remember)
+    gc.disable()  # it would free them too, but only after several plots
+    try:
+        for _ in range(3):
+            plots.plot_history(
+                [{"epoch": 1, "loss": 1.0, "published": True}], {"Losses": {"loss": "training"}}, tmp_path / "plot.png"
+            )
+    finally:
+        gc.enable()
+    assert [figure() is not None for figure in figures[:-1]] == [False, False]
+
+
+def test_the_plot_shows_labelled_horizontal_lines(tmp_path, monkeypatch):
     history = [
         {"epoch": e, "step": e, "gauge": g, "loss": 1 / e, "published": e < 3}
         for e, g in ((1, 1.0), (2, 1.1), (3, 1.3))
     ]
     figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or save(figure, *args, **kw)
+    )
     panels = {"Losses": {"loss": "training"}, "Gauge": {"gauge": "held-out / training"}}
     plots.plot_history(history, panels, tmp_path / "plot.png", {"Gauge": [(1.5, "copies began"), (9.0, "far above")]})
-    losses, gauge = figures[-1].axes  # older versions of matplotlib first close all figures
+    losses, gauge = figures[0].axes
     dashed = [(line.get_ydata()[0], line.get_ydata()[1]) for line in gauge.lines if line.get_linestyle() == "--"]
     assert dashed == [(1.5, 1.5), (9.0, 9.0)]
     assert [(text.get_text(), text.xy[1]) for text in gauge.texts] == [("copies began", 1.5), ("far above", 9.0)]

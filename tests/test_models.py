@@ -174,6 +174,10 @@ def test_a_config_of_the_user_is_used_and_its_errors_are_reported(tmp_path):
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="expected one JSON object"):
         build_vae(str(path), (32, 32))
+    for channels in (None, 64, []):
+        path.write_text(json.dumps({"block_out_channels": channels}))
+        with pytest.raises(UserError, match=r"--config .*mine.json: block_out_channels must be a list"):
+            build_vae(str(path), (32, 32))
 
 
 def test_the_group_norms_of_the_presets_have_enough_channels_per_group():

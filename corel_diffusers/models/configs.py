@@ -19,7 +19,8 @@ def load_config(kind: str, config: str) -> dict:
         kind: "vae" or "unet".
 
     Raises:
-        UserError: the file does not contain a JSON object, or it is the config of another model class.
+        UserError: the file does not contain a JSON object, it is the config of another model class, or its number of
+            stages is unknown.
     """
     path = Path(config) if config.endswith(".json") else CONFIG_DIR / f"{kind}-{config}.json"
     values = read_json(path)
@@ -28,6 +29,9 @@ def load_config(kind: str, config: str) -> dict:
     model_class = {"vae": "AutoencoderKL", "unet": "UNet2DModel"}[kind]
     if values.get("_class_name", model_class) != model_class:
         raise UserError(f"--config {path} is the config of {values['_class_name']}: give one of {model_class}")
+    channels = values.get("block_out_channels", [64])
+    if not isinstance(channels, list) or not channels:
+        raise UserError(f"--config {path}: block_out_channels must be a list with the channels of each stage")
     return {name: value for name, value in values.items() if not name.startswith("_")}
 
 

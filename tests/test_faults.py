@@ -23,12 +23,16 @@ from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data import cache
 from corel_diffusers.data.cache import cached_array, is_whole, shard_path
+from corel_diffusers.data.latents import load_vae
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.prepare import prepare
 from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
 from corel_diffusers.hub.upload import push
+from corel_diffusers.models.unet import build_unet
+from corel_diffusers.models.vae import build_vae
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
 from corel_diffusers.training import checkpoints
+from corel_diffusers.training.initial_weights import load_initial_vae
 from corel_diffusers.trust import require_own_code
 
 KINDS = (VAEArguments, UNetArguments, Generate, Evaluate)
@@ -267,6 +271,8 @@ def test_code_of_a_strangers_folder_runs_only_with_consent(trained_unet, tmp_pat
         ("unet", "in_channels", 10**9),
         ("unet", "norm_num_groups", 0),
         ("unet", "block_out_channels", "text"),
+        ("unet", "layers_per_block", 10**9),
+        ("vae", "layers_per_block", 10**9),
         ("vae", "latents_mean", [0.0]),
         ("vae", "latents_mean", ["a"] * 4),
         ("vae", "latents_std", [0.0] * 4),
@@ -281,6 +287,21 @@ def test_values_of_a_hostile_config_are_one_line(file, name, value, trained_unet
     config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
     with pytest.raises(UserError, match="--pipeline"):
         load_pipeline(tmp_path / "model", pick_device("cpu"))
+
+
+def test_layers_without_end_are_refused_before_they_are_built(trained_unet, tmp_path, configs):
+    shutil.copytree(trained_unet, tmp_path / "model")
+    for config in (tmp_path / "model" / "vae" / "config.json", tmp_path / "unet.json"):
+        values = json.loads((config if config.exists() else configs / "unet.json").read_text())
+        config.write_text(json.dumps(values | {"layers_per_block": 10**9}))
+    new_vae = build_vae("tiny", (32, 32))
+    with pytest.raises(UserError, match=r"--vae-checkpoint .*layers_per_block must be a number from 1 to 64"):
+        load_vae(tmp_path / "model" / "vae")
+    for location in (tmp_path / "model", tmp_path / "model" / "vae"):
+        with pytest.raises(UserError, match=r"--init-from .*layers_per_block must be"):
+            load_initial_vae(new_vae, location)
+    with pytest.raises(UserError, match=r"--config .*layers_per_block must be"):
+        build_unet(str(tmp_path / "unet.json"), (32, 32), new_vae, None)
 
 
 @pytest.mark.parametrize("damage", ["pipeline.py", "model_index.json", "{}", "[]"])

@@ -276,6 +276,8 @@ def trials(base: Base, seed: int, count: int = 220) -> list[Trial]:
     for file, key, values in (
         ("unet/config.json", "sample_size", (10**6, -1, "x", [1, 2, 3])),
         ("unet/config.json", "block_out_channels", ([10**7, 10**7], [], "x")),
+        ("unet/config.json", "layers_per_block", (10**9, 0, "x")),
+        ("vae/config.json", "layers_per_block", (10**9, 0, "x")),
         ("unet/config.json", "num_class_embeds", (10**9, -1, "x")),
         ("vae/config.json", "block_out_channels", ([10**7] * 3, [], "x")),
         ("vae/config.json", "latent_channels", (10**8, 0, "x")),

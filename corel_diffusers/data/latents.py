@@ -26,6 +26,7 @@ from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.data.versions import cache_versions, channel_statistics, for_each_size
 from corel_diffusers.files import UserError, first_line
+from corel_diffusers.models.configs import check_layers
 from corel_diffusers.models.vae import encode_photos
 from corel_diffusers.runtime.precision import arithmetic
 from corel_diffusers.saved_models import require_undamaged
@@ -37,11 +38,13 @@ def load_vae(location: Path | str) -> AutoencoderKL:
     Raises:
         UserError: the VAE is damaged or cannot be loaded, or its training is not finished.
     """
-    is_run_dir = isinstance(location, Path) and (location / "metrics.jsonl").is_file()
-    if isinstance(location, Path):
+    is_folder = isinstance(location, Path)
+    is_run_dir = is_folder and (location / "metrics.jsonl").is_file()
+    if is_folder:
         require_undamaged(location, f"--vae-checkpoint {location}")
     try:
-        vae = AutoencoderKL.from_pretrained(location, local_files_only=isinstance(location, Path), use_safetensors=True)
+        check_layers(AutoencoderKL.load_config(location, local_files_only=is_folder), "its config.json")
+        vae = AutoencoderKL.from_pretrained(location, local_files_only=is_folder, use_safetensors=True)
     except Exception as error:  # diffusers and the Hub client raise many types of errors
         hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
         raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({first_line(error)}): {hint}") from None

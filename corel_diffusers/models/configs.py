@@ -10,6 +10,7 @@ from corel_diffusers.files import UserError, first_line, read_json
 from corel_diffusers.models.layers import use_fast_layers
 
 CONFIG_DIR = Path(__file__).parent
+MAX_LAYERS_PER_BLOCK = 64
 
 
 def load_config(kind: str, config: str) -> dict:
@@ -29,10 +30,35 @@ def load_config(kind: str, config: str) -> dict:
     model_class = {"vae": "AutoencoderKL", "unet": "UNet2DModel"}[kind]
     if values.get("_class_name", model_class) != model_class:
         raise UserError(f"--config {path} is the config of {values['_class_name']}: give one of {model_class}")
+    check_layers(values, f"--config {path}")
     channels = values.get("block_out_channels", [64])
     if not isinstance(channels, list) or not channels:
         raise UserError(f"--config {path}: block_out_channels must be a list with the channels of each stage")
     return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def check_layers(values: dict, source: str) -> None:
+    """Check the number of layers per stage of a config.
+
+    diffusers builds all layers before it looks at the weights. A wrong number would fill the memory first.
+
+    Args:
+        values: the config of a VAE or a UNet.
+        source: the flag and its value, for messages.
+
+    Raises:
+        UserError: the number cannot be used.
+    """
+    layers = values.get("layers_per_block", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS_PER_BLOCK:
+        raise UserError(f"{source}: layers_per_block must be a number from 1 to {MAX_LAYERS_PER_BLOCK}, not {layers}")
+
+
+def check_pipeline_layers(folder: Path, source: str) -> None:
+    """Call `check_layers` with the config of each model in the folder of a pipeline."""
+    for file in folder.glob("*/config.json"):
+        values = read_json(file)
+        check_layers(values if isinstance(values, dict) else {}, f"{source}: {file.parent.name}/{file.name}")
 
 
 def from_config(model_class: type, values: dict, config: str, attention: str = "fused") -> nn.Module:

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from corel_diffusers.config.checks import SIDES_PX, require
 from corel_diffusers.data.latents import check_vae_config, config_key, load_vae, scale_key, weights_key
 from corel_diffusers.files import UserError, first_line, read_json
-from corel_diffusers.models.configs import downsample_factor
+from corel_diffusers.models.configs import check_pipeline_layers, downsample_factor
 from corel_diffusers.saved_models import require_undamaged
 from corel_diffusers.trust import require_own_code
 
@@ -68,6 +68,7 @@ def load_pipeline(
         require_own_code(location, "--pipeline")
     if isinstance(location, Path):
         require_undamaged(location, f"--pipeline {location}")
+        check_pipeline_layers(location, f"--pipeline {location}")
     try:
         pipe = DiffusionPipeline.from_pretrained(
             location, trust_remote_code=True, use_safetensors=True, local_files_only=isinstance(location, Path)

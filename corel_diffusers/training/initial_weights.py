@@ -8,6 +8,7 @@ from torch import nn
 
 from corel_diffusers.data.latents import weights_key
 from corel_diffusers.files import UserError, first_line
+from corel_diffusers.models.configs import check_layers, check_pipeline_layers
 from corel_diffusers.trust import require_own_code
 
 MIN_FITTING = 0.8  # fraction of the weights; another number of classes or channels changes only a few
@@ -25,6 +26,7 @@ def load_initial_vae(vae: AutoencoderKL, location: Path | str) -> str:
         UserError: there is no VAE, or too few of its weights fit.
     """
     try:
+        check_layers(AutoencoderKL.load_config(location), f"--init-from {location}")
         trained = AutoencoderKL.from_pretrained(location, use_safetensors=True)
     except (OSError, ValueError):
         trained = trained_pipeline(location).vae
@@ -72,6 +74,7 @@ def trained_pipeline(location: Path | str) -> DiffusionPipeline:
     is_folder = isinstance(location, Path)
     if is_folder:
         require_own_code(location, "--init-from")
+        check_pipeline_layers(location, f"--init-from {location}")
     try:
         return DiffusionPipeline.from_pretrained(location, trust_remote_code=is_folder, use_safetensors=True)
     except Exception as error:  # a damaged or hostile folder can raise any type

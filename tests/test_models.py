@@ -168,9 +168,10 @@ def test_a_config_of_the_user_is_used_and_its_errors_are_reported(tmp_path):
     assert build_unet(str(path), (32, 32), build_vae("tiny", (32, 32)), None, dropout=0.3).config.dropout == 0.3
     assert unet.config.block_out_channels == [16, 32]
     assert unet.config.num_class_embeds is None
-    path.write_text(json.dumps(UNET_CONFIG | {"norm_num_groups": 7}))
-    with pytest.raises(UserError, match=r"--config .*mine.json is not a valid config of UNet2DModel"):
-        build_unet(str(path), (32, 32), build_vae("tiny", (32, 32)), None)
+    for wrong in ({"norm_num_groups": 7}, {"norm_num_groups": 0}, {"attention_head_dim": 0}):
+        path.write_text(json.dumps(UNET_CONFIG | wrong))
+        with pytest.raises(UserError, match=r"--config .*mine.json is not a valid config of UNet2DModel"):
+            build_unet(str(path), (32, 32), build_vae("tiny", (32, 32)), None)
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="expected one JSON object"):
         build_vae(str(path), (32, 32))

@@ -4,7 +4,7 @@
 #   make test               lint and tests
 #   make test-fast          lint and the tests that run no script, within 90 seconds on two cores
 #   make test-oldest        all tests with the oldest versions that setup.cfg allows, in .venv-oldest
-#   make trials             kill the toolkit, damage its files, fill its disk, lie to it: about an hour
+#   make trials             kill the toolkit, damage its files, fill its disk, lie to it: two to three hours
 #   make bench              what a step, a batch and a picture cost here, as ratios: benchmarks/results/<machine>.md
 PYTHON ?= python3
 BIN = .venv/bin

@@ -304,6 +304,14 @@ def test_layers_without_end_are_refused_before_they_are_built(trained_unet, tmp_
         build_unet(str(tmp_path / "unet.json"), (32, 32), new_vae, None)
 
 
+def test_class_names_that_are_no_text_are_one_line(trained_unet, tmp_path):
+    shutil.copytree(trained_unet, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(read_json(index) | {"class_names": {"0": {"x": 1}}}))
+    with pytest.raises(UserError, match="--pipeline .*class_names must be the names of the labels"):
+        load_pipeline(tmp_path / "model", pick_device("cpu"))
+
+
 @pytest.mark.parametrize("damage", ["pipeline.py", "model_index.json", "{}", "[]"])
 def test_a_damaged_pipeline_folder_is_one_line(damage, trained_unet, tmp_path):
     shutil.copytree(trained_unet, tmp_path / "model")

@@ -1,6 +1,6 @@
 """Try the toolkit by force: kill it, damage its files, fill its disk, lie to it.
 
-python trials/run.py                         all kinds, with the full counts: about an hour on two cores
+python trials/run.py                         all kinds, with the full counts: two to three hours on two cores
 python trials/run.py kills damage --count 40 --seed 7
 
 Prints a line for each trial that went wrong, and a table of counts at the end, which is also written to --output. The

@@ -3,6 +3,7 @@
 import gc
 import io
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,10 @@ from corel_diffusers.files import atomic_file, best_record, write_bytes
 if TYPE_CHECKING:
     import torch  # only for an annotation: `prepare` runs without it
 
+# Figures of earlier plots that are not freed yet. They have reference cycles, and Python would let ten of them pile up,
+# of 7 MB each.
+FIGURES = weakref.WeakSet()
+MAX_FIGURES = 3
 SHEET_PX = 112  # the longer side of an image on the contact sheet
 
 
@@ -93,14 +98,15 @@ def plot_history(
         return
     from matplotlib.figure import Figure
 
-    # frees the figure of the last call, 7 MB: it has reference cycles, and Python would let several of them pile up
-    gc.collect()
+    if len(FIGURES) == MAX_FIGURES:
+        gc.collect()
     panels = {
         title: {n: label for n, label in curves.items() if any(n in r for r in history)}
         for title, curves in panels.items()
     }
     panels = {title: curves for title, curves in panels.items() if curves}
     figure = Figure(figsize=(4.2 * len(panels), 4.2), layout="constrained")
+    FIGURES.add(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         plotted = []

@@ -66,19 +66,18 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals_later() -> Iterator[None]:
-    """Deliver STOP_SIGNALS after this context only. A process that is started inside it does not receive them.
+def stop_signals_blocked() -> Iterator[None]:
+    """Block STOP_SIGNALS inside this context. Processes that are started inside it inherit this and never receive them.
 
-    Windows cannot delay signals: there, nothing changes.
+    This process receives them at the end of the context. Windows cannot block signals: there, nothing changes.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        # multiprocessing's tracker starts here, because its start ends the delay of SIGINT and SIGTERM
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        resource_tracker.ensure_running()  # a process that multiprocessing needs for workers
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # again: its start unblocks SIGINT and SIGTERM
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -36,7 +36,7 @@ def run_program(
     """Run a script or a command in this process, as if it had been started from the shell. See common.Program."""
     os.chdir(folder)
     os.environ.update(env)
-    multiprocessing.set_start_method("fork", force=True)  # as a script has it, and not the one of this process
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a script on Linux
     if new_group:
         os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):

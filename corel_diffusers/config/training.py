@@ -115,12 +115,12 @@ class TrainingArguments(
         given = [flag_name(name) for name, value in self.length.items() if value]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other: give only one of them")
-        for name in ("seed", "num_workers", "keep_checkpoints", "lr_warmup_steps", "weight_decay"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        for name in ("seed", "num_workers", "keep_checkpoints", "lr_min", "lr_warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "give 0 or more")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "give a number above 0")
-        require(self.lr_min is None or self.lr_min >= 0, "lr_min", self.lr_min, "give 0 or more")
         if self.learning_rate:
             self.check_learning_rate()
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
-from corel_diffusers.files import STOP_SIGNALS, stop_signals_later
+from corel_diffusers.files import STOP_SIGNALS, stop_signals_blocked
 from corel_diffusers.runtime.devices import to_device
 from corel_diffusers.runtime.randomness import CPU, StepRandom
 
@@ -218,7 +218,7 @@ def training_batches(
     loader = DataLoader(
         dataset, sampler=order, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_stop_signals
     )
-    with stop_signals_later():  # a worker is not killed before it ignores them
+    with stop_signals_blocked():  # otherwise one could kill a worker that does not ignore them yet
         return iter(loader)
 
 

@@ -62,7 +62,7 @@ class CorelPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
         if not all(isinstance(name, str) for name in (class_names or {}).values()):
-            raise ValueError("class_names must be the names of the labels, as in {'0': 'beach', '1': 'sunset'}")
+            raise ValueError("class_names must give each label a name, as in {'0': 'beach', '1': 'sunset'}")
         class_names, class_numbers = (  # in the order of the labels: a config file sorts its keys as text
             values and dict(sorted(values.items(), key=lambda item: int(item[0])))
             for values in (class_names, class_numbers)

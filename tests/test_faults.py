@@ -23,7 +23,7 @@ from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data import cache
 from corel_diffusers.data.cache import cached_array, is_whole, shard_path
-from corel_diffusers.data.latents import load_vae
+from corel_diffusers.data.latents import load_vae, read_vae
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.prepare import prepare
 from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
@@ -32,7 +32,7 @@ from corel_diffusers.models.unet import build_unet
 from corel_diffusers.models.vae import build_vae
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device
 from corel_diffusers.training import checkpoints
-from corel_diffusers.training.initial_weights import load_initial_vae
+from corel_diffusers.training.initial_weights import load_initial_unet, load_initial_vae
 from corel_diffusers.trust import require_own_code
 
 KINDS = (VAEArguments, UNetArguments, Generate, Evaluate)
@@ -153,7 +153,7 @@ import torch.distributed as dist
 
 from corel_diffusers.training.start import run_script
 
-atexit.register(print, "the interpreter has freed its objects")
+atexit.register(print, "the interpreter ends as usual")
 
 
 def main(flags):
@@ -223,6 +223,25 @@ def test_a_damaged_shard_of_a_cache_is_made_again(fault, tmp_path, monkeypatch):
     assert len(made) == 2
     save_file(load_file(shard), shard)  # of an earlier version: without a checksum
     assert is_whole(shard)
+
+
+def test_damaged_models_are_no_initial_weights(trained_unet, tmp_path):
+    vae = read_vae(trained_unet, "--init-from")
+    assert torch.equal(vae.decoder.conv_in.weight, load_vae(trained_unet / "vae").decoder.conv_in.weight)
+    for part in ("vae", "unet"):
+        folder = shutil.copytree(trained_unet, tmp_path / part)
+        weights = folder / part / "diffusion_pytorch_model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-3] ^= 1
+        weights.write_bytes(content)
+        with pytest.raises(
+            UserError, match=f"--init-from .*: {part}/diffusion_pytorch_model.safetensors .*copy it aga"
+        ):
+            load_initial_vae(vae, folder)
+        with pytest.raises(
+            UserError, match=f"--init-from .*: {part}/diffusion_pytorch_model.safetensors .*copy it aga"
+        ):
+            load_initial_unet(None, folder, [], vae)
 
 
 @pytest.mark.parametrize("name", ["../outside/a.png", "/etc/a.png", "a/../../b.png", "C:\\photos\\a.png"])
@@ -308,7 +327,7 @@ def test_class_names_that_are_no_text_are_one_line(trained_unet, tmp_path):
     shutil.copytree(trained_unet, tmp_path / "model")
     index = tmp_path / "model" / "model_index.json"
     index.write_text(json.dumps(read_json(index) | {"class_names": {"0": {"x": 1}}}))
-    with pytest.raises(UserError, match="--pipeline .*class_names must be the names of the labels"):
+    with pytest.raises(UserError, match="--pipeline .*class_names must give each label a name"):
         load_pipeline(tmp_path / "model", pick_device("cpu"))
 
 

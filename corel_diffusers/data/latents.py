@@ -38,16 +38,8 @@ def load_vae(location: Path | str) -> AutoencoderKL:
     Raises:
         UserError: the VAE is damaged or cannot be loaded, or its training is not finished.
     """
-    is_folder = isinstance(location, Path)
-    is_run_dir = is_folder and (location / "metrics.jsonl").is_file()
-    if is_folder:
-        require_undamaged(location, f"--vae-checkpoint {location}")
-    try:
-        check_layers(AutoencoderKL.load_config(location, local_files_only=is_folder), "its config.json")
-        vae = AutoencoderKL.from_pretrained(location, local_files_only=is_folder, use_safetensors=True)
-    except Exception as error:  # diffusers and the Hub client raise many types of errors
-        hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
-        raise UserError(f"--vae-checkpoint {location}: no VAE can be loaded ({first_line(error)}): {hint}") from None
+    vae = read_vae(location, "--vae-checkpoint")
+    is_run_dir = isinstance(location, Path) and (location / "metrics.jsonl").is_file()
     if is_run_dir and vae.config.latents_mean is None:
         raise UserError(
             f"--vae-checkpoint {location}: its training is not finished: continue it with train_vae.py --resume latest"
@@ -55,6 +47,32 @@ def load_vae(location: Path | str) -> AutoencoderKL:
     check_vae_config(vae, f"--vae-checkpoint {location}")
     vae.register_to_config(_name_or_path="")  # the pipeline is published with this config: no path of this machine
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def read_vae(location: Path | str, flag: str) -> AutoencoderKL:
+    """Read an AutoencoderKL from its folder or its Hub id, or from those of a pipeline that has one.
+
+    Args:
+        flag: the flag that names the location, for messages.
+
+    Raises:
+        UserError: the VAE is damaged or cannot be loaded.
+    """
+    source, is_folder = f"{flag} {location}", isinstance(location, Path)
+    if is_folder:
+        require_undamaged(location, source)
+    options = {"local_files_only": is_folder}
+    try:
+        try:
+            config = AutoencoderKL.load_config(location, **options)
+        except OSError:  # no config.json: this may be a pipeline
+            options["subfolder"] = "vae"
+            config = AutoencoderKL.load_config(location, **options)
+        check_layers(config, "config.json")
+        return AutoencoderKL.from_pretrained(location, use_safetensors=True, **options)
+    except Exception as error:  # diffusers and the Hub client raise many types of errors
+        hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
+        raise UserError(f"{source}: no VAE can be loaded ({first_line(error)}): {hint}") from None
 
 
 def check_vae_config(vae: AutoencoderKL, source: str) -> None:

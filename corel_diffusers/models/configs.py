@@ -21,7 +21,7 @@ def load_config(kind: str, config: str) -> dict:
 
     Raises:
         UserError: the file does not contain a JSON object, it is the config of another model class, or its number of
-            stages is unknown.
+            layers or stages cannot be used.
     """
     path = Path(config) if config.endswith(".json") else CONFIG_DIR / f"{kind}-{config}.json"
     values = read_json(path)
@@ -40,7 +40,7 @@ def load_config(kind: str, config: str) -> dict:
 def check_layers(values: dict, source: str) -> None:
     """Check the number of layers per stage of a config.
 
-    diffusers builds all layers before it looks at the weights. A wrong number would fill the memory first.
+    diffusers builds the layers one by one, before it reads the weights. A huge number would fill the memory.
 
     Args:
         values: the config of a VAE or a UNet.
@@ -57,8 +57,8 @@ def check_layers(values: dict, source: str) -> None:
 def check_pipeline_layers(folder: Path, source: str) -> None:
     """Call `check_layers` with the config of each model in the folder of a pipeline."""
     for file in folder.glob("*/config.json"):
-        values = read_json(file)
-        check_layers(values if isinstance(values, dict) else {}, f"{source}: {file.parent.name}/{file.name}")
+        if isinstance(values := read_json(file), dict):
+            check_layers(values, f"{source}: {file.parent.name}/{file.name}")
 
 
 def from_config(model_class: type, values: dict, config: str, attention: str = "fused") -> nn.Module:

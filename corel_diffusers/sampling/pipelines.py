@@ -64,18 +64,7 @@ def load_pipeline(
     Raises:
         UserError: the pipeline cannot be loaded, it is not a pipeline of train_unet.py, or the VAE does not fit.
     """
-    if isinstance(location, Path) and not trust_remote_code:
-        require_own_code(location, "--pipeline")
-    if isinstance(location, Path):
-        require_undamaged(location, f"--pipeline {location}")
-        check_pipeline_layers(location, f"--pipeline {location}")
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            location, trust_remote_code=True, use_safetensors=True, local_files_only=isinstance(location, Path)
-        )
-    except Exception as error:  # a damaged or hostile folder can raise any type
-        hint = "give the --output-dir of a train_unet.py run, or a Hub id"
-        raise UserError(f"--pipeline {location} cannot be loaded ({first_line(error)}): {hint}") from None
+    pipe = read_pipeline(location, "--pipeline", trust_remote_code)
     if "class_names" not in pipe.config:
         raise UserError(f"--pipeline {location} is a {type(pipe).__name__}: give one that train_unet.py wrote")
     check_vae_config(pipe.vae, f"--pipeline {location}")
@@ -93,6 +82,31 @@ def load_pipeline(
             print("notice: --vae-checkpoint is not the VAE that this UNet was trained with: the samples may be garbage")
             pipe.register_modules(vae=vae)
     return pipe.to(device)
+
+
+def read_pipeline(location: Path | str, flag: str, trust_remote_code: bool = False) -> DiffusionPipeline:
+    """Read a pipeline from a folder or a Hub id. The folder is checked first.
+
+    Args:
+        flag: the flag that names the location, for messages.
+        trust_remote_code: see `load_pipeline`.
+
+    Raises:
+        UserError: the pipeline is damaged or cannot be loaded, or its code is not that of this toolkit.
+    """
+    source, is_folder = f"{flag} {location}", isinstance(location, Path)
+    if is_folder:
+        if not trust_remote_code:
+            require_own_code(location, flag)
+        require_undamaged(location, source)
+        check_pipeline_layers(location, source)
+    try:
+        return DiffusionPipeline.from_pretrained(
+            location, trust_remote_code=is_folder or trust_remote_code, use_safetensors=True, local_files_only=is_folder
+        )
+    except Exception as error:  # a damaged or hostile folder can raise any type
+        hint = "give the --output-dir of a train_unet.py run, or a Hub id"
+        raise UserError(f"{source} cannot be loaded ({first_line(error)}): {hint}") from None
 
 
 def pipeline_digest(folder: Path) -> str:

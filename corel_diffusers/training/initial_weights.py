@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from torch import nn
 
-from corel_diffusers.data.latents import weights_key
-from corel_diffusers.files import UserError, first_line
-from corel_diffusers.models.configs import check_layers, check_pipeline_layers
-from corel_diffusers.trust import require_own_code
+from corel_diffusers.data.latents import read_vae, weights_key
+from corel_diffusers.files import UserError
+from corel_diffusers.sampling.pipelines import read_pipeline
 
 MIN_FITTING = 0.8  # fraction of the weights; another number of classes or channels changes only a few
 CLASS_EMBEDDING = "class_embedding.weight"
@@ -25,12 +24,7 @@ def load_initial_vae(vae: AutoencoderKL, location: Path | str) -> str:
     Raises:
         UserError: there is no VAE, or too few of its weights fit.
     """
-    try:
-        check_layers(AutoencoderKL.load_config(location), f"--init-from {location}")
-        trained = AutoencoderKL.from_pretrained(location, use_safetensors=True)
-    except (OSError, ValueError):
-        trained = trained_pipeline(location).vae
-    return copy_weights(vae, trained.state_dict(), location)
+    return copy_weights(vae, read_vae(location, "--init-from").state_dict(), location)
 
 
 def load_initial_unet(unet: UNet2DModel, location: Path | str, class_names: list[str], vae: AutoencoderKL) -> str:
@@ -48,7 +42,7 @@ def load_initial_unet(unet: UNet2DModel, location: Path | str, class_names: list
     Raises:
         UserError: there is no such pipeline, its latents come from another VAE, or too few of its weights fit.
     """
-    pipe = trained_pipeline(location)
+    pipe = read_pipeline(location, "--init-from")
     if weights_key(pipe.vae) != weights_key(vae):
         raise UserError(
             f"--init-from {location}: its UNet was trained on the latents of another VAE: give --vae-checkpoint "
@@ -65,24 +59,6 @@ def load_initial_unet(unet: UNet2DModel, location: Path | str, class_names: list
     return f"{line}; new classes: {', '.join(new)}" if new else line
 
 
-def trained_pipeline(location: Path | str) -> DiffusionPipeline:
-    """Load a pipeline of train_unet.py.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    is_folder = isinstance(location, Path)
-    if is_folder:
-        require_own_code(location, "--init-from")
-        check_pipeline_layers(location, f"--init-from {location}")
-    try:
-        return DiffusionPipeline.from_pretrained(location, trust_remote_code=is_folder, use_safetensors=True)
-    except Exception as error:  # a damaged or hostile folder can raise any type
-        hint = "give the --output-dir of a run, or the Hub id of a VAE"
-        raise UserError(f"--init-from {location} cannot be loaded ({first_line(error)}): {hint}") from None
-
-
-@torch.no_grad()
 def copy_weights(model: nn.Module, weights: dict[str, torch.Tensor], location: Path | str) -> str:
     """Copy the weights that have the same name and shape. Return a line with their number.
 

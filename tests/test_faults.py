@@ -23,11 +23,12 @@ from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.data import cache
 from corel_diffusers.data.cache import cached_array, is_whole, shard_path
-from corel_diffusers.data.latents import load_vae, read_vae
+from corel_diffusers.data.latents import load_vae
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.prepare import prepare
 from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
 from corel_diffusers.hub.upload import push
+from corel_diffusers.models.reading import read_vae
 from corel_diffusers.models.unet import build_unet
 from corel_diffusers.models.vae import build_vae
 from corel_diffusers.sampling.pipelines import load_pipeline, pick_device

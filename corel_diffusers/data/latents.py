@@ -25,11 +25,10 @@ from corel_diffusers.data.cache import SINGLE_PROCESS, Share, digest
 from corel_diffusers.data.mixed_sizes import Array, MixedArray, parts_of
 from corel_diffusers.data.pixels import Pixels
 from corel_diffusers.data.versions import cache_versions, channel_statistics, for_each_size
-from corel_diffusers.files import UserError, first_line
-from corel_diffusers.models.configs import check_layers
+from corel_diffusers.files import UserError
+from corel_diffusers.models.reading import read_vae
 from corel_diffusers.models.vae import encode_photos
 from corel_diffusers.runtime.precision import arithmetic
-from corel_diffusers.saved_models import require_undamaged
 
 
 def load_vae(location: Path | str) -> AutoencoderKL:
@@ -47,32 +46,6 @@ def load_vae(location: Path | str) -> AutoencoderKL:
     check_vae_config(vae, f"--vae-checkpoint {location}")
     vae.register_to_config(_name_or_path="")  # the pipeline is published with this config: no path of this machine
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-
-
-def read_vae(location: Path | str, flag: str) -> AutoencoderKL:
-    """Read an AutoencoderKL from its folder or its Hub id, or from those of a pipeline that has one.
-
-    Args:
-        flag: the flag that names the location, for messages.
-
-    Raises:
-        UserError: the VAE is damaged or cannot be loaded.
-    """
-    source, is_folder = f"{flag} {location}", isinstance(location, Path)
-    if is_folder:
-        require_undamaged(location, source)
-    options = {"local_files_only": is_folder}
-    try:
-        try:
-            config = AutoencoderKL.load_config(location, **options)
-        except OSError:  # no config.json: this may be a pipeline
-            options["subfolder"] = "vae"
-            config = AutoencoderKL.load_config(location, **options)
-        check_layers(config, "config.json")
-        return AutoencoderKL.from_pretrained(location, use_safetensors=True, **options)
-    except Exception as error:  # diffusers and the Hub client raise many types of errors
-        hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
-        raise UserError(f"{source}: no VAE can be loaded ({first_line(error)}): {hint}") from None
 
 
 def check_vae_config(vae: AutoencoderKL, source: str) -> None:

@@ -54,13 +54,6 @@ def check_layers(values: dict, source: str) -> None:
         raise UserError(f"{source}: layers_per_block must be a number from 1 to {MAX_LAYERS_PER_BLOCK}, not {layers}")
 
 
-def check_pipeline_layers(folder: Path, source: str) -> None:
-    """Call `check_layers` with the config of each model in the folder of a pipeline."""
-    for file in folder.glob("*/config.json"):
-        if isinstance(values := read_json(file), dict):
-            check_layers(values, f"{source}: {file.parent.name}/{file.name}")
-
-
 def from_config(model_class: type, values: dict, config: str, attention: str = "fused") -> nn.Module:
     """Return a new model with random weights and with the layers of layers.py.
 

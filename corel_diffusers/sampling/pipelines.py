@@ -8,10 +8,9 @@ from diffusers import DiffusionPipeline
 
 from corel_diffusers.config.checks import SIDES_PX, require
 from corel_diffusers.data.latents import check_vae_config, config_key, load_vae, scale_key, weights_key
-from corel_diffusers.files import UserError, first_line, read_json
-from corel_diffusers.models.configs import check_pipeline_layers, downsample_factor
-from corel_diffusers.saved_models import require_undamaged
-from corel_diffusers.trust import require_own_code
+from corel_diffusers.files import UserError, read_json
+from corel_diffusers.models.configs import downsample_factor
+from corel_diffusers.models.reading import read_pipeline
 
 
 def sample_size_px(pipe: DiffusionPipeline) -> tuple[int, int]:
@@ -59,7 +58,7 @@ def load_pipeline(
     """Load the pipeline from a folder or a Hub id. If `vae_location` is given, load the VAE from there instead.
 
     Args:
-        trust_remote_code: run the code in the folder, whatever it is. Otherwise it must be that of this toolkit.
+        trust_remote_code: see `read_pipeline`.
 
     Raises:
         UserError: the pipeline cannot be loaded, it is not a pipeline of train_unet.py, or the VAE does not fit.
@@ -82,31 +81,6 @@ def load_pipeline(
             print("notice: --vae-checkpoint is not the VAE that this UNet was trained with: the samples may be garbage")
             pipe.register_modules(vae=vae)
     return pipe.to(device)
-
-
-def read_pipeline(location: Path | str, flag: str, trust_remote_code: bool = False) -> DiffusionPipeline:
-    """Read a pipeline from a folder or a Hub id. The folder is checked first.
-
-    Args:
-        flag: the flag that names the location, for messages.
-        trust_remote_code: see `load_pipeline`.
-
-    Raises:
-        UserError: the pipeline is damaged or cannot be loaded, or its code is not that of this toolkit.
-    """
-    source, is_folder = f"{flag} {location}", isinstance(location, Path)
-    if is_folder:
-        if not trust_remote_code:
-            require_own_code(location, flag)
-        require_undamaged(location, source)
-        check_pipeline_layers(location, source)
-    try:
-        return DiffusionPipeline.from_pretrained(
-            location, trust_remote_code=is_folder or trust_remote_code, use_safetensors=True, local_files_only=is_folder
-        )
-    except Exception as error:  # a damaged or hostile folder can raise any type
-        hint = "give the --output-dir of a train_unet.py run, or a Hub id"
-        raise UserError(f"{source} cannot be loaded ({first_line(error)}): {hint}") from None
 
 
 def pipeline_digest(folder: Path) -> str:

@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from torch import nn
 
-from corel_diffusers.data.latents import read_vae, weights_key
+from corel_diffusers.data.latents import weights_key
 from corel_diffusers.files import UserError
-from corel_diffusers.sampling.pipelines import read_pipeline
+from corel_diffusers.models.reading import read_pipeline, read_vae
 
 MIN_FITTING = 0.8  # fraction of the weights; another number of classes or channels changes only a few
 CLASS_EMBEDDING = "class_embedding.weight"

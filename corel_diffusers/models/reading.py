@@ -1,0 +1,63 @@
+"""Read trained models from a folder or from the Hub. A folder is checked before anything in it is built or run."""
+
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from corel_diffusers.files import UserError, first_line, read_json
+from corel_diffusers.models.configs import check_layers
+from corel_diffusers.saved_models import require_undamaged
+from corel_diffusers.trust import require_own_code
+
+
+def read_vae(location: Path | str, flag: str) -> AutoencoderKL:
+    """Read an AutoencoderKL from its folder or its Hub id, or from those of a pipeline that has one.
+
+    Args:
+        flag: the flag that names the location, for messages.
+
+    Raises:
+        UserError: the VAE is damaged or cannot be loaded.
+    """
+    source, is_folder = f"{flag} {location}", isinstance(location, Path)
+    if is_folder:
+        require_undamaged(location, source)
+    options = {"local_files_only": is_folder}
+    try:
+        try:
+            config = AutoencoderKL.load_config(location, **options)
+        except OSError:  # no config.json: this may be a pipeline
+            options["subfolder"] = "vae"
+            config = AutoencoderKL.load_config(location, **options)
+        check_layers(config, "config.json")
+        return AutoencoderKL.from_pretrained(location, use_safetensors=True, **options)
+    except Exception as error:  # diffusers and the Hub client raise many types of errors
+        hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
+        raise UserError(f"{source}: no VAE can be loaded ({first_line(error)}): {hint}") from None
+
+
+def read_pipeline(location: Path | str, flag: str, trust_remote_code: bool = False) -> DiffusionPipeline:
+    """Read a pipeline from a folder or a Hub id. The folder is checked first.
+
+    Args:
+        flag: the flag that names the location, for messages.
+        trust_remote_code: run the code in the folder, whatever it is. Otherwise it must be that of this toolkit.
+
+    Raises:
+        UserError: the pipeline is damaged or cannot be loaded, or its code is not that of this toolkit.
+    """
+    source, is_folder = f"{flag} {location}", isinstance(location, Path)
+    if is_folder:
+        if not trust_remote_code:
+            require_own_code(location, flag)
+        require_undamaged(location, source)
+        for file in location.glob("*/config.json"):
+            if isinstance(values := read_json(file), dict):
+                check_layers(values, f"{source}: {file.parent.name}/config.json")
+    try:
+        return DiffusionPipeline.from_pretrained(
+            location, trust_remote_code=is_folder or trust_remote_code, use_safetensors=True, local_files_only=is_folder
+        )
+    except Exception as error:  # a damaged or hostile folder can raise any type
+        hint = "give the --output-dir of a train_unet.py run, or a Hub id"
+        raise UserError(f"{source} cannot be loaded ({first_line(error)}): {hint}") from None

@@ -31,7 +31,8 @@ def test_the_example_of_train_runs(tmp_path, monkeypatch):
     def with_few_steps(args: Train) -> Iterator[list[str]]:
         for words in commands(args):
             if "--max-train-minutes" in words:
-                words[-2:] = ["--max-train-steps", "4"]
+                words[-2:] = ["--max-train-steps", "4", "--batch-size", "4", "--mixed-precision", "no"]
+                words += ["--attention", "fused"]
             yield words
 
     monkeypatch.setattr(Train, "commands", with_few_steps)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos, run_here, tool
+from conftest import make_photos, run_here, tool_here
 from safetensors.numpy import load_file, save_file
 
 from corel_diffusers.config.checks import require_usable
@@ -272,11 +272,11 @@ def test_code_of_a_strangers_folder_runs_only_with_consent(trained_unet, tmp_pat
     with (folder / "pipeline.py").open("a") as file:
         file.write(f"\nopen({str(proof)!r}, 'w')\n")
     flags = ["generate", "--pipeline", folder, "--num-images", 1, "--steps", 1, "--output", tmp_path / "g.png"]
-    done = tool(*flags, check=False)
+    done = tool_here(*flags, check=False)
     assert done.returncode == 2
     assert "(pipeline.py): read it, then give --trust-remote-code" in done.stderr
     assert not proof.exists()
-    tool(*flags, "--trust-remote-code")
+    tool_here(*flags, "--trust-remote-code")
     assert proof.exists()
     shutil.copy(trained_unet / "pipeline.py", folder)
     (folder / "unet" / "model.py").write_text("")

@@ -28,9 +28,9 @@ def run_script(*arguments: object) -> float:
     return time.monotonic() - start
 
 
-def run_command(*arguments: object) -> None:
-    """Run `corel-diffusers` with these arguments."""
-    run_script("-c", "from corel_diffusers.cli import main; main()", *arguments)
+def run_command(*arguments: object) -> float:
+    """Run `corel-diffusers` with these arguments and return the seconds that it took."""
+    return run_script("-c", "from corel_diffusers.cli import main; main()", *arguments)
 
 
 def evaluate(data_dir: Path, output_dir: Path, num_images: int, against: str, *flags: object) -> dict:

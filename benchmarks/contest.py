@@ -38,7 +38,7 @@ from corel_diffusers.files import read_json, write_json, write_text
 from corel_diffusers.plots import image_grid, save_image
 
 OURS = "corel_diffusers"
-RECIPE = ("vae_share", "vae_flags", "unet_flags")
+RECIPE = ("vae_share", "decoder_minutes", "vae_flags", "unet_flags")
 SETTINGS = ("minutes", "image_size", "num_images", "against", "reserve_minutes", *RECIPE)
 
 
@@ -53,15 +53,15 @@ def export(prepared: Path, size_px: int, folder: Path) -> Path:
 
 
 def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -> float:
-    """Train both models within the minutes and return the seconds that both scripts took.
+    """Train both models and tune the decoder within the minutes. Return the seconds that all of it took.
 
-    train_unet.py gets the minutes that remain after train_vae.py, minus the reserve. The start-up time of train_vae.py
-    is therefore subtracted from the time of the UNet.
+    train_unet.py gets the minutes that remain after train_vae.py, minus those of the decoder and the reserve. The
+    start-up time of train_vae.py is therefore subtracted from the time of the UNet.
     """
     shared = ["--data-dir", prepared, "--image-size", args.image_size, "--seed", seed, "--config", "tiny"]
     flags = ["--output-dir", run / "vae", "--max-train-minutes", args.vae_share * args.minutes, *args.vae_flags.split()]
     vae_seconds = run_script(ROOT / "train_vae.py", *shared, *flags)
-    minutes_left = args.minutes - vae_seconds / 60 - args.reserve_minutes
+    minutes_left = args.minutes - vae_seconds / 60 - args.decoder_minutes - args.reserve_minutes
     flags = [
         "--vae-checkpoint",
         run / "vae",
@@ -71,7 +71,11 @@ def train_ours(prepared: Path, args: argparse.Namespace, seed: int, run: Path) -
         minutes_left,
         *args.unet_flags.split(),
     ]
-    return vae_seconds + run_script(ROOT / "train_unet.py", *shared, *flags)
+    unet_seconds = run_script(ROOT / "train_unet.py", *shared, *flags)
+    if not args.decoder_minutes:
+        return vae_seconds + unet_seconds
+    flags = ["--pipeline", run / "pipeline", "--data-dir", prepared, "--seed", seed, "--minutes", args.decoder_minutes]
+    return vae_seconds + unet_seconds + run_command("tune-decoder", *flags)
 
 
 def evaluate(prepared: Path, run: Path, args: argparse.Namespace, *flags: object) -> dict:
@@ -135,6 +139,12 @@ def main() -> None:
         default="test",
         choices=["test", "validation"],
         help="held-out photos to compare with; use validation to choose a recipe",
+    )
+    parser.add_argument(
+        "--decoder-minutes",
+        type=float,
+        default=2.0,
+        help="part of the toolkit's minutes in which tune-decoder runs; 0: it does not run",
     )
     parser.add_argument("--vae-flags", default="", help="additional flags for train_vae.py, to try a recipe")
     parser.add_argument("--unet-flags", default="", help="additional flags for train_unet.py, to try a recipe")

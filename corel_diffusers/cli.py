@@ -15,14 +15,14 @@ import tyro
 
 from corel_diffusers import __version__
 from corel_diffusers.config.checks import MIN_PHOTOS, is_main_process, user_path
-from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset
+from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset, TuneDecoder
 from corel_diffusers.config.parsing import parse, use_files_for_plots
 from corel_diffusers.config.train import Env, Train
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
-from corel_diffusers.files import UserError, one_line_errors
+from corel_diffusers.files import UserError, explain_full_disk, one_line_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +37,8 @@ def run_prepare(args: Prepare) -> None:
     names = args.data_dir, args.output_dir, args.figs_dir
     data_dir, output_dir, figs_dir = (user_path(args.base_dir, name) for name in names)
     figs_dir = figs_dir if args.visualize else None
-    prepare(data_dir, output_dir, figs_dir, args.layout, args.trim_borders, args.strict, args.test_fraction)
+    with explain_full_disk(output_dir, "--output-dir"):
+        prepare(data_dir, output_dir, figs_dir, args.layout, args.trim_borders, args.strict, args.test_fraction)
 
 
 def run_in_own_process(words: list[str]) -> None:
@@ -89,6 +90,12 @@ def run_evaluate(args: Evaluate) -> dict:
     return results
 
 
+def run_tune_decoder(args: TuneDecoder) -> None:
+    from corel_diffusers.decoder_tuning import tune_decoder
+
+    tune_decoder(args)
+
+
 def run_push(args: Push) -> None:
     from corel_diffusers.hub.upload import push, require_accepted_token
 
@@ -116,6 +123,7 @@ COMMANDS = {
     "prepare": (Prepare, run_prepare),
     "train-vae": (VAEArguments, run_training_script),
     "train-unet": (UNetArguments, run_training_script),
+    "tune-decoder": (TuneDecoder, run_tune_decoder),
     "generate": (Generate, run_generate),
     "evaluate": (Evaluate, run_evaluate),
     "push": (Push, run_push),

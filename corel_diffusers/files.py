@@ -24,6 +24,8 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # Ctrl-C, the end of a job, a warning before its end (SLURM), and, except on Windows, a terminal that is closed
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full disk, a full quota, a read-only disk
+
 
 class UserError(Exception):
     """An error that the user can correct. Its text names the flag or the file, and says what to do."""
@@ -33,8 +35,8 @@ class UserError(Exception):
 def one_line_errors() -> Iterator[None]:
     """Give a program its exit codes and its last line: this context is around everything that it does.
 
-    A UserError becomes one line on stderr and exit code 2. Each of STOP_SIGNALS becomes exit code 128 + its number, and
-    files that are being written are cleaned up. If the program that reads the output ends first, as in
+    A UserError and a full disk become one line on stderr and exit code 2. Each of STOP_SIGNALS becomes exit code 128 +
+    its number, and files that are being written are cleaned up. If the program that reads the output ends first, as in
     `train_vae.py --help | head`, this program ends quietly. Other exceptions keep their traceback.
     """
     try:
@@ -45,6 +47,12 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:  # where it is known what is written, see explain_full_disk
+            raise
+        file = printable(str(error.filename or "a file"))
+        print(f"error: {file} cannot be written ({error.strerror}): make room there", file=sys.stderr)
         sys.exit(2)
 
 
@@ -148,7 +156,7 @@ def explain_full_disk(folder: Path, name: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+        reasons = [os.strerror(number) for number in CANNOT_WRITE]
         if not (reason := next((reason for reason in reasons if reason in str(error)), None)):
             raise
         raise UserError(

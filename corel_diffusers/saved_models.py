@@ -13,6 +13,9 @@ ENTRY_FILES = ("model_index.json", "config.json")  # loading a pipeline or a mod
 MANIFEST = "manifest.json"  # path of a file -> [bytes, CRC-32], of all other files of a saved model or checkpoint
 
 
+DECODER_TUNING = "decoder_tuning.json"  # in the folder of a pipeline: how its decoder was tuned
+
+
 @contextmanager
 def atomic_model_save(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to save a model in, and move its files into `folder` at the end of the context.
@@ -28,8 +31,9 @@ def atomic_model_save(folder: Path) -> Iterator[Path]:
         staged.mkdir(parents=True)
         yield staged
         write_manifest(staged)
-    os.replace(staged, folder / ".published")  # complete: finish_model_save can now finish the save, even after a kill
-    finish_model_save(folder)
+        # complete: finish_model_save can now finish the save, even after a kill
+        os.replace(staged, folder / ".published")
+        finish_model_save(folder)
 
 
 def finish_model_save(folder: Path) -> None:
@@ -84,6 +88,18 @@ def changed_files(folder: Path) -> dict[str, str]:
     except OSError as error:
         return {str(folder): f"cannot be read ({error.strerror})"}
     return {printable(name): reason for name, reason in changed.items()}  # a stranger may have written the manifest
+
+
+def decoder_tuning(folder: Path) -> dict | None:
+    """Return how the decoder of the pipeline in `folder` was tuned, or None if it was not tuned.
+
+    It was not if the VAE has been replaced since, as train_unet.py does when it continues.
+    """
+    file, weights = folder / DECODER_TUNING, folder / "vae" / "diffusion_pytorch_model.safetensors"
+    if not file.is_file() or not weights.is_file():
+        return None
+    tuning = read_json(file)
+    return tuning if tuning.get("vae_crc32") == crc32_of(weights) else None
 
 
 def crc32_of(file: Path) -> int:

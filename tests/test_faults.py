@@ -26,7 +26,15 @@ from corel_diffusers.data.cache import cached_array, is_whole, shard_path
 from corel_diffusers.data.latents import load_vae
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.prepare import prepare
-from corel_diffusers.files import UserError, explain_full_disk, read_json, read_metrics, require_writable, write_text
+from corel_diffusers.files import (
+    UserError,
+    explain_full_disk,
+    one_line_errors,
+    read_json,
+    read_metrics,
+    require_writable,
+    write_text,
+)
 from corel_diffusers.hub.upload import push
 from corel_diffusers.models.reading import read_vae
 from corel_diffusers.models.unet import build_unet
@@ -143,6 +151,15 @@ def test_a_full_disk_is_one_line_and_the_older_file_stays(number, tmp_path, monk
         raise RuntimeError(f"a library says: {os.strerror(errno.ENOSPC)} (os error 28)")
     with pytest.raises(ValueError, match="another error"), explain_full_disk(tmp_path):
         raise ValueError("another error")
+
+
+def test_a_full_disk_is_one_line_wherever_a_program_meets_it(capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "notes.txt")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: notes.txt cannot be written (No space left on device): make room there\n"
+    with pytest.raises(FileNotFoundError), one_line_errors():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "notes.txt")
 
 
 LOST_PROCESS = """

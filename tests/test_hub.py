@@ -17,7 +17,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.files import UserError
 from corel_diffusers.hub import cards
 from corel_diffusers.hub.cards import WRITTEN_BY, write_card
-from corel_diffusers.sampling.pipelines import pipeline_digest
+from corel_diffusers.sampling.pipelines import weights_digests
 
 LOAD = """
 import sys
@@ -271,7 +271,7 @@ def test_the_card_has_the_results_for_the_page_of_the_model(trained_unet, raw_ph
     values = {"kid_e3": 31.25, "kid_e3_low": 30.0, "kid_e3_high": 33.0, "fd": 2.5, "n": [300, 50],
               "precision": 0.5, "recall": 0.5}  # fmt: skip
     evaluation = {
-        "unet_sha256": pipeline_digest(folder), "features": "efficientnet-lite0", "held_out": "test",
+        **weights_digests(folder), "features": "efficientnet-lite0", "held_out": "test",
         "generation": values, "reconstruction": values, "size_px": [32, 32],
         "copies": {"pictures": {"pixels": 0.01, "features": 0.02}, "n": {"pictures": 300}},
     }  # fmt: skip
@@ -291,5 +291,5 @@ def test_a_card_without_an_evaluation_does_not_hash_the_weights(trained_unet, tm
     """The card is written at each checkpoint, and hashing the weights takes time."""
     folder = tmp_path / "pipeline"
     shutil.copytree(trained_unet, folder, ignore=shutil.ignore_patterns("checkpoints"))
-    monkeypatch.setattr(cards, "pipeline_digest", lambda folder: pytest.fail("the weights were hashed"))
+    monkeypatch.setattr(cards, "weights_digests", lambda folder: pytest.fail("the weights were hashed"))
     write_card(folder)

@@ -17,7 +17,7 @@ LAYERS = [
     ["losses", "data"],
     ["training", "sampling"],
 ]
-LAYERS += [["evaluation"], ["hub", "environment"], ["cli"], ["api"]]
+LAYERS += [["evaluation"], ["hub", "environment"], ["decoder_tuning"], ["cli"], ["api"]]
 
 
 def imports_of(module: str, source: str) -> Iterable[str]:

@@ -56,6 +56,11 @@ class Prepare:
         return self
 
 
+def photo_source(args: "Evaluate | TuneDecoder") -> str | Path:
+    """Return the folder of photos as a Path, "scenes", or the id of a Hub dataset."""
+    return args.dataset_name or (SCENES if args.data_dir == SCENES else user_path(args.base_dir, args.data_dir))
+
+
 @dataclass(kw_only=True, frozen=True)
 class Sampling:
     """The flags for generating samples with a pipeline. `generate` and `evaluate` share them."""
@@ -194,7 +199,7 @@ class Evaluate(Sampling):
     @property
     def photo_source(self) -> str | Path:
         """The folder of photos as a Path, "scenes", or the id of a Hub dataset."""
-        return self.dataset_name or (SCENES if self.data_dir == SCENES else user_path(self.base_dir, self.data_dir))
+        return photo_source(self)
 
     @property
     def results_dir(self) -> Path:
@@ -221,6 +226,59 @@ class Evaluate(Sampling):
         if isinstance(self.photo_source, Path):
             require_data_dir(self.photo_source)
         require_writable(self.results_dir, "--output-dir")
+        return self
+
+
+@dataclass(kw_only=True, frozen=True)
+class TuneDecoder:
+    """Train the decoder of a pipeline on the latents that its UNet draws: its samples become sharper.
+
+    The encoder and the UNet do not change. The pipeline in its folder is replaced at the end, in one piece.
+    """
+
+    pipeline: str = "diffusion_models"
+    """Pipeline folder that train_unet.py wrote."""
+    trust_remote_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Allow the code of the pipeline to run, of a folder that this toolkit did not write."""
+    data_dir: str | None = None
+    """Folder of the photos that the model was trained on: prepared, raw, or "scenes"."""
+    dataset_name: str | None = None
+    """Id of a Hub dataset with these photos, user/name or user/name:config, instead of --data-dir."""
+    base_dir: str = "."
+    """Folder at which relative paths start."""
+    minutes: float = 2
+    """Minutes for all of it. The UNet draws for about a quarter of them, then the decoder is trained."""
+    seed: int = 42
+    """Random seed."""
+    device: str = "auto"
+    """Device: auto, cuda or cpu."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Mixed precision. auto means bf16 on a CPU with bf16 in hardware, and no otherwise."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the pipeline."""
+        return user_path(self.base_dir, self.pipeline)
+
+    @property
+    def photo_source(self) -> str | Path:
+        """The folder of photos as a Path, "scenes", or the id of a Hub dataset."""
+        return photo_source(self)
+
+    def checked(self) -> Self:
+        """Return the flags, or raise UserError for values that cannot be used."""
+        require_usable(self)
+        require(self.minutes > 0, "minutes", self.minutes, "give a number above 0")
+        if bool(self.data_dir) == bool(self.dataset_name):
+            raise UserError(
+                "tune-decoder needs the photos that the model was trained on: give --data-dir or --dataset-name"
+            )
+        if isinstance(self.photo_source, Path):
+            require_data_dir(self.photo_source)
+        if not self.folder.is_dir():
+            raise UserError(f"--pipeline {self.folder} is not a folder: give the --output-dir of train_unet.py")
+        require_writable(self.folder, "--pipeline")
+        require_cache()
         return self
 
 

@@ -177,6 +177,18 @@ def scale_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
     return (latents - mean) / std * config.scaling_factor
 
 
+def unscale_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """Return the latents in the scale of the VAE: the inverse of `scale_latents`."""
+    config = vae.config
+    if config.latents_mean is None:
+        return latents / config.scaling_factor + (config.shift_factor or 0.0)
+    mean, std = (
+        per_channel(tuple(values), latents.dtype, latents.device)
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return latents / config.scaling_factor * std + mean
+
+
 @lru_cache(maxsize=8)
 def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return one value per channel as (1, C, 1, 1). It is copied to the device only once: a GPU waits for each copy."""

@@ -25,7 +25,7 @@ from corel_diffusers.evaluation.metrics import colour_statistics, compare, halve
 from corel_diffusers.evaluation.reconstruction import MAX_COMPARED, reconstruct, reconstruction_scores, vae_rendering
 from corel_diffusers.files import write_json
 from corel_diffusers.runtime.precision import resolve_precision
-from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, pipeline_digest, trained_sizes_px
+from corel_diffusers.sampling.pipelines import load_pipeline, pick_device, trained_sizes_px, weights_digests
 from corel_diffusers.sampling.samplers import set_sampler
 from corel_diffusers.sampling.samples import guidance_interval, labels_for_images, sample_images
 
@@ -85,7 +85,7 @@ def evaluate(args: Evaluate) -> dict:
         results["reconstruction"] = scores
         sheets |= sheet
     if pipe and isinstance(args.pipeline_location, Path):
-        results["unet_sha256"] = pipeline_digest(args.pipeline_location)
+        results |= weights_digests(args.pipeline_location)
         if photos.held_out != "all":
             results["held_out_trained_on"] = count_trained_on(args.pipeline_location, photos.files[photos.held_out])
     results["seconds"] = round(time.monotonic() - start_seconds, 1)

@@ -110,20 +110,28 @@ def read_images(folder: Path) -> list[Image.Image]:
 
 
 def photos_to_compare(args: Evaluate, pipe: DiffusionPipeline | None) -> DatasetDict:
-    """Load the photos of --classes. Without that flag, load the photos of the classes that the model has.
-
-    All photos are loaded if there is no pipeline, or if the classes of the model are not a proper subset of the
-    classes of the photos.
-    """
-    photos = load_photos(args.photo_source, classes=args.classes)
+    """Load the photos of --classes. Without that flag, load the photos of the classes that the model has."""
     if args.classes or not pipe:
-        return photos
+        return load_photos(args.photo_source, classes=args.classes)
+    return photos_of_model(args.photo_source, pipe, args.pipeline_location)
+
+
+def photos_of_model(source: str | Path, pipe: DiffusionPipeline, location: str | Path) -> DatasetDict:
+    """Load the photos of the classes that a pipeline has.
+
+    All photos are loaded if the classes of the model are not a proper subset of the classes of the photos.
+
+    Args:
+        source: see `load_photos`.
+        location: the folder or the Hub id of the pipeline.
+    """
+    photos = load_photos(source)
     trained_classes = set((pipe.config.class_names or {}).values())
-    run_file = Path(args.pipeline_location) / "run.json"
+    run_file = Path(location) / "run.json"
     if not trained_classes and run_file.is_file():  # a model that was trained on one class has no labels
         trained_classes = set(read_json(run_file)["data"]["classes"])
     if trained_classes and trained_classes < set(photos["train"].features["label"].names):
-        return load_photos(args.photo_source, classes=sorted(trained_classes))
+        return load_photos(source, classes=sorted(trained_classes))
     return photos
 
 

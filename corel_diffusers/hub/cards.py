@@ -6,7 +6,8 @@ from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, 
 
 from corel_diffusers.evaluation.report import card_rows, heading
 from corel_diffusers.files import best_record, read_json, read_metrics, write_text
-from corel_diffusers.sampling.pipelines import has_guide, pipeline_digest
+from corel_diffusers.sampling.pipelines import has_guide, weights_digests
+from corel_diffusers.saved_models import decoder_tuning
 
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
 TEMPLATES = Path(__file__).parent
@@ -52,6 +53,7 @@ def pipeline_card(folder: Path, repo_id: str, license_id: str | None) -> str:
         sizes=list(index.get("image_sizes") or {}),
         has_grid=(folder / "grid.png").is_file(),
         has_guide=has_guide(folder),
+        tuning=decoder_tuning(folder),
         run=run,
         best=history and best_record(history),
         last=history and history[-1],
@@ -134,7 +136,11 @@ def evaluation_of(folder: Path) -> dict:
     """Return evaluation.json of a pipeline, or {} if there is none or if it was made with other weights."""
     path = folder / "evaluation.json"
     results = read_json(path) if path.is_file() else {}  # usual during training: return before the weights are hashed
-    return results if results and results.get("unet_sha256") == pipeline_digest(folder) else {}
+    if not results:
+        return {}
+    # earlier versions did not record the VAE
+    weights = {name: results[name] for name in ("unet_sha256", "vae_sha256") if name in results}
+    return results if weights and weights.items() <= weights_digests(folder).items() else {}
 
 
 def measured(evaluation: dict, run: dict) -> list[EvalResult]:

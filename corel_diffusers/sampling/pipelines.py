@@ -83,15 +83,18 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def pipeline_digest(folder: Path) -> str:
-    """Return the SHA-256 of the weights of the UNet and of the guide model, if there is one.
+def weights_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the weights of a pipeline: of its VAE, and of its UNet with the guide model if it has one.
 
     The card uses it to check that an evaluation was made with these weights.
     """
-    parts = ("unet", "guide") if has_guide(folder) else ("unet",)
-    return hashlib.sha256(
-        b"".join((folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in parts)
-    ).hexdigest()
+    parts = {"unet_sha256": ["unet", "guide"] if has_guide(folder) else ["unet"], "vae_sha256": ["vae"]}
+    return {
+        name: hashlib.sha256(
+            b"".join((folder / part / "diffusion_pytorch_model.safetensors").read_bytes() for part in models)
+        ).hexdigest()
+        for name, models in parts.items()
+    }
 
 
 def has_guide(folder: Path) -> bool:

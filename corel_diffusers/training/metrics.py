@@ -17,9 +17,10 @@ from corel_diffusers.training.trackers import log_image
 
 def append_metrics(path: Path, record: dict) -> None:
     """Append one line to metrics.jsonl. It is written in one call, so a reader sees a complete line or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(path.parent, "--output-dir"), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with explain_full_disk(path.parent, "--output-dir"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def save_grid(run: Run, name: str, grid: Image.Image) -> None:

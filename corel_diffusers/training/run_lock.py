@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from corel_diffusers.files import UserError
+from corel_diffusers.files import UserError, explain_full_disk
 
 LOCK = ".running.json"
 RENEWED_SECONDS = 60  # a living run renews the time of its lock this often
@@ -39,7 +39,8 @@ def locked(run_dir: Path, is_writer: bool) -> Iterator[None]:
         return
     lock, is_over = run_dir / LOCK, threading.Event()
     new_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    take(lock)
+    with explain_full_disk(run_dir, "--output-dir"):
+        take(lock)
     threading.Thread(target=renew, args=(lock, is_over), daemon=True).start()
     try:
         yield
@@ -66,6 +67,9 @@ def take(lock: Path) -> None:
             return
         except FileExistsError:
             remove_dead(lock)
+        except OSError:  # the disk is full: an empty lock would be in the way of the next run
+            lock.unlink(missing_ok=True)
+            raise
 
 
 def remove_dead(lock: Path) -> None:

@@ -109,7 +109,7 @@ def tune(
         precision: "bf16" or "no".
 
     Raises:
-        UserError: the minutes were over before the first step.
+        UserError: the minutes were over before the first step of the training.
     """
     drawing_ends = time.monotonic() + DRAWING_FRACTION * (began + seconds - time.monotonic())
     drawn = draw_latents(pipe, pixels, class_names, drawing_ends)
@@ -125,6 +125,8 @@ def tune(
     perceptual = PerceptualLoss("efficientnet-lite0").to(device, memory_format=torch.channels_last)
     training_began = time.monotonic()
     training_seconds, steps = began + seconds - training_began, 0
+    if training_seconds <= 0:
+        raise UserError(f"--minutes {seconds / 60:g}: the UNet drew until the minutes were over: give more")
 
     with tqdm(total=round(training_seconds), desc="tuning the decoder", unit="s", leave=False) as bar:
         while (elapsed := time.monotonic() - training_began) < training_seconds:
@@ -157,8 +159,6 @@ def tune(
             steps += 1
             bar.n = min(round(elapsed), bar.total)
             bar.refresh()
-    if not steps:
-        raise UserError(f"--minutes {seconds / 60:g}: the minutes were over before the first step: give more")
     vae.requires_grad_(False)
     return steps
 

@@ -341,6 +341,23 @@ def test_layers_without_end_are_refused_before_they_are_built(trained_unet, tmp_
         build_unet(str(tmp_path / "unet.json"), (32, 32), new_vae, None)
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "text"),
+        ("model_index.json", "image_sizes", {"x": 1}),
+        ("model_index.json", "image_sizes", {"999999x999999": 1}),
+    ],
+)
+def test_timesteps_and_image_sizes_of_a_pipeline_have_a_range(file, name, value, trained_unet, tmp_path):
+    shutil.copytree(trained_unet, tmp_path / "model")
+    file = tmp_path / "model" / file
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=f"--pipeline .*({name}|image size)"):
+        load_pipeline(tmp_path / "model", pick_device("cpu"))
+
+
 def test_class_names_that_are_no_text_are_one_line(trained_unet, tmp_path):
     shutil.copytree(trained_unet, tmp_path / "model")
     index = tmp_path / "model" / "model_index.json"

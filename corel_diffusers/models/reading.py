@@ -9,6 +9,8 @@ from corel_diffusers.models.configs import check_layers
 from corel_diffusers.saved_models import require_undamaged
 from corel_diffusers.trust import require_own_code
 
+MAX_TIMESTEPS = 100_000  # models are trained with 1000
+
 
 def read_vae(location: Path | str, flag: str) -> AutoencoderKL:
     """Read an AutoencoderKL from its folder or its Hub id, or from those of a pipeline that has one.
@@ -54,6 +56,7 @@ def read_pipeline(location: Path | str, flag: str, trust_remote_code: bool = Fal
         for file in location.glob("*/config.json"):
             if isinstance(values := read_json(file), dict):
                 check_layers(values, f"{source}: {file.parent.name}/config.json")
+        check_scheduler(location, source)
     try:
         return DiffusionPipeline.from_pretrained(
             location, trust_remote_code=is_folder or trust_remote_code, use_safetensors=True, local_files_only=is_folder
@@ -61,3 +64,19 @@ def read_pipeline(location: Path | str, flag: str, trust_remote_code: bool = Fal
     except Exception as error:  # a damaged or hostile folder can raise any type
         hint = "give the --output-dir of a train_unet.py run, or a Hub id"
         raise UserError(f"{source} cannot be loaded ({first_line(error)}): {hint}") from None
+
+
+def check_scheduler(folder: Path, source: str) -> None:
+    """Raise UserError if the scheduler of a pipeline's folder has more timesteps than any model is trained with.
+
+    Building a scheduler takes memory for each of them.
+
+    Args:
+        source: the flag and its value, for messages.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(file) if file.is_file() else {}
+    timesteps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
+    if not isinstance(timesteps, int) or not 1 <= timesteps <= MAX_TIMESTEPS:
+        hint = f"give a whole number from 1 to {MAX_TIMESTEPS}"
+        raise UserError(f"{source}: scheduler/scheduler_config.json has num_train_timesteps {timesteps}: {hint}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from corel_diffusers.config.checks import SIDES_PX, require
+from corel_diffusers.config.checks import SIDES_PX, parse_size, require
 from corel_diffusers.data.latents import check_vae_config, config_key, load_vae, scale_key, weights_key
 from corel_diffusers.files import UserError, read_json
 from corel_diffusers.models.configs import downsample_factor
@@ -71,6 +71,8 @@ def load_pipeline(
     sides = size if isinstance(size, (list, tuple)) else [size, size]
     are_usable = len(sides) == 2 and all(isinstance(side, int) and 0 < side * factor <= SIDES_PX[1] for side in sides)
     require(are_usable, "pipeline", location, f"the sample_size of its UNet cannot be used ({size}): repair it")
+    for name in getattr(pipe.config, "image_sizes", None) or {}:
+        parse_size(name, f"--pipeline {location}: the image size of its model_index.json")
     if vae_location:
         vae = load_vae(vae_location)
         if any(key(vae) != key(pipe.vae) for key in (weights_key, config_key, scale_key)):

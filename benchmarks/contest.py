@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument(
         "--decoder-minutes",
         type=float,
-        default=2.0,
-        help="part of the toolkit's minutes in which tune-decoder runs; 0: it does not run",
+        default=0.0,
+        help="part of the toolkit's minutes in which tune-decoder runs (0: it does not run)",
     )
     parser.add_argument("--vae-flags", default="", help="additional flags for train_vae.py, to try a recipe")
     parser.add_argument("--unet-flags", default="", help="additional flags for train_unet.py, to try a recipe")

@@ -11,8 +11,6 @@ from corel_diffusers.files import UserError, explain_full_disk, printable, read_
 
 ENTRY_FILES = ("model_index.json", "config.json")  # loading a pipeline or a model starts from one of these files
 MANIFEST = "manifest.json"  # path of a file -> [bytes, CRC-32], of all other files of a saved model or checkpoint
-
-
 DECODER_TUNING = "decoder_tuning.json"  # in the folder of a pipeline: how its decoder was tuned
 
 

@@ -71,6 +71,7 @@ def trials(base: Base, seed: int, count: int = 600) -> list[Trial]:
         "env": [],
         "train-vae": ["--data-dir", "scenes"],
         "train-unet": ["--data-dir", "scenes", "--vae-checkpoint", str(base.vae)],
+        "tune-decoder": ["--pipeline", str(base.unet), "--data-dir", str(base.photos)],
         "generate": ["--pipeline", str(base.unet)],
         "evaluate": ["--pipeline", str(base.unet), "--data-dir", str(base.photos)],
         "push": ["--pipeline", str(base.unet), "--repo-id", "a/b", "--dry-run"],

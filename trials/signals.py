@@ -23,6 +23,9 @@ WAYS = ("once", "twice", "to the group", "with a worker", "to two processes")
 
 def commands(base: Base, folder: Path) -> dict[str, list[object]]:
     """Return the words of each command that is interrupted. Photos of its own: nothing is cached yet."""
+    pipeline = folder / "pipeline"
+    if not pipeline.exists():  # tune-decoder changes it
+        shutil.copytree(base.unet, pipeline)
     return {
         "train_vae": base.train_vae(folder / "run"),
         "train_unet": base.train_unet(folder / "run"),
@@ -51,6 +54,7 @@ def commands(base: Base, folder: Path) -> dict[str, list[object]]:
             "--output-dir",
             folder / "evaluation",
         ],
+        "tune-decoder": ["tune-decoder", "--pipeline", pipeline, "--data-dir", base.photos, "--minutes", 0.1],
         "push": ["push", "--pipeline", base.unet, "--repo-id", "user/name", "--dry-run"],
     }
 
@@ -132,7 +136,7 @@ def one_of_two(base: Base, victim: int, index: int) -> str:
     return "" if code else "exit code 0"
 
 
-def trials(base: Base, seed: int, count: int = 120) -> list[Trial]:
+def trials(base: Base, seed: int, count: int = 140) -> list[Trial]:
     seconds, references = {}, {("train_vae", False): base.vae, ("train_unet", False): base.unet}
     for command in commands(base, WORK):
         folder = fresh_folder(f"reference {command}")

@@ -39,7 +39,7 @@ def locked(run_dir: Path, is_writer: bool) -> Iterator[None]:
         return
     lock, is_over = run_dir / LOCK, threading.Event()
     new_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    with explain_full_disk(run_dir, "--output-dir"):
+    with explain_full_disk(run_dir):
         take(lock)
     threading.Thread(target=renew, args=(lock, is_over), daemon=True).start()
     try:

@@ -78,9 +78,15 @@ class TrainingArguments(
         return [name for name in chosen if importlib.util.find_spec(name)]
 
     @property
-    def adamw_options(self) -> dict:
-        """The options of torch.optim.AdamW that have flags of their own."""
-        return {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
+    def optimizer_options(self) -> dict:
+        """The arguments of `build_optimizer` that have flags of their own, without the learning rate."""
+        return {
+            "name": self.optimizer,
+            "weight_decay": self.weight_decay,
+            "muon_scale": self.MUON_SCALE,
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eps": self.adam_epsilon,
+        }
 
     def settings(self) -> dict:
         """Return the flags that must not change when an interrupted run is resumed, as JSON values.

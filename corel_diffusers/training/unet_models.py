@@ -53,13 +53,7 @@ def build_models(
     full_model = unsharded_copy(model, accelerator.device) if is_sharded(accelerator) else None
     unet = (full_model or model).unet
     optimizer = build_optimizer(
-        args.optimizer,
-        model,
-        args.learning_rate,
-        args.weight_decay,
-        args.MUON_SCALE,
-        model.ADAMW_LAYERS,
-        **args.adamw_options,
+        model=model, learning_rate=args.learning_rate, adamw_layers=model.ADAMW_LAYERS, **args.optimizer_options
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     rate = LearningRate([optimizer], args)
@@ -86,7 +80,7 @@ def trial_step(
     if flags.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     optimizer = build_optimizer(
-        flags.optimizer, model, 1e-4, flags.weight_decay, flags.MUON_SCALE, model.ADAMW_LAYERS, **flags.adamw_options
+        model=model, learning_rate=1e-4, adamw_layers=model.ADAMW_LAYERS, **flags.optimizer_options
     )
     shape = latent_shape(vae, size_px)
     inputs = [values.to(accelerator.device) for values in zero_batch(batch_size, shape, num_crop_params=0)]

@@ -52,13 +52,7 @@ def build_models(args: VAEArguments, accelerator: Accelerator, vae: AutoencoderK
         *zero_batch(args.batch_size, args.size_px, vae),
     )
     optimizer = build_optimizer(
-        args.optimizer,
-        model,
-        args.learning_rate,
-        args.weight_decay,
-        args.MUON_SCALE,
-        model.ADAMW_LAYERS,
-        **args.adamw_options,
+        model=model, learning_rate=args.learning_rate, adamw_layers=model.ADAMW_LAYERS, **args.optimizer_options
     )
     model, discriminator = accelerator.prepare(model), build_discriminator() if args.adversarial_weight else None
     trained = [Trained("model", model, optimizer)]
@@ -104,7 +98,7 @@ def trial_step(
     model = VAEWithPosterior(vae).to(accelerator.device)
     perceptual = build_perceptual(flags, accelerator.device)
     optimizer = build_optimizer(
-        flags.optimizer, model, 1e-4, flags.weight_decay, flags.MUON_SCALE, model.ADAMW_LAYERS, **flags.adamw_options
+        model=model, learning_rate=1e-4, adamw_layers=model.ADAMW_LAYERS, **flags.optimizer_options
     )
     photos, noise = (values.to(accelerator.device) for values in zero_batch(batch_size, size_px, vae))
     model, perceptual = capture_training_passes(flags, accelerator, model, perceptual, photos, noise, trial=True)

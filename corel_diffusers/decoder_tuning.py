@@ -35,8 +35,8 @@ from corel_diffusers.saved_models import DECODER_TUNING, atomic_model_save, crc3
 from corel_diffusers.training.run_lock import locked
 from pipeline import CorelPipeline
 
-# Noise levels from which the UNet denoises the latents of photos, from 0 (clean) to 1 (pure noise). Between them the
-# UNet loses the detail, and the photo still is what the decoder should draw (benchmarks/drawn_latents.py).
+# Noise levels from which the UNet denoises the latents of photos, from 0 (clean) to 1 (pure noise). At these levels the
+# fine detail is lost, but the result still shows the photo (benchmarks/results/drawn_latents.md).
 LEVELS = (0.2, 0.3, 0.4)
 GUIDANCE_SCALE = 2.5  # the default of the pipeline
 DRAWN_AT_ONCE = 64
@@ -119,7 +119,7 @@ def tune(
     parameters = [parameter for part in decoder for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
     discriminator = build_discriminator().to(device)
-    its_optimizer = torch.optim.AdamW(
+    discriminator_optimizer = torch.optim.AdamW(
         discriminator.parameters(), lr=DISCRIMINATOR_LEARNING_RATE, betas=(0.5, 0.9), fused=True
     )
     perceptual = PerceptualLoss("efficientnet-lite0").to(device, memory_format=torch.channels_last)
@@ -154,8 +154,8 @@ def tune(
             with autocast(precision, device.type):
                 logits = discriminator(torch.cat([real, images.detach()])).float()
             discriminator_loss(*logits.chunk(2)).backward()
-            its_optimizer.step()
-            its_optimizer.zero_grad()
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
             steps += 1
             bar.n = min(round(elapsed), bar.total)
             bar.refresh()

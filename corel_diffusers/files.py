@@ -49,8 +49,9 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:  # where it is known what is written, see explain_full_disk
+        if error.errno not in CANNOT_WRITE:
             raise
+        # explain_full_disk gives a better line where the place is known
         file = printable(str(error.filename or "a file"))
         print(f"error: {file} cannot be written ({error.strerror}): make room there", file=sys.stderr)
         sys.exit(2)

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import launch, tool
+from conftest import launch, tool, tool_here
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
@@ -70,10 +70,10 @@ def test_samples_equal_those_of_the_pipeline_at_any_batch_size(base):
         1,
     ]
     common += ["--mixed-precision", "no"]
-    tool(*common, "--batch-size", 2, "--output", "two.png")
+    tool_here(*common, "--batch-size", 2, "--output", "two.png")
     (base / "three_individual").mkdir()
     (base / "three_individual" / "mine.txt").write_text("a user's own file")
-    tool(*common, "--batch-size", 3, "--output", "three.png")
+    tool_here(*common, "--batch-size", 3, "--output", "three.png")
     assert (base / "three_individual" / "mine.txt").is_file()
     pipe = DiffusionPipeline.from_pretrained(base / "diffusion_models", trust_remote_code=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -87,8 +87,8 @@ def test_samples_equal_those_of_the_pipeline_at_any_batch_size(base):
 
 def test_the_pipeline_by_itself_draws_what_generate_draws(base):
     """With nothing but a class: the folder comes with the sampler of `generate`, and takes its number of steps."""
-    tool("generate", "--base-dir", base, "--num-images", 1, "--seed", 5, "--class", "pine forest",
-         "--mixed-precision", "no", "--output", "alone.png")  # fmt: skip
+    tool_here("generate", "--base-dir", base, "--num-images", 1, "--seed", 5, "--class", "pine forest",
+              "--mixed-precision", "no", "--output", "alone.png")  # fmt: skip
     pipe = DiffusionPipeline.from_pretrained(base / "diffusion_models", trust_remote_code=True)
     expected = pipe("pine forest", generator=torch.Generator().manual_seed(5), output_type="np").images[0]
     assert np.abs(read_images(base / "alone_individual")[0] / 255 - expected).max() < 0.01
@@ -96,9 +96,9 @@ def test_the_pipeline_by_itself_draws_what_generate_draws(base):
 
 def test_more_than_sixteen_samples_are_saved_as_a_grid_only_by_default(base):
     common = ["generate", "--base-dir", base, "--num-images", 17, "--sampler", "unipc", "--steps", 2]
-    tool(*common, "--output", "grid.png")
+    tool_here(*common, "--output", "grid.png")
     assert not (base / "grid_individual").exists()
-    tool(*common, "--output", "all.png", "--individual")
+    tool_here(*common, "--output", "all.png", "--individual")
     assert len(read_images(base / "all_individual")) == 17
 
 
@@ -135,7 +135,7 @@ def test_invalid_flags_give_one_line(flags, expected, trained_unet):
     ],
 )
 def test_flags_that_do_not_fit_the_model_or_machine_give_one_line(flags, expected, trained_unet, tmp_path):
-    completed = tool("generate", "--pipeline", trained_unet, "--base-dir", tmp_path, *flags, check=False)
+    completed = tool_here("generate", "--pipeline", trained_unet, "--base-dir", tmp_path, *flags, check=False)
     assert completed.returncode == 2
     assert expected in completed.stderr.splitlines()[-1]
     assert "Traceback" not in completed.stderr

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import launch, run_here, script, tool
+from conftest import launch, run_here, script, tool, tool_here
 from datasets import load_dataset
 from diffusers import DiffusionPipeline, UNet2DModel
 from hub_server import TOKEN, HubServer
@@ -99,7 +99,7 @@ def test_a_pushed_pipeline_loads_with_the_same_weights(hub, trained_unet, tmp_pa
     assert "it exists and is public" in refused.stderr
     pipe.guide = None
     pipe.save_pretrained(guided)
-    listed = tool("push", "--pipeline", guided, "--repo-id", "user/corel", "--dry-run").stdout
+    listed = tool_here("push", "--pipeline", guided, "--repo-id", "user/corel", "--dry-run").stdout
     assert "unet/" in listed
     assert "guide/" not in listed, "the folder that is left is not part of the pipeline"
 

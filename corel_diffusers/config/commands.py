@@ -247,7 +247,7 @@ class TuneDecoder:
     base_dir: str = "."
     """Folder at which relative paths start."""
     minutes: float = 2
-    """Minutes for all of it. The UNet draws for about a quarter of them, then the decoder is trained."""
+    """Minutes of drawing and training. The UNet draws for a quarter of them, then the decoder is trained."""
     seed: int = 42
     """Random seed."""
     device: str = "auto"

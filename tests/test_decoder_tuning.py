@@ -56,7 +56,7 @@ def test_only_the_decoder_changes(pipeline_folder, trained_unet, raw_photos):
 
 
 def test_a_stopped_command_leaves_the_pipeline_as_it_was(pipeline_folder, trained_unet, raw_photos):
-    words = ["tune-decoder", "--pipeline", pipeline_folder, "--data-dir", raw_photos, "--minutes", 5]
+    words = ["tune-decoder", "--pipeline", pipeline_folder, "--data-dir", raw_photos, "--minutes", 0.5]
     process = subprocess.Popen([*COMMAND, *map(str, words)], stderr=subprocess.PIPE)
     seen = b""
     while b"tuning the decoder" not in seen:  # the bar

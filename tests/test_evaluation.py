@@ -351,9 +351,11 @@ def test_a_copy_of_a_corner_is_found_in_features(pixels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_different_images_with_little_detail_are_not_near_duplicates(mirrored):
-    """By their hashes alone, many different drawn scenes would be one group, and a new scene would count as a copy."""
+def test_different_images_with_little_detail_are_not_near_duplicates():
+    """By their hashes alone, many different drawn scenes would be one group, and a new scene would count as a copy.
+
+    Every second scene is mirrored, because the mirror image of a photo is a near duplicate too.
+    """
     scenes = np.stack(
         [
             np.asarray(draw_scene(label, np.random.default_rng([3, label, i])).resize((48, 48)))
@@ -361,9 +363,9 @@ def test_different_images_with_little_detail_are_not_near_duplicates(mirrored):
             for i in range(40)
         ]
     )
-    scenes = np.ascontiguousarray(scenes[:, :, ::-1]) if mirrored else scenes
+    scenes[1::2] = scenes[1::2, :, ::-1].copy()
     hash_group_sizes = np.bincount(duplicate_groups([photo_hashes(Image.fromarray(scene)) for scene in scenes]))
-    finder = memorization.CopyFinder.of(*[Pixels(scenes, f"plain-{mirrored}")] * 2, CPU)
+    finder = memorization.CopyFinder.of(*[Pixels(scenes, "plain")] * 2, CPU)
     assert hash_group_sizes.max() > 10
     assert finder.groups.bincount().max() <= 3
     new_scenes = np.stack(

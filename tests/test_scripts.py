@@ -688,13 +688,13 @@ def test_fp16_without_a_gpu_gives_one_line(vae_flags, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 def test_out_of_memory_gives_one_line_with_the_flags_that_help(vae_flags, tmp_path):
     limit = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (9 << 30,) * 2); sys.argv = sys.argv[1:]"
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30,) * 2); sys.argv = sys.argv[1:]"
     )
     code = f"{limit}; runpy.run_path(sys.argv[0], run_name='__main__')"
     flags = [
         *vae_flags,
         "--batch-size",
-        65536,
+        16384,
         "--image-size",
         64,
         "--output-dir",
@@ -705,8 +705,8 @@ def test_out_of_memory_gives_one_line_with_the_flags_that_help(vae_flags, tmp_pa
     done = launch(sys.executable, "-c", code, ROOT / "train_vae.py", *flags, check=False)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: out of memory with --batch-size 65536 at 64x64 px")
-    assert "--batch-size 32768 --grad-accum 2" in last
+    assert last.startswith("error: out of memory with --batch-size 16384 at 64x64 px")
+    assert "--batch-size 8192 --grad-accum 2" in last
     assert "--image-size" in last
 
 

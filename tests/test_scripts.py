@@ -421,14 +421,15 @@ def test_gradient_accumulation_equals_a_larger_batch_within_rounding(vae_flags, 
 
 @pytest.mark.parametrize("name", ["train_vae", "train_unet"])
 def test_two_processes_equal_one_process_with_the_same_global_batch(name, vae_flags, unet_flags, configs, tmp_path):
-    """DDP over gloo on CPUs, started by torchrun. The run of the UNet is resumed once.
+    """DDP over gloo on CPUs, started by torchrun and resumed once.
 
     The models have no dropout, because each process would draw its own masks.
     """
     config = configs / "without-dropout.json"
     config.write_text(json.dumps(UNET_CONFIG | {"dropout": 0.0}))
+    # without KL warm-up: it depends on the length of the run, and the run "two" starts as a shorter one
     extra = {
-        "train_vae": ["--no-perceptual", "--lr-scheduler", "none"],
+        "train_vae": ["--no-perceptual", "--lr-scheduler", "none", "--kl-warmup", 0],
         "train_unet": ["--config", config, "--lr-scheduler", "plateau"],
     }[name]
     common = [*(vae_flags if name == "train_vae" else unet_flags), *extra, "--lr", 1e-3, "--output-dir"]
@@ -445,9 +446,8 @@ def test_two_processes_equal_one_process_with_the_same_global_batch(name, vae_fl
     ]
     processes = {"env": {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}}
     run_here(name, [*common, tmp_path / "one", "--batch-size", 4, "--epochs", 2])
-    for epochs in {"train_vae": (2,), "train_unet": (1, 2)}[name]:
-        two = [*common, tmp_path / "two", "--batch-size", 2, "--epochs", epochs, "--resume", "latest"]
-        launch(*torchrun, *two, **processes)
+    launch(*torchrun, *common, tmp_path / "two", "--batch-size", 2, "--epochs", 1, **processes)
+    launch(*torchrun, *common, tmp_path / "two", "--batch-size", 2, "--epochs", 2, "--resume", "latest", **processes)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two, strict=True):

@@ -3,12 +3,13 @@
 The flags are checked before heavy modules such as torch are imported, so an error in a flag appears at once.
 """
 
+import gc
 import importlib
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import tyro
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 
 # `corel-diffusers`, wherever it is; -P: no module is imported from the folder that the user is in
 COMMAND = [sys.executable, "-P", "-c", "from corel_diffusers.cli import main; main()"]
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import torch without the garbage collector, which would look at a million new objects again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # what was imported stays until the end
+        gc.enable()
 
 
 def run_prepare(args: Prepare) -> None:
@@ -69,20 +81,24 @@ def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process
 
 
 def run_training_script(args: TrainingArguments) -> None:
-    from corel_diffusers.training.start import run_script
+    with heavy_imports():
+        from corel_diffusers.training.start import run_script
 
-    run_script(importlib.import_module(args.script).main, args)  # of train_vae.py or train_unet.py
+        script = importlib.import_module(args.script)  # train_vae.py or train_unet.py
+    run_script(script.main, args)
 
 
 def run_generate(args: Generate) -> "list[Image.Image]":
-    from corel_diffusers.sampling.generate import generate
+    with heavy_imports():
+        from corel_diffusers.sampling.generate import generate
 
     return generate(args, user_path(args.base_dir, args.output))
 
 
 def run_evaluate(args: Evaluate) -> dict:
-    from corel_diffusers.evaluation.evaluate import evaluate
-    from corel_diffusers.hub.cards import write_card
+    with heavy_imports():
+        from corel_diffusers.evaluation.evaluate import evaluate
+        from corel_diffusers.hub.cards import write_card
 
     results = evaluate(args)
     if not args.pictures and args.results_dir == args.pipeline_location:
@@ -91,7 +107,8 @@ def run_evaluate(args: Evaluate) -> dict:
 
 
 def run_tune_decoder(args: TuneDecoder) -> None:
-    from corel_diffusers.decoder_tuning import tune_decoder
+    with heavy_imports():
+        from corel_diffusers.decoder_tuning import tune_decoder
 
     tune_decoder(args)
 

@@ -1,5 +1,6 @@
 """Parse the command line of a training script."""
 
+import gc
 import inspect
 import os
 import re
@@ -24,12 +25,14 @@ Flags = TypeVar("Flags", bound=TrainingArguments)
 def parse_script(kind: type[Flags]) -> Flags:
     """Parse the command line of a script that is started as a program.
 
-    The script then imports torch, which takes seconds. Until that is done, Ctrl-C ends it at once, without a traceback.
+    The script then imports torch, which takes seconds. Until that is done, Ctrl-C ends it at once, without a traceback,
+    and the garbage collector rests: it would look at a million new objects again and again. `run_script` starts it.
     """
     with one_line_errors():
         flags = parse(kind)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()
     return flags
 
 

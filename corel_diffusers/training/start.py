@@ -239,6 +239,8 @@ def run_script(main: Callable[[TrainingArguments], None], flags: TrainingArgumen
     Args:
         main: the function of the script that trains as its flags say.
     """
+    gc.freeze()  # what was imported stays until the end, so the garbage collector need not look at it
+    gc.enable()
     try:
         with one_line_errors():
             train_within_memory(main, flags)

@@ -19,6 +19,8 @@ def with_few_steps(args):
         if "--max-train-minutes" in words:
             words[-2:] = ["--max-train-steps", "4", "--batch-size", "4", "--mixed-precision", "no"]
             words += ["--max-train-samples", "24", "--attention", "fused"]
+        if words[0] == "train-vae":
+            words += ["--image-size", "32"]
         yield words
 
 

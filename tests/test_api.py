@@ -33,6 +33,8 @@ def test_the_example_of_train_runs(tmp_path, monkeypatch):
             if "--max-train-minutes" in words:
                 words[-2:] = ["--max-train-steps", "4", "--batch-size", "4", "--mixed-precision", "no"]
                 words += ["--attention", "fused"]
+            if words[0] == "train-vae":
+                words += ["--image-size", "32"]
             yield words
 
     monkeypatch.setattr(Train, "commands", with_few_steps)

@@ -356,24 +356,14 @@ def test_different_images_with_little_detail_are_not_near_duplicates():
 
     Every second scene is mirrored, because the mirror image of a photo is a near duplicate too.
     """
-    scenes = np.stack(
-        [
-            np.asarray(draw_scene(label, np.random.default_rng([3, label, i])).resize((48, 48)))
-            for label in (0, 1, 5)
-            for i in range(40)
-        ]
-    )
+    scenes = np.stack([np.asarray(draw_scene(0, np.random.default_rng([3, 0, i])).resize((48, 48))) for i in range(40)])
     scenes[1::2] = scenes[1::2, :, ::-1].copy()
     hash_group_sizes = np.bincount(duplicate_groups([photo_hashes(Image.fromarray(scene)) for scene in scenes]))
     finder = memorization.CopyFinder.of(*[Pixels(scenes, "plain")] * 2, CPU)
     assert hash_group_sizes.max() > 10
     assert finder.groups.bincount().max() <= 3
     new_scenes = np.stack(
-        [
-            np.asarray(draw_scene(label, np.random.default_rng([4, label, i])).resize((48, 48)))
-            for label in (0, 1, 5)
-            for i in range(20)
-        ]
+        [np.asarray(draw_scene(0, np.random.default_rng([4, 0, i])).resize((48, 48))) for i in range(40)]
     )
     assert finder.in_pixels(new_scenes).share_below(memorization.PIXEL_RATIO) == 0
 

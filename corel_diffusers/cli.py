@@ -35,12 +35,13 @@ COMMAND = [sys.executable, "-P", "-c", "from corel_diffusers.cli import main; ma
 @contextmanager
 def heavy_imports() -> Iterator[None]:
     """Import torch without the garbage collector, which would look at a million new objects again and again."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # what was imported stays until the end
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def run_prepare(args: Prepare) -> None:

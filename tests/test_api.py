@@ -1,6 +1,7 @@
 """The Python API: the examples of its docstrings, and its functions on small models."""
 
 import doctest
+import gc
 import subprocess
 import sys
 import threading
@@ -71,6 +72,20 @@ def test_the_commands_are_functions(trained_unet, raw_photos, tmp_path, capsys):
     assert results["generation"]["n"] == [4, 18]
     cd.push(trained_unet, "user/name", dry_run=True)
     assert "would push" in capsys.readouterr().out
+
+
+def test_the_garbage_collector_works_as_before_for_the_caller(trained_unet, tmp_path):
+    """Frozen objects of a notebook would never be collected."""
+    frozen = gc.get_freeze_count()
+    cd.generate(trained_unet, 1, steps=1, output=tmp_path / "grid.png")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
+    gc.disable()
+    try:
+        cd.generate(trained_unet, 1, steps=1, output=tmp_path / "grid.png")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_values_are_taken_as_people_write_them(trained_unet, tmp_path):

@@ -120,9 +120,11 @@ class CorelPipeline(DiffusionPipeline):
             batch_size: the name that num_images has in the pipelines of diffusers.
 
         Raises:
-            ValueError: an unknown class, a size that the model cannot take, or class_labels, generator or latents that
-                do not fit num_images.
+            ValueError: an unknown class or output_type, a size that the model cannot take, or class_labels, generator
+                or latents that do not fit num_images.
         """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r}: give 'pil', 'np', 'pt' or 'latent'")
         num_images, class_labels = self.count_images(
             first, class_labels, batch_size if num_images is None else num_images
         )
@@ -157,7 +159,8 @@ class CorelPipeline(DiffusionPipeline):
                 raise ValueError(f"{first!r} and num_images={num_images!r}: give the number of images once")
             num_images = first
         if num_images is None:
-            num_images = len(class_labels) if isinstance(class_labels, (list, tuple)) else 1
+            is_list = isinstance(class_labels, (list, tuple)) or getattr(class_labels, "ndim", 0)  # array or tensor
+            num_images = len(class_labels) if is_list else 1
         if not isinstance(num_images, int) or num_images < 1:
             raise ValueError(
                 f"num_images={num_images!r}: give the number of images, 1 or more, and the class as class_labels"
@@ -352,12 +355,14 @@ class CorelPipeline(DiffusionPipeline):
         if len(labels) != num_images:
             raise ValueError(f"{len(labels)} class_labels for num_images={num_images}: give one, or one per image")
         # a number can be a name: with the folders 1, 2, 3, the number 2 means folder 2, whose label is 1
-        found = [self.null_label if label is None else ids.get(str(label), label) for label in labels]
+        found = [label if label is None else ids.get(str(label), label) for label in labels]
         for label in found:
-            if not isinstance(label, int) or not 0 <= label <= self.null_label:
+            if label is not None and (type(label) is not int or not 0 <= label < self.null_label):
                 raise ValueError(
                     f"class {label!r} is unknown: the classes are {', '.join(f'{i} {name}' for name, i in ids.items())}"
+                    ", and None for no class"
                 )
+        found = [self.null_label if label is None else label for label in found]
         return torch.tensor(found, device=self._execution_device)
 
     def save_config(self, save_directory: str, *args, **kwargs) -> None:

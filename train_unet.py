@@ -292,6 +292,7 @@ def write_samples_and_card(run: Run) -> None:
     pipe = DiffusionPipeline.from_pretrained(args.run_dir, trust_remote_code=True).to(run.accelerator.device)
     plots.save_image(previews.sample_grid(pipe, args.seed, num_samples=36), args.run_dir / "grid.png")
     cards.write_card(args.run_dir, args.hub_model_id)
+    print(f"samples: {args.run_dir / 'grid.png'}; curves: loss_history.png")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def set_up(
         accelerator.print(initial_weights.load_initial_vae(vae, args.init_location))
     models = build_models(args, accelerator, vae)
     start.print_data_and_model(run, photos, vae, sizes_px, latent_shape(vae, sizes_px[0]))
-    start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, grey))
+    notices = advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, grey) + advice.on_borders(photos["train"])
+    start.print_notices(accelerator, notices)
     checkpoints.require_space_for_run(run, models.parts)
     checkpoints.load(run, models.parts)
     history.open_run_dir(run, photos, [args.init_location], sizes_px=sizes_px, channels=vae.config.in_channels)
@@ -294,6 +295,7 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
         f"{args.run_dir} holds the VAE of epoch {best['epoch']}: "
         f"held-out PSNR {best['val_psnr']:.2f} dB, SSIM {best['val_ssim']:.3f}"
     )
+    print(f"photos over their reconstructions: {args.run_dir / 'reconstructions'}; curves: training_losses.png")
     shape = latent_shape(vae, args.size_px)
     mean_photo_psnr = advice.mean_photo_psnr(fitted["train"], fitted["validation"])
     start.print_notices(run.accelerator, advice.on_loss(run.history, "reconstruction", args))

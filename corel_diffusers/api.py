@@ -19,9 +19,8 @@ from PIL import Image
 from corel_diffusers.cli import COMMAND, run_evaluate, run_generate, run_prepare, run_push, run_train
 from corel_diffusers.config.checks import user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
-from corel_diffusers.config.parsing import words_of
+from corel_diffusers.config.parsing import parse_command, words_of
 from corel_diffusers.config.train import Train
-from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.data.photos import load_photos
 from corel_diffusers.files import read_json, read_metrics
 from corel_diffusers.models.unet import build_unet
@@ -67,7 +66,7 @@ def flags_of(kind: type[Flags], command: str, **values: object) -> Flags:
     Raises:
         UserError: there is no such flag, or a value cannot be used.
     """
-    return parse_flags(kind, words_of(values, kind), prog=f"corel-diffusers {command}").checked()
+    return parse_command(kind, words_of(values, kind), f"corel-diffusers {command}")
 
 
 def folder_of(pipeline: "str | Path | TrainedRun") -> str:
@@ -100,6 +99,7 @@ def train(photos: str | Path, minutes: float = 60, *, output_dir: str | Path = "
         The folders of the models. `run.pipeline` is the pipeline, `run.metrics` and `run.evaluation` are the numbers.
 
     Raises:
+        TypeError: `photos` is neither a path nor an id.
         UserError: a flag cannot be used.
         RuntimeError: training failed. Its output says why.
 
@@ -109,6 +109,11 @@ def train(photos: str | Path, minutes: float = 60, *, output_dir: str | Path = "
         >>> run.pipeline("sunset at sea").images[0].size
         (32, 32)
     """
+    if not isinstance(photos, (str, PathLike)):
+        raise TypeError(
+            f"{type(photos).__name__}: give a folder of photos or the id of a Hub dataset. A dataset of the library "
+            "datasets becomes a folder with its save_to_disk"
+        )
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.:-]+", str(photos)) and not Path(photos).is_dir()
     source = {"dataset_name" if is_hub_id else "data_dir": photos}
     args = flags_of(Train, "train", **source, minutes=minutes, output_dir=output_dir, **flags)

@@ -5,7 +5,6 @@ The flags are checked before heavy modules such as torch are imported, so an err
 
 import gc
 import importlib
-import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,10 +16,9 @@ import tyro
 from corel_diffusers import __version__
 from corel_diffusers.config.checks import MIN_PHOTOS, is_main_process, user_path
 from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset, TuneDecoder
-from corel_diffusers.config.parsing import parse, use_files_for_plots
+from corel_diffusers.config.parsing import parse, parse_command, use_files_for_plots
 from corel_diffusers.config.train import Env, Train
 from corel_diffusers.config.training import TrainingArguments
-from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import UserError, explain_full_disk, one_line_errors
@@ -66,6 +64,8 @@ def run_in_own_process(words: list[str]) -> None:
             stopped = signalled.code
             with suppress(ValueError):  # on Windows, the console has sent Ctrl-C to both
                 process.send_signal(stopped - 128)
+    if stopped:
+        print("the same command continues", file=sys.stderr)
     if code or stopped:
         sys.exit(stopped or (code if code > 0 else 128 - code))
 
@@ -169,4 +169,4 @@ def main() -> None:
         if issubclass(kind, TrainingArguments):
             run(parse(kind, words, prog))
         else:
-            run(parse_flags(kind, words, prog=prog, description=inspect.getdoc(kind)).checked())
+            run(parse_command(kind, words, prog))

@@ -121,6 +121,10 @@ def test_a_wrong_flag_raises_an_error_that_says_what_to_do(tmp_path):
         cd.train("scenes", minutes=-1)
     with pytest.raises(UserError, match="is not a folder"):
         cd.train(tmp_path / "missing")
+    with pytest.raises(
+        TypeError, match="DatasetDict: give a folder of photos .* becomes a folder with its save_to_dis"
+    ):
+        cd.train(DatasetDict())
 
 
 def test_generate_works_from_a_thread(trained_unet, tmp_path):

@@ -62,8 +62,17 @@ def test_each_flag_of_the_examples_is_ours_accepted_or_refused(name, capsys, mon
 def test_values_with_another_name_are_translated():
     assert translate(["--ddpm_beta_schedule", "squaredcos_cap_v2"]) == ["--schedule", "cosine"]
     assert translate(["--rec_loss=l2"]) == ["--reconstruction", "mse"]
+    assert translate(["--objective", "pred_v"]) == ["--prediction-type", "v_prediction"]
     with pytest.raises(UserError, match="--resolution needs a value"):
         translate(["--resolution"])
+
+
+def test_a_flag_without_a_value_may_have_true_or_false(capsys):
+    assert translate(["--use_ema", "True", "--seed", "3"]) == ["--ema", "--seed", "3"]
+    assert translate(["--use_ema=False"]) == ["--no-ema"]
+    assert translate(["--enable_bucket", "false"]) == []
+    assert translate(["--amp", "True", "--random_flip", "False"]) == []
+    assert "--random_flip changes nothing: half of the photos are mirrored" in capsys.readouterr().out
 
 
 def test_the_commands_of_the_examples_run(raw_photos, configs, trained_vae, tmp_path, capsys):
@@ -269,6 +278,13 @@ def test_a_misspelt_flag_names_the_nearest_one():
         ),
         (["train-vae", "--epoch", "3"], "error: unrecognized options: --epoch, 3: perhaps you meant --epochs (see "),
         (["generate", "--sampler", ""], "error: invalid choice '' for argument '--sampler'. Expected one of ("),
+        (
+            ["train", "--data-dir", "scenes", "--train_batch_size", "8"],
+            "error: unrecognized options: --batch-size, 8 (see corel-diffusers train --help; "
+            "train-vae and train-unet have more flags)",
+        ),
+        (["train", "photos"], "error: unrecognized options: photos: give the flag before its value (see "),
+        (["train-unet", "--ema", "True"], "error: unrecognized options: True: this flag takes no value (see "),
         (["paint"], "error: there is no command paint: give one of train, prepare,"),
     ],
 )

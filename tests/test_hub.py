@@ -136,6 +136,8 @@ def test_a_push_to_a_branch_leaves_main_as_it_is(hub, trained_unet, tmp_path):
 
 def test_a_pushed_vae_loads_by_itself(hub, trained_vae, tmp_path):
     flags = ["push", "--vae", trained_vae, "--repo-id", "user/vae", "--license", "cc-by-4.0", "--private"]
+    assert not (trained_vae / "README.md").is_file()
+    assert "README.md, the model card, will be written and pushed too" in tool_here(*flags, "--dry-run").stdout
     tool(*flags, env=hub.env(tmp_path / "home"))
     files = hub.repos["user/vae"]
     assert {"config.json", "diffusion_pytorch_model.safetensors", "README.md"} <= set(files)
@@ -217,6 +219,7 @@ def test_a_dry_run_lists_the_files_without_network(trained_unet):
     )
     assert "would push" in listed.stdout
     assert "unet/diffusion_pytorch_model.safetensors" in listed.stdout
+    assert "will be written and pushed too" not in listed.stdout
 
 
 def test_errors_of_push_are_one_line(hub, trained_unet, tmp_path):

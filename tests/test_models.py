@@ -208,6 +208,16 @@ def test_the_receptive_field_of_the_discriminator_is_that_of_its_docstring():
     assert "26 x 26 px" in build_discriminator.__doc__
 
 
+def test_entries_that_diffusers_does_not_know_are_refused(tmp_path):
+    """diffusers would leave them out, and build its own default model."""
+    path = tmp_path / "unet.json"
+    path.write_text(json.dumps({"dim": 64, "dim_mults": [1, 2, 4, 8], "_diffusers_version": "0.40.0"}))
+    with pytest.raises(
+        UserError, match="UNet2DModel of this diffusers has no dim, dim_mults: remove it, or begin with"
+    ):
+        load_config("unet", str(path))
+
+
 def test_the_config_of_another_model_is_refused(tmp_path):
     path = tmp_path / "dit.json"
     path.write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))

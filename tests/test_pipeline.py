@@ -210,6 +210,11 @@ def test_invalid_arguments_raise_errors_with_the_expected_values():
         pipe(1, "moon")
     with pytest.raises(ValueError, match="class 5 is unknown"):
         pipe(1, 5)
+    for not_a_class in (2, -1, True):  # 2 is the null label: only None means no class
+        with pytest.raises(ValueError, match=f"class {not_a_class} is unknown.*, and None for no class"):
+            pipe(1, not_a_class)
+    with pytest.raises(ValueError, match="output_type='tensor': give 'pil', 'np', 'pt' or 'latent'"):
+        pipe(1, 0, output_type="tensor")
     with pytest.raises(ValueError, match="3 class_labels for num_images=2"):
         pipe(2, [0, 1, 0])
     with pytest.raises(ValueError, match="3 generators for num_images=2"):
@@ -226,6 +231,8 @@ def test_labels_can_be_an_array_or_a_tensor():
     for labels in (np.array([0, 1, 0]), torch.tensor([0, 1, 0]), list(np.array([0, 1, 0]))):
         assert pipe.label_ids(3, labels).tolist() == expected
     assert pipe.label_ids(2, np.int64(1)).tolist() == [1, 1]
+    assert len(pipe(class_labels=torch.tensor([0, 1, 0]), num_inference_steps=1).images) == 3
+    assert len(pipe(class_labels=torch.tensor(1), num_inference_steps=1).images) == 1
 
 
 def test_unconditional_rectangular_callback_and_output_types():

@@ -19,6 +19,7 @@ from corel_diffusers.data.photos import load_photos
 from corel_diffusers.data.prepare import output_names, prepare
 from corel_diffusers.data.scenes import draw_scene
 from corel_diffusers.files import UserError
+from corel_diffusers.training.advice import on_borders
 
 COREL = ROOT.parent / "shared" / "data" / "corel"
 
@@ -113,6 +114,17 @@ def test_black_borders_are_measured_and_dark_photos_have_none():
     wide = framed.copy()
     wide[: 173 // 3] = 0
     assert black_borders(wide)[1] == 0, "a black area of a third of the photo is not a border"
+
+
+def test_training_on_photos_with_black_borders_says_how_to_cut_them_off(raw_photos, tmp_path):
+    photos = load_photos(raw_photos)["train"]
+    assert on_borders(photos) == []
+    framed = tmp_path / "framed"
+    framed.mkdir()
+    for index, photo in enumerate(photos["image"]):
+        ImageOps.expand(photo.convert("RGB"), border=4).save(framed / f"{index}.png")
+    (line,) = on_borders(load_photos(framed)["train"])
+    assert "photos that were looked at have black borders: corel-diffusers prepare cuts them off" in line
 
 
 def test_trimmed_photos_are_counted_and_trimming_can_be_disabled(tmp_path, capsys):

@@ -371,6 +371,8 @@ def test_plan_prints_and_writes_nothing(vae_flags, tmp_path, capsys):
     run_here("train_vae", [*common_flags, "--resume", "latest"])
     assert "plan: the settings that the run began with" in capsys.readouterr().out
     assert metrics(tmp_path)[-1]["step"] == 1, "the length of the run is saved as well"
+    run_here("train_vae", [*common_flags, "--max-train-steps", 1, "--resume", "latest"])
+    assert "notice: the run is complete: to train longer, give a larger --max-train-steps" in capsys.readouterr().out
     run_here("train_vae", [*common_flags, "--max-train-steps", 2, "--resume", "latest"])
     assert metrics(tmp_path)[-1]["step"] == 2
 

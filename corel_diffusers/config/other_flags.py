@@ -1,8 +1,8 @@
 """The flags of other training programs: the flags here that mean the same, and what to give instead of the rest.
 
 The programs are diffusers' `train_unconditional.py` and `train_autoencoderkl.py`, denoising-diffusion-pytorch (the
-arguments of its Trainer), and kohya's scripts. `translate` replaces their flags in a command line before it is parsed.
-docs/from-diffusers.md has the same tables; a test compares them.
+arguments of its Trainer and its models), and kohya's scripts. `translate` replaces their flags in a command line before
+it is parsed. docs/from-diffusers.md has the same tables; a test compares them.
 """
 
 import os
@@ -21,6 +21,7 @@ class OtherFlag(NamedTuple):
     instead: str = ""  # what to give instead: the flag is refused
     variable: str = ""  # the environment variable that gets the value
     has_value: bool = True
+    off: str = ""  # for a flag without a value: the flag here that means its False
 
 
 FLAGS = {
@@ -51,7 +52,7 @@ FLAGS = {
     "--scale-lr": OtherFlag(instead="give the scaled rate as --learning-rate", has_value=False),
     "--lr-num-cycles": OtherFlag(instead="omit it: cosine_with_restarts has one cycle"),
     "--lr-power": OtherFlag(instead="omit it: polynomial has the power 1"),
-    "--use-ema": OtherFlag("--ema", has_value=False),
+    "--use-ema": OtherFlag("--ema", has_value=False, off="--no-ema"),
     "--ema-max-decay": OtherFlag("--ema-decay"),
     "--ema-inv-gamma": OtherFlag(instead="omit it: the decay rises with the number of steps (see --ema-decay)"),
     "--ema-power": OtherFlag(instead="omit it: the decay rises with the number of steps (see --ema-decay)"),
@@ -94,6 +95,27 @@ FLAGS = {
     "--save-and-sample-every": OtherFlag(instead="give --sample-every, in epochs, and --checkpoint-steps"),
     "--ema-update-every": OtherFlag(instead="omit it: the EMA is updated in each step"),
     "--num-samples": OtherFlag(instead="omit it: the grids during training have 12 samples"),
+    "--adam-betas": OtherFlag(instead="give --adam-beta1 and --adam-beta2"),
+    "--mixed-precision-type": OtherFlag("--mixed-precision"),
+    "--split-batches": OtherFlag(instead="omit it: --batch-size is the number of photos per device", has_value=False),
+    "--convert-image-to": OtherFlag(instead="omit it: photos are read as RGB, or as grey if all of them are grey"),
+    "--calculate-fid": OtherFlag(
+        instead="give --evaluate-every, in epochs, or run corel-diffusers evaluate --features inception afterwards",
+        has_value=False,
+    ),
+    "--inception-block-idx": OtherFlag(instead="run corel-diffusers evaluate --features inception afterwards"),
+    "--num-fid-samples": OtherFlag(instead="run corel-diffusers evaluate --num-images afterwards"),
+    "--save-best-and-latest-only": OtherFlag(
+        always="the folder holds the best model so far, and checkpoints/ the latest ones", has_value=False
+    ),
+    # and of its GaussianDiffusion and Unet
+    "--objective": OtherFlag(
+        "--prediction-type", values={"pred_noise": "epsilon", "pred_v": "v_prediction", "pred_x0": "sample"}
+    ),
+    "--beta-schedule": OtherFlag("--schedule"),
+    "--sampling-timesteps": OtherFlag(always="samples during training are drawn in 20 steps"),
+    "--dim": OtherFlag(instead="give --config tiny, base, large or a JSON file"),
+    "--dim-mults": OtherFlag(instead="give --config tiny, base, large or a JSON file"),
     "--amp": OtherFlag(always="fp16 is used on a GPU (see --mixed-precision)", has_value=False),
     "--augment-horizontal-flip": OtherFlag(always="half of the photos are mirrored in each step", has_value=False),
     # kohya's scripts
@@ -128,6 +150,8 @@ def translate(words: Sequence[str]) -> list[str]:
         if other.instead:
             refused.append(f"{name} has no meaning here: {other.instead}")
             continue
+        if not other.has_value and rest and rest[0].lower() in ("true", "false"):  # some programs want --use_ema True
+            value = rest.pop(0)
         if other.has_value and not equals:
             if not rest:
                 raise UserError(f"{name} needs a value")
@@ -136,6 +160,8 @@ def translate(words: Sequence[str]) -> list[str]:
             print(f"notice: {name} changes nothing: {other.always}")
         elif other.variable:
             os.environ[other.variable] = value
+        elif not other.has_value and value.lower() == "false":
+            result += [other.off] if other.off else []  # the others are off if they are left out
         else:
             result += [other.ours, *([other.values.get(value, value)] if other.has_value else [])]
     if refused:

@@ -14,12 +14,15 @@ from typing import TypeVar
 import tyro
 import yaml
 
+from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset, TuneDecoder
 from corel_diffusers.config.other_flags import FLAGS, translate
+from corel_diffusers.config.train import Env, Train
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.tyro_errors import parse_flags
 from corel_diffusers.files import UserError, one_line_errors, read_json
 
 Flags = TypeVar("Flags", bound=TrainingArguments)
+Command = TypeVar("Command", Train, Env, Prepare, Generate, Evaluate, TuneDecoder, Push, PushDataset)
 
 
 def parse_script(kind: type[Flags]) -> Flags:
@@ -67,6 +70,18 @@ def parse(kind: type[Flags], words: Sequence[str] | None = None, prog: str | Non
     flags = kind(**{name: value for name_of_box in names for name, value in vars(getattr(parsed, name_of_box)).items()})
     require_photos(flags := flags.checked())
     return flags
+
+
+def parse_command(kind: type[Command], words: Sequence[str], prog: str) -> Command:
+    """Parse the words of a command that is not a training script, and return the checked flags.
+
+    `train` has few flags. It understands their names in other programs, and its errors name the commands with the rest.
+
+    Raises:
+        UserError: a flag is unknown, or has a value that cannot be used.
+    """
+    words, more = (translate(words), "; train-vae and train-unet have more flags") if kind is Train else (words, "")
+    return parse_flags(kind, words, more_help=more, prog=prog, description=inspect.getdoc(kind)).checked()
 
 
 def require_photos(flags: TrainingArguments) -> None:

@@ -32,7 +32,8 @@ class Train:
     dataset_name: str | None = None
     """Id of a Hub dataset, user/name or user/name:config, instead of --data-dir."""
     minutes: float = 60
-    """Minutes of training: a third for the VAE, two thirds for the UNet."""
+    """Minutes of training: a third for the VAE, two thirds for the UNet. The evaluation comes on top: on a CPU, some
+    minutes."""
     output_dir: str = "."
     """Folder for vae_models/ and diffusion_models/."""
     base_dir: str = "."

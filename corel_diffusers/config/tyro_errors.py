@@ -15,11 +15,14 @@ Kind = TypeVar("Kind")
 HELP_HINT = re.compile(r"run:? (.* --help)|see (.* --help)")
 
 
-def parse_flags(kind: type[Kind], words: Sequence[str], known: Iterable[str] = (), **options: object) -> Kind:
+def parse_flags(
+    kind: type[Kind], words: Sequence[str], known: Iterable[str] = (), more_help: str = "", **options: object
+) -> Kind:
     """Parse words as an object of the dataclass `kind`, with `tyro.cli`. `--help` prints the help and exits.
 
     Args:
         known: more flags that the program understands, to be proposed for a misspelt one.
+        more_help: text after the command that shows the help.
 
     Raises:
         UserError: a flag is unknown, has no value, or has a value of another type.
@@ -30,11 +33,11 @@ def parse_flags(kind: type[Kind], words: Sequence[str], known: Iterable[str] = (
         except SystemExit as ended:
             if ended.code != 2:  # the help was printed, or a signal was received
                 raise
-    raise UserError(one_line(printed.getvalue(), known))
+    raise UserError(one_line(printed.getvalue(), known, more_help))
 
 
-def one_line(box: str, known: Iterable[str]) -> str:
-    """Return the content of one of tyro's boxes as one line. known: see `parse_flags`."""
+def one_line(box: str, known: Iterable[str], more_help: str) -> str:
+    """Return the content of one of tyro's boxes as one line. known, more_help: see `parse_flags`."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     # without its title, and with borders without its last line: a screen that is not UTF-8 gets no borders
     lines = plain.strip().splitlines()[1 : -1 if plain.startswith("╭") else None]
@@ -56,9 +59,12 @@ def one_line(box: str, known: Iterable[str]) -> str:
         elif section.startswith("Available subcommands"):
             reason += f": {section[0].lower()}{section[1:]}"
         elif hint := HELP_HINT.search(section):
-            reason += f" (see {hint[1] or hint[2]})"
+            reason += f" (see {hint[1] or hint[2]}{more_help})"
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", reason)
     if unknown and "perhaps you meant" not in reason:
         near = get_close_matches(unknown[1].replace("_", "-"), known, n=1, cutoff=0.75)
         reason = reason.replace(" (see ", f": perhaps you meant {near[0]} (see ") if near else reason
+    if word := re.match(r"Unrecognized options: ([^-\s]\S*)", reason):
+        hint = "this flag takes no value" if word[1].lower() in ("true", "false") else "give the flag before its value"
+        reason = reason.replace(" (see ", f": {hint} (see ", 1)
     return reason[0].lower() + reason[1:]

@@ -3,12 +3,14 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
+from PIL import Image
 
 from corel_diffusers.data.aspect import SizePx, rows_by_size
 from corel_diffusers.data.cache import SINGLE_PROCESS, ShardedArray, Share, cache_folder, cached_array, digest
@@ -218,19 +220,17 @@ def kind_of_colours(row: dict) -> int:
         return UNREADABLE
 
 
-def native_side_px(photos: DatasetDict, max_opened: int = 16) -> float:
-    """Return the shorter side of a typical training photo in pixels: the median of a few evenly spaced photos."""
-    part = (
-        photos["train"]
-        .select(evenly_spaced(len(photos["train"]), max_opened))
-        .cast_column("image", ImageFeature(decode=False))
-    )
-    sides = []
-    for row in part["image"]:
-        try:
-            sides.append(min(open_photo(row["bytes"] or row["path"]).size))
-        except PhotoError:  # `cache_pixels` reports it
-            continue
+def a_few_photos(part: Dataset, max_opened: int = 16) -> Iterator[Image.Image]:
+    """Open evenly spaced photos, one after the other. Unreadable ones are left out: `cache_pixels` reports them."""
+    chosen = part.select(evenly_spaced(len(part), max_opened)).cast_column("image", ImageFeature(decode=False))
+    for row in chosen["image"]:
+        with suppress(PhotoError):
+            yield open_photo(row["bytes"] or row["path"])
+
+
+def native_side_px(photos: DatasetDict) -> float:
+    """Return the shorter side of a typical training photo in pixels: the median of a few photos."""
+    sides = [min(photo.size) for photo in a_few_photos(photos["train"])]
     return statistics.median(sides) if sides else 0
 
 

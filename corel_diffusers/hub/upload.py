@@ -103,6 +103,8 @@ def push(
             f"{folder} contains neither a pipeline (no model_index.json) nor a trained VAE (an AutoencoderKL): "
             "give the --output-dir of train_unet.py as --pipeline, or that of train_vae.py as --vae"
         )
+    if dry_run and not (folder / "README.md").is_file():
+        print("README.md, the model card, will be written and pushed too")
     if not dry_run:
         require_token()  # before the card is changed
         write_card(folder, repo_id, license_id)

@@ -1,9 +1,10 @@
 """Model configs: presets as diffusers JSON beside this file, or a user's own JSON."""
 
+import inspect
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DModel
 from torch import nn
 
 from corel_diffusers.files import UserError, first_line, read_json
@@ -20,21 +21,28 @@ def load_config(kind: str, config: str) -> dict:
         kind: "vae" or "unet".
 
     Raises:
-        UserError: the file does not contain a JSON object, it is the config of another model class, or its number of
-            layers or stages cannot be used.
+        UserError: the file does not contain a JSON object, it is the config of another model class or has entries that
+            this class does not know, or its number of layers or stages cannot be used.
     """
     path = Path(config) if config.endswith(".json") else CONFIG_DIR / f"{kind}-{config}.json"
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected one JSON object, as in a diffusers config.json")
-    model_class = {"vae": "AutoencoderKL", "unet": "UNet2DModel"}[kind]
-    if values.get("_class_name", model_class) != model_class:
-        raise UserError(f"--config {path} is the config of {values['_class_name']}: give one of {model_class}")
+    model_class = {"vae": AutoencoderKL, "unet": UNet2DModel}[kind]
+    name = model_class.__name__
+    if values.get("_class_name", name) != name:
+        raise UserError(f"--config {path} is the config of {values['_class_name']}: give one of {name}")
     check_layers(values, f"--config {path}")
     channels = values.get("block_out_channels", [64])
     if not isinstance(channels, list) or not channels:
         raise UserError(f"--config {path}: block_out_channels must be a list with the channels of each stage")
-    return {name: value for name, value in values.items() if not name.startswith("_")}
+    values = {entry: value for entry, value in values.items() if not entry.startswith("_")}
+    if path.parent != CONFIG_DIR and (unknown := set(values) - set(inspect.signature(model_class).parameters)):
+        raise UserError(
+            f"--config {path}: {name} of this diffusers has no {', '.join(sorted(unknown))}: "
+            f"remove it, or begin with a copy of {CONFIG_DIR / f'{kind}-tiny.json'}"
+        )
+    return values
 
 
 def check_layers(values: dict, source: str) -> None:

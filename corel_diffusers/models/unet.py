@@ -22,13 +22,15 @@ def build_unet(
     config: str,
     size_px: tuple[int, int],
     vae: AutoencoderKL,
-    num_classes: int | None,
+    num_classes: int | None = None,
     dropout: float | None = None,
     attention: str = "fused",
 ) -> UNet2DModel:
     """Return a UNet2DModel with random weights for the latents of `vae`.
 
     Args:
+        config: "tiny", "base", "large", or a JSON file with a config of diffusers.
+        size_px: (height, width) of the images in pixels.
         num_classes: number of classes; the label `num_classes` is then the null label. None: a model without classes.
         dropout: None: the value of the config.
         attention: the attention kernel in training: "fused" or "math".

@@ -28,6 +28,8 @@ def build_vae(
     measured at the end of training.
 
     Args:
+        config: "tiny", "base", "large", or a JSON file with a config of diffusers.
+        size_px: (height, width) of the photos in pixels.
         latent_dim: number of latent channels. None: the value of the config.
         downsample: size of the photo / size of the latents: 4, 8 or 16. None: the value of the config. The factor is
             2^(stages - 1). For a smaller factor the last stages of the config are left out, for a larger factor its

@@ -4,14 +4,17 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from datasets import Dataset
 from diffusers import AutoencoderKL
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.vae import VAEArguments
+from corel_diffusers.data.borders import black_borders
 from corel_diffusers.data.latents import measure_latents
 from corel_diffusers.data.mixed_sizes import Array, MixedArray
-from corel_diffusers.data.pixels import Pixels
+from corel_diffusers.data.pixels import Pixels, a_few_photos
 from corel_diffusers.data.training_photos import count_trained_on
 from corel_diffusers.files import UserError, read_json
 from corel_diffusers.models.configs import check_size, downsample_factor
@@ -112,6 +115,17 @@ def on_grey(args: VAEArguments, grey: bool) -> list[str]:
     if not grey or args.grey:
         return []
     return ["all photos are grey, so the VAE has one channel and generates grey images: --no-grey gives it three"]
+
+
+def on_borders(part: Dataset) -> list[str]:
+    """Return advice if more than half of a few photos have black borders, which the models would learn to draw."""
+    have_borders = [any(black_borders(np.asarray(photo))) for photo in a_few_photos(part)]
+    if 2 * sum(have_borders) <= len(have_borders):
+        return []
+    return [
+        f"{sum(have_borders)} of {len(have_borders)} photos that were looked at have black borders: "
+        "corel-diffusers prepare cuts them off"
+    ]
 
 
 def on_vae(location: Path | str, held_out: Sequence[str], aspect_buckets: bool = False) -> list[str]:

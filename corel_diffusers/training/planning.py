@@ -281,11 +281,13 @@ def speed_line(
     height, width = size_px
     steps = images_seen / planned_global_batch(args, preset, accelerator)
     speed = f"{rate:,.0f} photos/s of {height}x{width} px"
+    times, minutes = images_seen / num_photos, images_seen / rate / 60
     images = (
         f"{images_seen:,.0f} images seen in {steps:,.0f} steps, "
-        f"each of the {num_photos:,} photos {images_seen / num_photos:,.0f} times"
+        f"each of the {num_photos:,} photos {f'{times:,.0f} times' if times >= 1 else 'less than once'}"
     )
-    return f"{device_name(accelerator)} trains on about {speed}: {images_seen / rate / 60:,.0f} minutes, {images}"
+    duration = f"{minutes:,.0f} minutes" if minutes >= 2 else f"{minutes:.1f} minutes"
+    return f"{device_name(accelerator)} trains on about {speed}: {duration}, {images}"
 
 
 def expectation(

@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from datasets import DatasetDict
 
+from corel_diffusers.config.checks import flag_name
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.batches import BatchPlan
 from corel_diffusers.data.cache import digest
@@ -62,7 +63,11 @@ def begin_or_resume(
     saved = read_state(checkpoint) if checkpoint and accelerator.is_main_process else RunState()
     state = broadcast_from_main(accelerator, saved)
     length, means = RunLength.of(args, plan, state, began), RunningMean(state, accelerator.device)
-    return Run(args, accelerator, plan, settings, checkpoint, state, length, means)
+    run = Run(args, accelerator, plan, settings, checkpoint, state, length, means)
+    if checkpoint and run.is_over:
+        flag = next(name for name in ("max_train_minutes", "max_train_steps", "epochs") if getattr(args, name))
+        accelerator.print(f"notice: the run is complete: to train longer, give a larger {flag_name(flag)}")
+    return run
 
 
 def run_settings(args: TrainingArguments, photos: DatasetDict, **more: object) -> dict:
@@ -163,7 +168,8 @@ def resumed_checkpoint(args: TrainingArguments, settings: dict) -> Path | None:
     ]
     if differing:
         raise UserError(
-            f"--resume {args.resume}: {'; '.join(differing)}: give the original settings, or another --output-dir"
+            f"--resume {args.resume}: {'; '.join(differing)}: give the original flags "
+            f"(--config-file {args.run_dir / 'run.json'} gives all of them), or another --output-dir"
         )
     print(f"resuming from {checkpoint}")
     return checkpoint

@@ -12,6 +12,9 @@ DATA ?=
 OUT ?= $(if $(DATA),demo/$(notdir $(abspath $(DATA))),demo/scenes)
 # a prepared folder and "scenes" are trained on as they are, anything else is prepared first
 PREPARED = $(if $(filter-out scenes,$(DATA)),$(if $(wildcard $(DATA)/metadata.jsonl),$(DATA),$(OUT)/training_data/corel/corel_all),scenes)
+# "compat" puts this folder on Python's path. Otherwise a program that runs beside a clone that is named corel_diffusers
+# would import the clone's folder in place of the package in it.
+EDITABLE = --config-settings editable_mode=compat --editable ".[test,tensorboard,dinov2]"
 SIZE = --image-size 64 --config tiny --resume latest
 
 .PHONY: demo test test-fast test-oldest lint install trials bench
@@ -20,7 +23,7 @@ install: .venv/installed
 
 .venv/installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,tensorboard,dinov2]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE)
 	touch $@
 
 demo: .venv/installed
@@ -50,7 +53,7 @@ test-oldest: .venv-oldest/installed
 
 .venv-oldest/installed: constraints-oldest.txt setup.cfg
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test,tensorboard,dinov2]"
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt $(EDITABLE)
 	touch $@
 
 trials: .venv/installed

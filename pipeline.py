@@ -120,8 +120,8 @@ class CorelPipeline(DiffusionPipeline):
             batch_size: the name that num_images has in the pipelines of diffusers.
 
         Raises:
-            ValueError: an unknown class or output_type, a size that the model cannot take, or class_labels, generator
-                or latents that do not fit num_images.
+            ValueError: an unknown class or output_type, a number of steps or a size that the model cannot take, or
+                class_labels, generator or latents that do not fit num_images.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: give 'pil', 'np', 'pt' or 'latent'")
@@ -129,7 +129,10 @@ class CorelPipeline(DiffusionPipeline):
             first, class_labels, batch_size if num_images is None else num_images
         )
         labels = self.label_ids(num_images, class_labels)
-        num_inference_steps = num_inference_steps or self.default_steps
+        num_inference_steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        if not 1 <= num_inference_steps <= self.scheduler.config.num_train_timesteps:
+            most = self.scheduler.config.num_train_timesteps
+            raise ValueError(f"num_inference_steps={num_inference_steps}: give a number from 1 to {most}")
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = self.initial_latents(num_images, generator, latents, self.checked_size(height, width))
         self.warn_about_timesteps(num_inference_steps)
@@ -297,6 +300,7 @@ class CorelPipeline(DiffusionPipeline):
         weak_pred, model_pred = weak_pred.to(inputs.dtype), model_pred.to(inputs.dtype)
         return weak_pred + guidance_scale * (model_pred - weak_pred)
 
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str) -> list | torch.Tensor:
         """Decode scaled latents (N, C, h, w) to images of `output_type`.
 

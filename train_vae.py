@@ -260,7 +260,7 @@ def validate_and_save(
         is_adversarial: whether the adversarial loss has started. The validation loss cannot see what the discriminator
             improves, so the latest VAE is then saved.
     """
-    args, accelerator, is_sample_step = run.args, run.accelerator, intervals.samples_due(run)
+    args, accelerator, is_sample_step = run.args, run.accelerator, intervals.samples_due(run) or run.is_over
     with ema_weights(models.parts.ema, models.model):
         values = validate(args, accelerator, models.perceptual, models.vae, held_out)
         is_finite = math.isfinite(values["val_loss"])

@@ -22,7 +22,7 @@ from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push
 from corel_diffusers.config.parsing import parse_command, words_of
 from corel_diffusers.config.train import Train
 from corel_diffusers.data.photos import load_photos
-from corel_diffusers.files import read_json, read_metrics
+from corel_diffusers.files import UserError, read_json, read_metrics
 from corel_diffusers.models.unet import build_unet
 from corel_diffusers.models.vae import build_vae
 
@@ -114,7 +114,9 @@ def train(photos: str | Path, minutes: float = 60, *, output_dir: str | Path = "
             f"{type(photos).__name__}: give a folder of photos or the id of a Hub dataset. A dataset of the library "
             "datasets becomes a folder with its save_to_disk"
         )
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.:-]+", str(photos)) and not Path(photos).is_dir()
+    if minutes is None:
+        raise UserError("minutes None: give a number above 0")
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.:-]+", str(photos)) and not Path(photos).exists()
     source = {"dataset_name" if is_hub_id else "data_dir": photos}
     args = flags_of(Train, "train", **source, minutes=minutes, output_dir=output_dir, **flags)
     run_train(args, run_and_print)

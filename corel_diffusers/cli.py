@@ -72,13 +72,29 @@ def run_in_own_process(words: list[str]) -> None:
 
 def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process) -> None:
     """Run the commands of `Train.commands`, one after the other."""
+    _, pipeline_dir = args.folders()
     for words in args.commands():
         if words[0] == "evaluate" and not is_main_process():
             return
         if words[0] == "evaluate" and not args.can_be_evaluated():
             print(f"notice: there are fewer than {MIN_PHOTOS} held-out photos: the pipeline is not evaluated")
-            return
-        run(words)
+        elif words[0] == "evaluate" and is_evaluated(args):
+            print(f"evaluated before: {pipeline_dir / 'evaluation.html'}")
+        else:
+            run(words)
+    print(f"samples of each class: {pipeline_dir / 'grid.png'}")
+
+
+def is_evaluated(args: Train) -> bool:
+    """Return whether the pipeline folder has an evaluation of its weights with as many samples."""
+    _, folder = args.folders()
+    if not (folder / "evaluation.json").is_file():
+        return False
+    with heavy_imports():
+        from corel_diffusers.hub.cards import evaluation_of
+
+    evaluation = evaluation_of(folder)
+    return bool(evaluation) and evaluation["generation"]["n"][0] == args.num_images
 
 
 def run_training_script(args: TrainingArguments) -> None:

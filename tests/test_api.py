@@ -116,11 +116,17 @@ def test_a_wrong_keyword_is_named(call, error, expected, trained_unet):
         call(trained_unet)
 
 
-def test_a_wrong_flag_raises_an_error_that_says_what_to_do(tmp_path):
+def test_a_wrong_flag_raises_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--minutes -1.0: give a number above 0"):
         cd.train("scenes", minutes=-1)
     with pytest.raises(UserError, match="is not a folder"):
         cd.train(tmp_path / "missing")
+    (tmp_path / "photos.zip").touch()
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(UserError, match="is an archive: unpack it"):
+        cd.train(f"{tmp_path.name}/photos.zip")
+    with pytest.raises(UserError, match="minutes None: give a number above 0"):
+        cd.train("scenes", minutes=None)
     with pytest.raises(
         TypeError, match="DatasetDict: give a folder of photos .* becomes a folder with its save_to_dis"
     ):

@@ -512,7 +512,14 @@ def test_evaluate_measures_a_pipeline(trained_unet, raw_photos, tmp_path):
     assert line in page
     assert page.count("data:image/png;base64,") == 4
     assert 'src="http' not in page
-    assert "KID x1000" in done.stdout
+    scale = "noise has about 400, a good small model of 64 px about 45"
+    assert scale in done.stdout
+    assert scale in page
+    assert "notice: the VAE's reconstructions are poor, and samples cannot be better" in done.stdout
+    assert "the VAE&#39;s reconstructions are poor" in page
+    assert report.scale_line(results | {"features": "inception"}) == ""
+    good = results["reconstruction"] | {"psnr_db": 24.0, "kid_e3_low": 20.0}
+    assert report.on_vae(results | {"reconstruction": good}) == []
     assert f"{results['generation']['kid_e3']:.1f} [" in done.stdout
 
 

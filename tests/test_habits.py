@@ -248,6 +248,21 @@ def test_of_several_processes_only_the_main_one_evaluates(tmp_path, monkeypatch)
         assert started == expected
 
 
+def test_a_pipeline_that_is_evaluated_is_not_evaluated_again(tmp_path, monkeypatch, capsys):
+    pipeline = tmp_path / "diffusion_models"
+    pipeline.mkdir()
+    write_json(pipeline / "run.json", {"data": {"photos": {"validation": 9}}})
+    monkeypatch.setattr("corel_diffusers.hub.cards.weights_digests", lambda folder: {"unet_sha256": "new"})
+    for weights, num_images, expected in (("new", 300, False), ("new", 50, True), ("old", 300, True)):
+        write_json(pipeline / "evaluation.json", {"unet_sha256": weights, "generation": {"n": [300, 9]}})
+        started = []
+        run_train(Train(data_dir="scenes", output_dir=str(tmp_path), num_images=num_images), started.append)
+        assert ("evaluate" in [words[0] for words in started]) == expected
+        shown = capsys.readouterr().out
+        assert (f"evaluated before: {pipeline / 'evaluation.html'}" in shown) != expected
+        assert f"samples of each class: {pipeline / 'grid.png'}" in shown
+
+
 def test_the_scripts_are_commands_and_the_version_and_the_environment_are_printed(vae_flags, tmp_path):
     tool("train-vae", *vae_flags, "--max-train-steps", 1, "--no-perceptual", "--output-dir", tmp_path)
     assert (tmp_path / "config.json").is_file()

@@ -77,6 +77,7 @@ def test_a_pushed_pipeline_loads_with_the_same_weights(hub, trained_unet, tmp_pa
     assert TOKEN not in pushed.stdout + pushed.stderr
     assert not any(TOKEN.encode() in content for content in files.values())
     assert 'from_pretrained("user/corel"' in files["README.md"].decode()
+    assert "\n# corel\n" in files["README.md"].decode()
     assert "pipe.guide = None" in files["README.md"].decode()
     check_loaded(hub, "user/corel", guided, tmp_path, parts=("unet", "guide", "vae"))
     generated = tool(
@@ -222,9 +223,16 @@ def test_a_dry_run_lists_the_files_without_network(trained_unet):
     assert "will be written and pushed too" not in listed.stdout
 
 
-def test_errors_of_push_are_one_line(hub, trained_unet, tmp_path):
+def test_errors_of_push_are_one_line(hub, trained_unet, trained_vae, tmp_path):
     for flags, env, expected in (
         (["--repo-id", "nothing", "--pipeline", trained_unet], {}, "--repo-id nothing: give user/name"),
+        (
+            ["--pipeline", trained_unet],
+            {},
+            "error: --repo-id STR is missing: Id of the repository on the Hub: user/name",
+        ),
+        (["--repo-id", "user/x", "--pipeline", trained_vae], {}, "holds a single model: give a VAE as --vae"),
+        (["--repo-id", "user/x", "--vae", trained_unet], {}, "holds a pipeline: give it as --pipeline"),
         (
             ["--repo-id", "user/x", "--pipeline", trained_unet],
             hub.env(tmp_path / "h", token=""),

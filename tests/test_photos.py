@@ -200,6 +200,7 @@ def test_classes_are_kept_by_name_or_number_and_relabelled(raw_photos):
     )
     with pytest.raises(UserError, match="1 sunset at sea, 2 snowy mountain, 3 pine forest"):
         load_photos(raw_photos, classes=["moon"])
+    assert load_photos(raw_photos, classes="pine forest")["train"].features["label"].names == ["pine forest"]
 
 
 def test_max_train_samples_does_not_change_the_validation_photos(raw_photos):

@@ -213,6 +213,9 @@ def test_invalid_arguments_raise_errors_with_the_expected_values():
     for not_a_class in (2, -1, True):  # 2 is the null label: only None means no class
         with pytest.raises(ValueError, match=f"class {not_a_class} is unknown.*, and None for no class"):
             pipe(1, not_a_class)
+    for steps in (0, -3, 1001):
+        with pytest.raises(ValueError, match=f"num_inference_steps={steps}: give a number from 1 to 1000"):
+            pipe(1, 0, num_inference_steps=steps)
     with pytest.raises(ValueError, match="output_type='tensor': give 'pil', 'np', 'pt' or 'latent'"):
         pipe(1, 0, output_type="tensor")
     with pytest.raises(ValueError, match="3 class_labels for num_images=2"):

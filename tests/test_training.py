@@ -131,6 +131,13 @@ def test_validation_takes_the_same_fraction_of_the_time_with_any_number_of_proce
     assert every == [10, 20, 50], "each process validates all photos but trains on only a part of them"
 
 
+def test_samples_and_evaluations_that_are_asked_for_come_with_a_validation():
+    plan = BatchPlan(100, 10, 1, 1, 0, seed=0)
+    for flags, every in (({}, 10), ({"sample_every": 1}, 1), ({"sample_every": 40}, 10), ({"evaluate_every": 3}, 3)):
+        args = UNetArguments(max_train_minutes=10, **flags)
+        assert epochs_between_validations(args, plan, forward_passes=90) == every
+
+
 def test_a_folder_with_only_checkpoints_counts_as_a_run(tmp_path):
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(UserError, match="already holds a run: give --resume latest"):

@@ -54,7 +54,7 @@ def commands(base: Base, folder: Path) -> dict[str, list[object]]:
             "--output-dir",
             folder / "evaluation",
         ],
-        "tune-decoder": ["tune-decoder", "--pipeline", pipeline, "--data-dir", base.photos, "--minutes", 0.1],
+        "tune-decoder": ["tune-decoder", "--pipeline", pipeline, "--data-dir", base.photos, "--minutes", 0.2],
         "push": ["push", "--pipeline", base.unet, "--repo-id", "user/name", "--dry-run"],
     }
 

@@ -315,6 +315,11 @@ class Push:
         if not self.folder.is_dir():
             flag, script = ("--vae", "train_vae.py") if self.vae else ("--pipeline", "train_unet.py")
             raise UserError(f"{flag} {self.folder} is not a folder: give the --output-dir of {script}")
+        is_pipeline = (self.folder / "model_index.json").is_file()
+        if self.vae and is_pipeline:
+            raise UserError(f"--vae {self.folder} holds a pipeline: give it as --pipeline")
+        if not self.vae and not is_pipeline and (self.folder / "config.json").is_file():
+            raise UserError(f"--pipeline {self.folder} holds a single model: give a VAE as --vae")
         return self
 
 

@@ -81,7 +81,8 @@ def parse_command(kind: type[Command], words: Sequence[str], prog: str) -> Comma
         UserError: a flag is unknown, or has a value that cannot be used.
     """
     words, more = (translate(words), "; train-vae and train-unet have more flags") if kind is Train else (words, "")
-    return parse_flags(kind, words, more_help=more, prog=prog, description=inspect.getdoc(kind)).checked()
+    options = {"prog": prog, "description": inspect.getdoc(kind), "config": (tyro.conf.DisallowNone,)}
+    return parse_flags(kind, words, more_help=more, **options).checked()
 
 
 def require_photos(flags: TrainingArguments) -> None:

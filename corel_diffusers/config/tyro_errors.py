@@ -64,6 +64,9 @@ def one_line(box: str, known: Iterable[str], more_help: str) -> str:
     if unknown and "perhaps you meant" not in reason:
         near = get_close_matches(unknown[1].replace("_", "-"), known, n=1, cutoff=0.75)
         reason = reason.replace(" (see ", f": perhaps you meant {near[0]} (see ") if near else reason
+    if missing := re.match(r"Missing from [^:]*: (--\S+ \S+) (.*?)\.? \(required\)", reason):
+        reason = reason.replace(missing[0], f"{missing[1]} is missing: {missing[2]}")
+        return reason
     if word := re.match(r"Unrecognized options: ([^-\s]\S*)", reason):
         hint = "this flag takes no value" if word[1].lower() in ("true", "false") else "give the flag before its value"
         reason = reason.replace(" (see ", f": {hint} (see ", 1)

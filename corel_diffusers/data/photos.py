@@ -24,7 +24,7 @@ from corel_diffusers.files import UserError
 def load_photos(
     source: str | Path,
     *,
-    classes: Iterable[str] = (),
+    classes: str | Iterable[str] = (),
     max_train_samples: int | None = None,
 ) -> DatasetDict:
     """Return the photos of `load_numbered_photos` without the class numbers."""
@@ -34,7 +34,7 @@ def load_photos(
 def load_numbered_photos(
     source: str | Path,
     *,
-    classes: Iterable[str] = (),
+    classes: str | Iterable[str] = (),
     max_train_samples: int | None = None,
 ) -> tuple[DatasetDict, dict[str, int]]:
     """Load photos from any source, and return them with the numbers of their classes.
@@ -66,7 +66,7 @@ def load_numbered_photos(
         photos, numbers = load_from_hub(source)
     else:
         raise UserError(f"--data-dir {source} is not a folder: {DATA_DIR_HINT}")
-    photos = keep_classes(photos, numbers, list(classes))
+    photos = keep_classes(photos, numbers, [classes] if isinstance(classes, str) else list(classes))
     if "test" in photos and not len(photos["test"]):  # the chosen classes have no test photo
         del photos["test"]
     if not len(photos["validation"]):  # the chosen classes have no validation photo
@@ -126,7 +126,7 @@ def keep_classes(photos: DatasetDict, numbers: dict[int, str], wanted: list[str]
     for word, name in chosen.items():
         if name is None:
             known = ", ".join(f"{number} {name}" for number, name in numbers.items())
-            raise UserError(f"--classes {word} is not in the data: its classes are {known}")
+            raise UserError(f"--classes {word} is not in the data: its classes are {known or 'none'}")
     class_names = [name for name in label.names if name in chosen.values()]
     kept = {}
     for split, part in photos.items():

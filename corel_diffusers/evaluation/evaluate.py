@@ -58,6 +58,7 @@ def evaluate(args: Evaluate) -> dict:
         images, labels, settings = make_samples(args, pipe, photos)
     samples, training_pixels = as_array(images), photos.training_pixels()
     render = partial(vae_rendering, pipe.vae, precision=args.mixed_precision) if pipe else lambda part: part
+    print(f"searching for copies of {len(training_pixels)} training photos in {len(samples)} samples", flush=True)
     finder = CopyFinder.of(training_pixels, render(training_pixels), device)
     nearest = finder.search(samples)  # in pixels, in features
     rendered = render(photos.pixels[photos.held_out])
@@ -65,6 +66,7 @@ def evaluate(args: Evaluate) -> dict:
     planted = planted_copies(training_pixels.evenly_spaced(MAX_PLANTED).values[:])
     planted = reconstruct(pipe.vae, planted, args.mixed_precision) if pipe else planted
 
+    print("comparing the samples with the photos", flush=True)
     results = settings | {
         "only_classes": photos.class_names if args.classes else None,
         "photos": {split: len(photos.files[split]) for split in photos.splits},

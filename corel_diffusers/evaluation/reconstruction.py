@@ -21,9 +21,6 @@ from corel_diffusers.models.vae import decode_latents, encode_photos
 from corel_diffusers.plots import to_images
 from corel_diffusers.runtime.precision import arithmetic, autocast
 
-# At 64 px, faces and small objects are lost if the PSNR is below the first value, or if the interval of KID x1000 is
-# above the second value.
-POOR_PSNR_DB, POOR_KID_E3 = 22.0, 40.0
 # Maximum number of photos of a split: more would hardly change a number, and the kernels grow with its square.
 MAX_COMPARED = 1000
 
@@ -52,8 +49,7 @@ def reconstruction_limit(
         f"the VAE reconstructs held-out photos with PSNR {scores['psnr_db']:.1f} dB, {kid}: "
         "samples cannot be expected to be closer to the photos"
     )
-    is_poor = scores["psnr_db"] < POOR_PSNR_DB or (scores["kid_e3_low"] or 0.0) > POOR_KID_E3
-    return line + ("; that is poor: train the VAE longer first" if is_poor else "")
+    return line + ("; that is poor: train the VAE longer first" if report.is_poor(scores) else "")
 
 
 @torch.no_grad()

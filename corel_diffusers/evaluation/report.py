@@ -16,6 +16,9 @@ from corel_diffusers.files import write_text
 from corel_diffusers.plots import image_grid
 
 SHOWN_PAIRS = 8
+# At 64 px, faces and small objects are lost if the PSNR of the VAE is below the first value, or if the interval of its
+# KID x1000 is above the second value.
+POOR_PSNR_DB, POOR_KID_E3 = 22.0, 40.0
 # key in evaluation.json -> title of the row
 ROWS = {
     "generation": "samples",
@@ -167,6 +170,28 @@ def reconstruction_line(results: dict) -> str:
     )
 
 
+def is_poor(reconstruction: dict) -> bool:
+    """Return whether the VAE loses faces and small objects, by the scores of its reconstructions."""
+    return reconstruction["psnr_db"] < POOR_PSNR_DB or (reconstruction["kid_e3_low"] or 0.0) > POOR_KID_E3
+
+
+def scale_line(results: dict) -> str:
+    """Return one line that helps to read KID, or an empty string if its values are known for another network only."""
+    if results["features"] != "efficientnet-lite0":
+        return ""
+    return "KID x1000: noise has about 400, a good small model of 64 px about 45, real photos about 0 (lower is better)"
+
+
+def on_vae(results: dict) -> list[str]:
+    """Return advice if the VAE limits the samples."""
+    if "reconstruction" not in results or not is_poor(results["reconstruction"]):
+        return []
+    return [
+        "the VAE's reconstructions are poor, and samples cannot be better: train the VAE longer, and then a new UNet "
+        "(with `corel-diffusers train`: give more minutes and another --output-dir)"
+    ]
+
+
 def table_text(results: dict) -> str:
     """Return all tables in aligned columns, and the notices, for the screen."""
     parts = [line for line in (heading(results), reconstruction_line(results)) if line]
@@ -174,7 +199,8 @@ def table_text(results: dict) -> str:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         parts += ["", *lines]
-    return "\n".join([*parts, "", copies_line(results), *(f"notice: {line}" for line in on_copies(results))])
+    notices = [f"notice: {line}" for line in on_vae(results) + on_copies(results)]
+    return "\n".join([*parts, "", *filter(None, [scale_line(results)]), copies_line(results), *notices])
 
 
 def card_rows(results: dict) -> list[str]:
@@ -251,7 +277,8 @@ def write_html(path: Path, results: dict, sheets: dict[str, Image.Image]) -> Non
         reconstruction=reconstruction_line(results),
         tables=tables(results),
         copies=copies_line(results),
-        notices=on_copies(results),
+        scale=scale_line(results),
+        notices=on_vae(results) + on_copies(results),
         images=images,
     )
     write_text(path, page)

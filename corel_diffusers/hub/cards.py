@@ -11,6 +11,7 @@ from corel_diffusers.saved_models import decoder_tuning
 
 WRITTEN_BY = "<!-- Written from the run's own files; remove this line to keep your edits when it is written again. -->"
 TEMPLATES = Path(__file__).parent
+PLACEHOLDER_ID = "user/name"  # in the card of a model that was not pushed
 TASK = "unconditional-image-generation"
 
 
@@ -27,7 +28,8 @@ def write_card(folder: Path, repo_id: str | None = None, license_id: str | None 
     if not is_pipeline and not (folder / "config.json").is_file():  # stopped before the first epoch: there is no model
         return
     write_own(
-        folder / "README.md", (pipeline_card if is_pipeline else vae_card)(folder, repo_id or "user/name", license_id)
+        folder / "README.md",
+        (pipeline_card if is_pipeline else vae_card)(folder, repo_id or PLACEHOLDER_ID, license_id),
     )
 
 
@@ -100,7 +102,7 @@ def render(kind: type[ModelCard], data: CardData, template: str, folder: Path, r
     card = kind.from_template(
         data,
         template_path=str(TEMPLATES / template),
-        name=folder.resolve().name,
+        name=folder.resolve().name if repo_id == PLACEHOLDER_ID else repo_id.split("/")[1],
         repo_id=repo_id,
         written_by=WRITTEN_BY,
         **values,

@@ -44,11 +44,14 @@ def epochs_between_validations(args: TrainingArguments, plan: BatchPlan, forward
 
     Otherwise it is the smallest number for which validation takes 3 % of the time or less. The cost of a training step
     is counted as three forward passes per photo. A run with a length in epochs or steps has at least ten validations,
-    even if they take more time.
+    even if they take more time. Samples and evaluations come with a validation, so --sample-every and --evaluate-every
+    make it at least as frequent.
 
     Args:
         forward_passes: number of photos that each rank runs through the model in one validation.
     """
     every = math.ceil(forward_passes * plan.num_processes / (0.03 * 3 * plan.steps_per_epoch * plan.global_batch))
     epochs = math.ceil(args.max_train_steps / plan.steps_per_epoch) if args.max_train_steps else args.epochs
-    return args.validate_every or (every if args.max_train_minutes else min(every, max(1, epochs // 10)))
+    every = every if args.max_train_minutes else min(every, max(1, epochs // 10))
+    asked = [interval for interval in (args.sample_every, getattr(args, "evaluate_every", 0)) if interval]
+    return args.validate_every or min([every, *asked])

@@ -48,7 +48,8 @@ class RunLength:
         duration = f"decoding and encoding the photos took {spent / 60:.1f} of the {minutes:g} minutes"
         if spent >= self.seconds:
             raise UserError(
-                f"--max-train-minutes {minutes:g}: {duration}; the result is cached: start the same command again"
+                f"--max-train-minutes {minutes:g}: {duration}, so there is no time left to train: give more minutes, "
+                "or start the same command again, which finds the decoded photos in its cache"
             )
         if spent > SLOW_START_FRACTION * self.seconds:
             accelerator.print(

@@ -297,6 +297,7 @@ def expectation(
     reached = [(seen, value) for seen, value in preset.reached if seen <= 1.2 * images_seen]
     other_model = args.config not in (None, preset.config) or getattr(args, "downsample", None)
     if other_model or size_px not in (None, (preset.side_px, preset.side_px)) or not reached:
-        return "expect: no similar run has been measured: use --evaluate-every or `corel-diffusers evaluate`"
+        hint = {"vae": "the log prints the PSNR", "unet": "use --evaluate-every or `corel-diffusers evaluate`"}
+        return f"expect: no similar run has been measured: {hint[args.MODEL]}"
     seen, value = reached[-1]
     return f"expect: {series.measure.format(value)}, as measured on 221 Corel photos after {seen:,} images seen"

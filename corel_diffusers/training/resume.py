@@ -26,6 +26,7 @@ PICKLE_ENDINGS = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 DIFFERENCES = {  # messages for settings that are not flags, and for files that are compared by content
     "global_batch": "the global batch (batch size x accumulation x devices; "
     "raise --grad-accum if there are fewer devices) was {was}, is {now}",
+    "size_px": "image-size was {was}, is {now}",
     "photos": "the photos have changed (some were added or removed, the split is new, or some cannot be read)",
     "mixed_precision": "mixed-precision was {was}, is {now} (--change-precision continues in the new one)",
     "config": "the content of --config has changed",

@@ -88,7 +88,10 @@ def start_run(flags: TrainingArguments) -> Accelerator:
         )
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
     if is_launched and accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
-        accelerator.print("notice: accelerate launch gives this process one thread: set OMP_NUM_THREADS to the cores")
+        accelerator.print(
+            "notice: accelerate launch gives this process one thread: "
+            f"set OMP_NUM_THREADS={os.cpu_count()} to use all cores"
+        )
     launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launcher_steps not in ("1", "auto", str(flags.grad_accum)):
         accelerator.print(
@@ -152,8 +155,9 @@ def print_data_and_model(
     if run.args.MODEL == "unet" and not model.config.num_class_embeds:
         name += " without classes"
     sizes = " or ".join(f"{height}x{width}" for height, width in sizes_px)
+    counted = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}"
     run.accelerator.print(
-        f"{len(train)} training photos, {len(held_out)} held-out photos, {len(classes)} classes, "
+        f"{len(train)} training photos, {len(held_out)} held-out photos, {counted}, "
         f"{sizes} px; {name} of {parameter_count(model)}, "
         f"latents {'x'.join(map(str, latent_shape))}"
     )

@@ -130,8 +130,8 @@ class CorelPipeline(DiffusionPipeline):
         )
         labels = self.label_ids(num_images, class_labels)
         num_inference_steps = self.default_steps if num_inference_steps is None else num_inference_steps
-        if not 1 <= num_inference_steps <= self.scheduler.config.num_train_timesteps:
-            most = self.scheduler.config.num_train_timesteps
+        most = self.scheduler.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= most:
             raise ValueError(f"num_inference_steps={num_inference_steps}: give a number from 1 to {most}")
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = self.initial_latents(num_images, generator, latents, self.checked_size(height, width))
@@ -359,7 +359,7 @@ class CorelPipeline(DiffusionPipeline):
         if len(labels) != num_images:
             raise ValueError(f"{len(labels)} class_labels for num_images={num_images}: give one, or one per image")
         # a number can be a name: with the folders 1, 2, 3, the number 2 means folder 2, whose label is 1
-        found = [label if label is None else ids.get(str(label), label) for label in labels]
+        found = [None if label is None else ids.get(str(label), label) for label in labels]
         for label in found:
             if label is not None and (type(label) is not int or not 0 <= label < self.null_label):
                 raise ValueError(

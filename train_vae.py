@@ -115,8 +115,9 @@ def set_up(
         accelerator.print(initial_weights.load_initial_vae(vae, args.init_location))
     models = build_models(args, accelerator, vae)
     start.print_data_and_model(run, photos, vae, sizes_px, latent_shape(vae, sizes_px[0]))
-    notices = advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, grey) + advice.on_borders(photos["train"])
-    start.print_notices(accelerator, notices)
+    start.print_notices(accelerator, advice.on_latent_size(vae, args.size_px) + advice.on_grey(args, grey))
+    if accelerator.is_main_process and not run.checkpoint:  # it opens photos, which can be large
+        start.print_notices(accelerator, advice.on_borders(photos["train"]))
     checkpoints.require_space_for_run(run, models.parts)
     checkpoints.load(run, models.parts)
     history.open_run_dir(run, photos, [args.init_location], sizes_px=sizes_px, channels=vae.config.in_channels)

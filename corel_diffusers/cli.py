@@ -65,7 +65,7 @@ def run_in_own_process(words: list[str]) -> None:
             with suppress(ValueError):  # on Windows, the console has sent Ctrl-C to both
                 process.send_signal(stopped - 128)
     if stopped:
-        print("the same command continues", file=sys.stderr)
+        print("to continue, give the same command again", file=sys.stderr)
     if code or stopped:
         sys.exit(stopped or (code if code > 0 else 128 - code))
 

@@ -117,7 +117,7 @@ def test_more_than_sixteen_samples_are_saved_as_a_grid_only_by_default(base):
     ],
 )
 def test_invalid_flags_give_one_line(flags, expected, trained_unet):
-    completed = tool("generate", "--pipeline", trained_unet, *flags, check=False)
+    completed = tool_here("generate", "--pipeline", trained_unet, *flags, check=False)
     assert completed.returncode == 2
     assert expected in completed.stderr
     assert completed.stderr.count("\n") == 1

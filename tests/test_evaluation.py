@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT, make_photos, tool, tool_here
+from conftest import ROOT, make_photos, tool_here
 from diffusers import DDPMScheduler
 from PIL import Image, ImageFilter
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -490,8 +490,8 @@ def test_a_network_that_cannot_be_loaded_is_named_with_a_hint():
 
 
 def test_evaluate_measures_a_pipeline(trained_unet, raw_photos, tmp_path):
-    done = tool("evaluate", "--pipeline", trained_unet, "--data-dir", raw_photos, "--against", "all",
-                "--num-images", 12, "--steps", 2, "--output-dir", tmp_path / "out")  # fmt: skip
+    done = tool_here("evaluate", "--pipeline", trained_unet, "--data-dir", raw_photos, "--against", "all",
+                     "--num-images", 12, "--steps", 2, "--output-dir", tmp_path / "out")  # fmt: skip
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert results["generation"]["n"] == [12, 18]
     assert results["features"] == "efficientnet-lite0"

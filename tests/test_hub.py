@@ -208,48 +208,28 @@ def test_push_to_hub_without_a_token_is_refused_before_training(unet_flags, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_lists_the_files_without_network(trained_unet):
-    listed = tool(
-        "push",
-        "--pipeline",
-        trained_unet,
-        "--repo-id",
-        "user/x",
-        "--dry-run",
-        env={"HF_ENDPOINT": "http://127.0.0.1:9"},
-    )
+def test_a_dry_run_lists_the_files_without_network(trained_unet, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    listed = tool_here("push", "--pipeline", trained_unet, "--repo-id", "user/x", "--dry-run")
     assert "would push" in listed.stdout
     assert "unet/diffusion_pytorch_model.safetensors" in listed.stdout
     assert "will be written and pushed too" not in listed.stdout
 
 
 def test_errors_of_push_are_one_line(hub, trained_unet, trained_vae, tmp_path):
+    unreachable = hub.env(tmp_path / "h") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    to_hub = ["--repo-id", "user/x", "--pipeline", trained_unet]
     for flags, env, expected in (
-        (["--repo-id", "nothing", "--pipeline", trained_unet], {}, "--repo-id nothing: give user/name"),
-        (
-            ["--pipeline", trained_unet],
-            {},
-            "error: --repo-id STR is missing: Id of the repository on the Hub: user/name",
-        ),
-        (["--repo-id", "user/x", "--pipeline", trained_vae], {}, "holds a single model: give a VAE as --vae"),
-        (["--repo-id", "user/x", "--vae", trained_unet], {}, "holds a pipeline: give it as --pipeline"),
-        (
-            ["--repo-id", "user/x", "--pipeline", trained_unet],
-            hub.env(tmp_path / "h", token=""),
-            "no token for the Hub",
-        ),
-        (
-            ["--repo-id", "user/x", "--pipeline", trained_unet],
-            hub.env(tmp_path / "h", token="hf_wrong"),
-            "the Hub cannot be used with this token",
-        ),
-        (
-            ["--repo-id", "user/x", "--pipeline", trained_unet],
-            hub.env(tmp_path / "h") | {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "or check the connection",
-        ),
+        (["--repo-id", "nothing", "--pipeline", trained_unet], None, "--repo-id nothing: give user/name"),
+        (["--pipeline", trained_unet], None, "error: --repo-id STR is missing: Id of the repository on the Hub:"),
+        (["--repo-id", "user/x", "--pipeline", trained_vae], None, "holds a single model: give a VAE as --vae"),
+        (["--repo-id", "user/x", "--vae", trained_unet], None, "holds a pipeline: give it as --pipeline"),
+        (to_hub, hub.env(tmp_path / "h", token=""), "no token for the Hub"),
+        (to_hub, hub.env(tmp_path / "h", token="hf_wrong"), "the Hub cannot be used with this token"),
+        (to_hub, unreachable, "or check the connection"),
     ):
-        refused = tool("push", *flags, env=env, check=False)
+        command = ["push", *flags]
+        refused = tool(*command, env=env, check=False) if env else tool_here(*command, check=False)
         assert refused.returncode == 2, refused.stderr
         assert expected in refused.stderr.splitlines()[-1]
         assert "Traceback" not in refused.stderr

@@ -31,6 +31,7 @@ SMALLER = {
     'cd.train("scenes"': 'cd.train("photos"',  # each command would load 1,200 scenes, which takes minutes
     "num_images = 5, 64": "num_images = 5, 8",
     'my_photos, minutes = ""': "my_photos, minutes = 'photos'",
+    'output_dir="quickstart/mine"': 'output_dir="quickstart/scenes"',  # these photos are trained on already
     "num_inference_steps=50": "num_inference_steps=2",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_photos, tool
+from conftest import ROOT, make_photos, tool, tool_here
 from datasets import load_dataset
 from PIL import Image, ImageOps
 
@@ -301,11 +301,11 @@ def test_an_output_folder_accepts_only_one_source(tmp_path):
 
 
 def test_bad_flags_give_a_one_line_error_and_exit_code_2(tmp_path):
-    done = tool("prepare", "--data-dir", tmp_path / "none", check=False)
+    done = tool_here("prepare", "--data-dir", tmp_path / "none", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --data-dir")
     (tmp_path / "empty").mkdir()
-    done = tool("prepare", "--data-dir", tmp_path / "empty", "--base-dir", tmp_path, check=False)
+    done = tool_here("prepare", "--data-dir", tmp_path / "empty", "--base-dir", tmp_path, check=False)
     assert done.returncode == 2
     assert "No images found in" in done.stderr
     assert ".jpeg" in done.stderr

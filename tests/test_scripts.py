@@ -633,7 +633,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "flags", "expected"), REFUSED)
-def test_an_invalid_flag_gives_one_line_before_the_heavy_imports_and_writes_nothing(name, flags, expected, tmp_path):
+def test_an_invalid_flag_gives_one_line_and_writes_nothing(name, flags, expected, tmp_path):
+    with pytest.raises(UserError, match=re.escape(expected)) as refused:
+        run_here(name, [*flags, "--output-dir", tmp_path / "out"])
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "flags", "expected"), [REFUSED[0], REFUSED[6]])
+def test_an_invalid_flag_is_refused_before_the_heavy_imports(name, flags, expected, tmp_path):
     words = [sys.executable, "-X", "importtime", ROOT / f"{name}.py", *flags, "--output-dir", tmp_path / "out"]
     done = launch(*words, check=False)
     imported, messages = [], []

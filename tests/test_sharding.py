@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from conftest import ROOT, UNET_CONFIG, launch, make_run
 from diffusers import UNet2DModel
@@ -38,6 +39,7 @@ def train_and_resume(folder: Path, sharded: list[str]) -> None:
     from corel_diffusers.training.ema import build_ema, ema_weights
     from corel_diffusers.training.learning_rate import LearningRate
 
+    folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     args = UNetArguments(output_dir=str(folder))
     layers.FROM_POSITIONS = 1
@@ -94,9 +96,11 @@ def train_and_resume(folder: Path, sharded: list[str]) -> None:
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot shard on a CPU: its streams have no events")
 @pytest.mark.parametrize("sharded", [["ResnetBlock2D"], ["ResnetBlock2D", "Conv2d"]])
-def test_two_sharded_processes_are_equal_to_one_process(tmp_path, sharded):
+def test_two_sharded_processes_are_equal_to_one_process(tmp_path, sharded, monkeypatch):
+    monkeypatch.setattr(layers, "FROM_POSITIONS", layers.FROM_POSITIONS)  # train_and_resume changes it
+    AcceleratorState._reset_state(True)
+    train_and_resume(tmp_path / "whole", sharded=[])
     env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    launch(sys.executable, Path(__file__), tmp_path / "whole", env=env)
     launch(
         sys.executable,
         "-m",
@@ -167,6 +171,4 @@ def test_fsdp_on_all_gpus_gives_the_losses_of_one_gpu(unet_flags, tmp_path):
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.mkdir(parents=True, exist_ok=True)
-    train_and_resume(target, sharded=sys.argv[2:])
+    train_and_resume(Path(sys.argv[1]), sharded=sys.argv[2:])

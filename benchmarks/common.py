@@ -34,9 +34,9 @@ def run_command(*arguments: object) -> float:
 
 
 def evaluate(data_dir: Path, output_dir: Path, num_images: int, against: str, *flags: object) -> dict:
-    """Run `corel-diffusers evaluate` and return its results."""
-    shared = ["--data-dir", data_dir, "--output-dir", output_dir, "--num-images", num_images, "--against", against]
-    run_command("evaluate", *shared, *flags)
+    """Run `corel-diffusers evaluate` and return its results. With --pictures, `num_images` has no meaning."""
+    shared = ["--data-dir", data_dir, "--output-dir", output_dir, "--against", against]
+    run_command("evaluate", *shared, *flags, *([] if "--pictures" in flags else ["--num-images", num_images]))
     return json.loads((output_dir / "evaluation.json").read_text())
 
 

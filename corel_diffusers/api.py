@@ -210,15 +210,21 @@ def evaluate(pipeline: str | Path | TrainedRun, data_dir: str | Path, **flags: o
     return run_evaluate(flags_of(Evaluate, "evaluate", pipeline=folder_of(pipeline), data_dir=data_dir, **flags))
 
 
-def push(pipeline: str | Path | TrainedRun, repo_id: str, **flags: object) -> None:
-    """Push a pipeline folder with its model card to the Hugging Face Hub.
+def push(pipeline: str | Path | TrainedRun, repo_id: str, **flags: object) -> str | None:
+    """Push a pipeline, or a VAE by itself, with its model card to the Hugging Face Hub.
 
     Args:
-        pipeline: what `train` returns, or the folder that train_unet.py wrote.
+        pipeline: what `train` returns, the folder that train_unet.py wrote, or the one that train_vae.py wrote.
         repo_id: user/name.
-        flags: more flags of `corel-diffusers push`: private, revision, dry_run.
+        flags: more flags of `corel-diffusers push`: private, revision, license, dry_run.
+
+    Returns:
+        The address of the commit on the Hub, or None with dry_run=True.
 
     Raises:
-        UserError: there is no pipeline or no token, or the Hub refuses the upload.
+        UserError: there is no model or no token, or the Hub refuses the upload.
     """
-    run_push(flags_of(Push, "push", pipeline=folder_of(pipeline), repo_id=repo_id, **flags))
+    folder = folder_of(pipeline)
+    is_vae = (Path(folder) / "config.json").is_file() and not (Path(folder) / "model_index.json").is_file()
+    model = {"vae" if is_vae else "pipeline": folder}
+    return run_push(flags_of(Push, "push", **model, repo_id=repo_id, **flags))

@@ -82,7 +82,7 @@ def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process
             print(f"evaluated before: {pipeline_dir / 'evaluation.html'}")
         else:
             run(words)
-    print(f"samples of each class: {pipeline_dir / 'grid.png'}")
+    print(f"samples, a row for each class: {pipeline_dir / 'grid.png'}")
 
 
 def is_evaluated(args: Train) -> bool:
@@ -130,12 +130,12 @@ def run_tune_decoder(args: TuneDecoder) -> None:
     tune_decoder(args)
 
 
-def run_push(args: Push) -> None:
+def run_push(args: Push) -> str | None:
     from corel_diffusers.hub.upload import push, require_accepted_token
 
     if not args.dry_run:
         require_accepted_token()
-    push(args.folder, args.repo_id, args.private, args.dry_run, args.revision, args.license)
+    return push(args.folder, args.repo_id, args.private, args.dry_run, args.revision, args.license)
 
 
 def run_push_dataset(args: PushDataset) -> None:

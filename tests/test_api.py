@@ -61,7 +61,7 @@ def test_models_and_photos_are_built_by_name(raw_photos):
     assert cd.build_unet("tiny", (32, 32), vae, num_classes=3).config.num_class_embeds == 4
 
 
-def test_the_commands_are_functions(trained_unet, raw_photos, tmp_path, capsys):
+def test_the_commands_are_functions(trained_unet, trained_vae, raw_photos, tmp_path, capsys):
     folder = cd.prepare(raw_photos, output_dir=str(tmp_path / "prepared"), visualize=False)
     assert (folder / "metadata.jsonl").is_file()
     images = cd.generate(trained_unet, 2, steps=2, seed=0, output=str(tmp_path / "grid.png"))
@@ -70,8 +70,10 @@ def test_the_commands_are_functions(trained_unet, raw_photos, tmp_path, capsys):
         trained_unet, raw_photos, num_images=4, steps=2, against="all", output_dir=str(tmp_path / "evaluation")
     )
     assert results["generation"]["n"] == [4, 18]
-    cd.push(trained_unet, "user/name", dry_run=True)
+    assert cd.push(trained_unet, "user/name", dry_run=True) is None
     assert "would push" in capsys.readouterr().out
+    cd.push(trained_vae, "user/name", dry_run=True)
+    assert "  config.json\n" in capsys.readouterr().out
 
 
 def test_the_garbage_collector_works_as_before_for_the_caller(trained_unet, tmp_path):

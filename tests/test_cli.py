@@ -96,7 +96,8 @@ def test_the_pipeline_by_itself_draws_what_generate_draws(base):
 
 def test_more_than_sixteen_samples_are_saved_as_a_grid_only_by_default(base):
     common = ["generate", "--base-dir", base, "--num-images", 17, "--sampler", "unipc", "--steps", 2]
-    tool_here(*common, "--output", "grid.png")
+    shown = tool_here(*common, "--output", "grid.png").stdout
+    assert "single images: none, because there are more than 16: give --individual" in shown
     assert not (base / "grid_individual").exists()
     tool_here(*common, "--output", "all.png", "--individual")
     assert len(read_images(base / "all_individual")) == 17

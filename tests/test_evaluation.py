@@ -688,6 +688,7 @@ def test_an_image_that_cannot_be_read_is_named(raw_photos, tmp_path):
     ("flags", "expected"),
     [
         (["--pictures", "nowhere"], "--pictures nowhere: this is not a folder"),
+        (["--pictures", ".", "--num-images", 9], "--num-images 9: omit it: all images in the folder of --pictures"),
         (["--dataset-name", "user/photos"], "give --data-dir or --dataset-name"),
         (["--against", "test"], "--against test: no photos were set aside as test"),
         (["--guidance-interval", "0.8", "0.2"], "--guidance-interval 0.8 0.2: give two numbers"),

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from corel_diffusers import __version__
 from corel_diffusers.cli import run_train
 from corel_diffusers.config.checks import flag_name
-from corel_diffusers.config.other_flags import FLAGS, translate
-from corel_diffusers.config.parsing import with_config_file
+from corel_diffusers.config.commands import Evaluate, Generate
+from corel_diffusers.config.other_flags import FLAGS, SAMPLING_FLAGS, translate
+from corel_diffusers.config.parsing import parse_command, with_config_file
 from corel_diffusers.config.train import Train
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
@@ -57,6 +58,16 @@ def test_each_flag_of_the_examples_is_ours_accepted_or_refused(name, capsys, mon
         assert f"changes nothing: {other.always}" in capsys.readouterr().out
     if other.variable:
         assert os.environ[other.variable] == "7"
+
+
+@pytest.mark.parametrize("name", SAMPLING_FLAGS)
+def test_generate_and_evaluate_understand_the_flags_of_other_programs(name, trained_unet, raw_photos, tmp_path):
+    ours = SAMPLING_FLAGS[name].ours[2:].replace("-", "_")
+    typed = name.replace("-", "_").replace("__", "--", 1)
+    assert f"`{typed}`" in (ROOT / "docs" / "from-diffusers.md").read_text()
+    for kind, more in ((Generate, []), (Evaluate, ["--data-dir", str(raw_photos)])):
+        words = ["--pipeline", str(trained_unet), "--base-dir", str(tmp_path), *more, typed, "7"]
+        assert getattr(parse_command(kind, words, "corel-diffusers"), ours) == 7
 
 
 def test_values_with_another_name_are_translated():
@@ -260,7 +271,7 @@ def test_a_pipeline_that_is_evaluated_is_not_evaluated_again(tmp_path, monkeypat
         assert ("evaluate" in [words[0] for words in started]) == expected
         shown = capsys.readouterr().out
         assert (f"evaluated before: {pipeline / 'evaluation.html'}" in shown) != expected
-        assert f"samples of each class: {pipeline / 'grid.png'}" in shown
+        assert f"samples, a row for each class: {pipeline / 'grid.png'}" in shown
 
 
 def test_the_scripts_are_commands_and_the_version_and_the_environment_are_printed(vae_flags, tmp_path):

@@ -164,7 +164,10 @@ class Generate(Sampling):
             parse_size(self.size, "--size")
         output = user_path(self.base_dir, self.output)
         if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            raise UserError(f"--output {self.output}: give a name ending in .png, .jpg or .webp")
+            raise UserError(
+                f"--output {self.output}: give a name ending in .png, .jpg or .webp for the grid; with --individual, "
+                "the single images are saved in a folder beside it"
+            )
         require(not output.is_dir(), "output", self.output, "this is a folder: give the name of a file")
         require_writable(output.parent, "--output")
         return super().checked()
@@ -215,6 +218,8 @@ class Evaluate(Sampling):
         if self.pictures:
             folder = user_path(self.base_dir, self.pictures)
             require(folder.is_dir(), "pictures", folder, "this is not a folder: check the path")
+            way_out = "omit it: all images in the folder of --pictures are compared"
+            require(self.num_images == type(self).num_images, "num_images", self.num_images, way_out)
         else:
             super().checked()
             way_out = "give 4 or more, and some hundreds for reliable numbers"

@@ -132,9 +132,22 @@ FLAGS = {
     "--hub-private-repo": OtherFlag(always="a new repository is private", has_value=False),
 }
 
+# of the commands generate and evaluate
+SAMPLING_FLAGS = {
+    "--num-samples": OtherFlag("--num-images"),
+    "--num-fid-samples": OtherFlag("--num-images"),
+    "--num-inference-steps": OtherFlag("--steps"),
+    "--ddpm-num-inference-steps": OtherFlag("--steps"),
+    "--sampling-timesteps": OtherFlag("--steps"),
+    "--eval-batch-size": OtherFlag("--batch-size"),
+}
 
-def translate(words: Sequence[str]) -> list[str]:
+
+def translate(words: Sequence[str], flags: Mapping[str, OtherFlag] = FLAGS) -> list[str]:
     """Return the words of a command line with the flags of other programs replaced by ours.
+
+    Args:
+        flags: FLAGS for training, SAMPLING_FLAGS for `generate` and `evaluate`.
 
     Raises:
         UserError: flags have no meaning here. The message says what to give instead of each of them.
@@ -143,7 +156,7 @@ def translate(words: Sequence[str]) -> list[str]:
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        other = FLAGS.get(name.replace("_", "-")) if name.startswith("--") else None
+        other = flags.get(name.replace("_", "-")) if name.startswith("--") else None
         if other is None:
             result.append(word)
             continue

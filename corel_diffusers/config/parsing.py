@@ -14,8 +14,8 @@ from typing import TypeVar
 import tyro
 import yaml
 
-from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset, TuneDecoder
-from corel_diffusers.config.other_flags import FLAGS, translate
+from corel_diffusers.config.commands import Evaluate, Generate, Prepare, Push, PushDataset, Sampling, TuneDecoder
+from corel_diffusers.config.other_flags import FLAGS, SAMPLING_FLAGS, translate
 from corel_diffusers.config.train import Env, Train
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.tyro_errors import parse_flags
@@ -76,11 +76,13 @@ def parse_command(kind: type[Command], words: Sequence[str], prog: str) -> Comma
     """Parse the words of a command that is not a training script, and return the checked flags.
 
     `train` has few flags. It understands their names in other programs, and its errors name the commands with the rest.
+    `generate` and `evaluate` understand other names of their own flags.
 
     Raises:
         UserError: a flag is unknown, or has a value that cannot be used.
     """
-    words, more = (translate(words), "; train-vae and train-unet have more flags") if kind is Train else (words, "")
+    more = "; train-vae and train-unet have more flags" if kind is Train else ""
+    words = translate(words, FLAGS if kind is Train else SAMPLING_FLAGS if issubclass(kind, Sampling) else {})
     options = {"prog": prog, "description": inspect.getdoc(kind), "config": (tyro.conf.DisallowNone,)}
     return parse_flags(kind, words, more_help=more, **options).checked()
 

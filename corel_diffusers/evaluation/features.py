@@ -47,7 +47,10 @@ def load_network(name: str, device: torch.device) -> Network:
     try:
         network = loaders[name](device)
     except (ImportError, OSError, ValueError) as error:  # not installed, no network connection, or not on the Hub
-        hint = "install it and go online once to download its weights, or use --features efficientnet-lite0"
+        hint = (
+            f"pip install 'corel_diffusers[{name}]' (in a clone: pip install -e '.[{name}]'), and go online once to "
+            "download its weights, or use --features efficientnet-lite0"
+        )
         raise UserError(f"--features {name} cannot be loaded ({first_line(error)}): {hint}") from None
     if network.name != name:  # the name is the key of the cached features
         raise ValueError(f"the network {network.name} is loaded as {name}")

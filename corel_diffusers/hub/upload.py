@@ -77,8 +77,8 @@ def push(
     revision: str | None = None,
     license_id: str | None = None,
     is_training: bool = False,
-) -> None:
-    """Upload a pipeline or a VAE with its model card in one commit.
+) -> str | None:
+    """Upload a pipeline or a VAE with its model card in one commit. Return its address, or None with `dry_run`.
 
     Checkpoints, photos and files of the run are not uploaded. The token is that of `hf auth login` or of HF_TOKEN. It
     is never written or printed.
@@ -109,7 +109,7 @@ def push(
         require_token()  # before the card is changed
         write_card(folder, repo_id, license_id)
     again = f"corel-diffusers push {flag} {folder} --repo-id {repo_id}" + (" --private" if private else "")
-    upload(folder, patterns, repo_id, "model", again, private, dry_run, revision)
+    return upload(folder, patterns, repo_id, "model", again, private, dry_run, revision)
 
 
 def push_so_far(args: TrainingArguments, checkpoint: Path) -> None:
@@ -171,8 +171,8 @@ def upload(
     private: bool,
     dry_run: bool,
     revision: str | None = None,
-) -> None:
-    """Upload the files of a folder that match the patterns, exactly those that are listed.
+) -> str | None:
+    """Upload the files of a folder that match the patterns, exactly those that are listed. Return: see `push`.
 
     Args:
         repo_type: "model" or "dataset".
@@ -187,7 +187,7 @@ def upload(
     for file in files:
         print(f"  {file.relative_to(folder)}")
     if dry_run:
-        return
+        return None
 
     api = HfApi()
     try:
@@ -195,8 +195,8 @@ def upload(
         exists = private and api.repo_exists(repo_id, repo_type=repo_type)
         if exists and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise UserError(
-                "it exists and is public: make it private in its settings on the Hub, or allow a public upload "
-                "(push without --private, push-dataset with --public, training with --hub-public)"
+                "it exists and is public: make it private in its settings on the Hub, or allow a public upload: "
+                "push without --private, push-dataset with --public, training with --hub-public"
             )
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         if revision:
@@ -214,3 +214,4 @@ def upload(
     except Exception as error:  # many types: refused, not found, no network, a name that the Hub does not accept
         raise UserError(f"{repo_id} was not pushed ({first_line(error)}): to try again, run {again}") from None
     print(f"pushed: {commit.commit_url}")
+    return commit.commit_url

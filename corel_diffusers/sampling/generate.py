@@ -59,6 +59,10 @@ def generate(args: Generate, output: Path) -> list[Image.Image]:
         for old_file in set(folder.glob("image_*.png")) - set(files):
             old_file.unlink()
         print(f"single images: {folder}/")
+    else:
+        print(
+            f"single images: none, because there are more than {INDIVIDUAL_UP_TO}: give --individual to save them too"
+        )
     return images
 
 

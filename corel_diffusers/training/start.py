@@ -155,7 +155,7 @@ def print_data_and_model(
     if run.args.MODEL == "unet" and not model.config.num_class_embeds:
         name += " without classes"
     sizes = " or ".join(f"{height}x{width}" for height, width in sizes_px)
-    counted = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}"
+    counted = f"{len(classes)} classes" if len(classes) > 1 else "no classes"
     run.accelerator.print(
         f"{len(train)} training photos, {len(held_out)} held-out photos, {counted}, "
         f"{sizes} px; {name} of {parameter_count(model)}, "

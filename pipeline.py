@@ -8,7 +8,7 @@ import inspect
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar, Optional
@@ -90,6 +90,7 @@ class CorelPipeline(DiffusionPipeline):
         width: int | None = None,
         num_images: int | None = None,
         batch_size: int | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -118,13 +119,19 @@ class CorelPipeline(DiffusionPipeline):
                 the sizes that it was trained on: see `image_sizes`.
             num_images: number of images. None means one image, or one per class of a list `class_labels`.
             batch_size: the name that num_images has in the pipelines of diffusers.
+            callback_on_step_end_tensor_inputs: the tensors that callback_on_step_end gets, as in other pipelines. Here
+                there is only "latents".
 
         Raises:
-            ValueError: an unknown class or output_type, a number of steps or a size that the model cannot take, or
-                class_labels, generator or latents that do not fit num_images.
+            ValueError: an unknown class, output_type or tensor for the callback, a number of steps or a size that the
+                model cannot take, or class_labels, generator or latents that do not fit num_images.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: give 'pil', 'np', 'pt' or 'latent'")
+        if not set(callback_on_step_end_tensor_inputs) <= {"latents"}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r}: give ['latents']"
+            )
         num_images, class_labels = self.count_images(
             first, class_labels, batch_size if num_images is None else num_images
         )

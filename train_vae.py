@@ -296,7 +296,9 @@ def add_latent_scale(run: Run, fitted: dict[str, pixels.Pixels]) -> None:
         f"{args.run_dir} holds the VAE of epoch {best['epoch']}: "
         f"held-out PSNR {best['val_psnr']:.2f} dB, SSIM {best['val_ssim']:.3f}"
     )
-    print(f"photos over their reconstructions: {args.run_dir / 'reconstructions'}; curves: training_losses.png")
+    print(f"curves: {args.run_dir / 'training_losses.png'}")
+    if (args.run_dir / "reconstructions").is_dir():  # a run that was stopped early has none
+        print(f"photos over their reconstructions: {args.run_dir / 'reconstructions'}")
     shape = latent_shape(vae, args.size_px)
     mean_photo_psnr = advice.mean_photo_psnr(fitted["train"], fitted["validation"])
     start.print_notices(run.accelerator, advice.on_loss(run.history, "reconstruction", args))

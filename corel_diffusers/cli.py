@@ -72,7 +72,9 @@ def run_in_own_process(words: list[str]) -> None:
 
 def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process) -> None:
     """Run the commands of `Train.commands`, one after the other."""
-    _, pipeline_dir = args.folders()
+    vae_dir, pipeline_dir = args.folders()
+    if args.finished_vae_minutes():
+        print(f"{vae_dir} stays as it is, because the UNet trains on its latents: more minutes go to the UNet")
     for words in args.commands():
         if words[0] == "evaluate" and not is_main_process():
             return

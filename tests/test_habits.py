@@ -247,6 +247,17 @@ def test_train_divides_its_minutes_and_goes_on_with_the_same_command(tmp_path):
     assert evaluation[evaluation.index("--pipeline") + 1] == folders[1]
 
 
+def test_more_minutes_go_to_the_unet_once_it_trains_on_the_latents_of_the_vae(tmp_path):
+    """A VAE that is trained further has other latents, and the UNet could not continue."""
+    folders = Train(data_dir="scenes", output_dir=str(tmp_path)).folders()
+    for folder, minutes in zip(folders, (2.0, 4.0), strict=True):
+        write_json(folder / "run.json", {"flags": {"max_train_minutes": minutes}})
+    for minutes, expected in ((6, "4"), (20, "18"), (3, "2")):
+        unet, _ = Train(data_dir="scenes", minutes=minutes, output_dir=str(tmp_path)).commands()
+        assert unet[0] == "train-unet"
+        assert unet[unet.index("--max-train-minutes") + 1] == expected
+
+
 def test_of_several_processes_only_the_main_one_evaluates(tmp_path, monkeypatch):
     """`accelerate launch` and `notebook_launcher` start several processes, which train together."""
     (tmp_path / "diffusion_models").mkdir()

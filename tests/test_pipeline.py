@@ -251,6 +251,7 @@ def test_unconditional_rectangular_callback_and_output_types():
         num_inference_steps=2,
         output_type="latent",
         callback_on_step_end=lambda p, s, t, v: {"latents": v["latents"] * 0},
+        callback_on_step_end_tensor_inputs=["latents"],  # as examples of other pipelines give it
     ).images
     assert (zeros == 0).all()
     assert isinstance(pipe(1, num_inference_steps=2, return_dict=False), tuple)

@@ -79,19 +79,30 @@ class Train:
         """Return whether the run that train-unet has written holds out enough photos for an evaluation."""
         return read_json(self.folders()[1] / "run.json")["data"]["photos"]["validation"] >= MIN_PHOTOS
 
+    def finished_vae_minutes(self) -> float | None:
+        """Return the minutes of a VAE on whose latents a UNet trains already, or None.
+
+        Its weights must not change any more, so more minutes than before go to the UNet.
+        """
+        vae, pipeline = (folder / "run.json" for folder in self.folders())
+        return read_json(vae)["flags"].get("max_train_minutes") if vae.is_file() and pipeline.is_file() else None
+
     def commands(self) -> Iterator[list[str]]:
-        """Yield the words of the three commands: train-vae, train-unet and evaluate."""
+        """Yield the words of the commands: train-vae, unless a UNet trains on its latents, train-unet and evaluate."""
         vae, pipeline = map(str, self.folders())
+        vae_minutes = self.finished_vae_minutes()
         source = ["--dataset-name", self.dataset_name] if self.dataset_name else ["--data-dir", self.data_dir]
         photos = [*source, "--base-dir", self.base_dir]
         shared = [*photos, "--seed", str(self.seed), "--resume", "latest"]
         shared += ["--config", self.config] if self.config else []
         shared += ["--aspect-buckets"] if self.aspect_buckets else []
         size = ["--image-size", self.image_size] if self.image_size else []
-        minutes = [VAE_FRACTION * self.minutes, (1 - VAE_FRACTION) * self.minutes]
-        yield ["train-vae", *shared, *size, "--output-dir", vae, "--max-train-minutes", f"{minutes[0]:g}"]
+        unet_minutes = max((1 - VAE_FRACTION) * self.minutes, self.minutes - (vae_minutes or self.minutes))
+        if not vae_minutes:
+            yield ["train-vae", *shared, *size, "--output-dir", vae,
+                   "--max-train-minutes", f"{VAE_FRACTION * self.minutes:g}"]  # fmt: skip
         yield ["train-unet", *shared, "--vae-checkpoint", vae, "--output-dir", pipeline,
-               "--max-train-minutes", f"{minutes[1]:g}"]  # fmt: skip
+               "--max-train-minutes", f"{unet_minutes:g}"]  # fmt: skip
         yield ["evaluate", *photos, "--pipeline", pipeline, "--num-images", str(self.num_images)]
 
 

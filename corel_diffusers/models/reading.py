@@ -10,6 +10,7 @@ from corel_diffusers.saved_models import require_undamaged
 from corel_diffusers.trust import require_own_code
 
 MAX_TIMESTEPS = 100_000  # models are trained with 1000
+HUB_HINT = "check the id, the connection to the Hub, and that you may read the repository"
 
 
 def read_vae(location: Path | str, flag: str) -> AutoencoderKL:
@@ -35,6 +36,7 @@ def read_vae(location: Path | str, flag: str) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(location, use_safetensors=True, **options)
     except Exception as error:  # diffusers and the Hub client raise many types of errors
         hint = "train it first (train_vae.py), or give the --output-dir of a finished run or a Hub id"
+        hint = hint if isinstance(location, Path) else HUB_HINT
         raise UserError(f"{source}: no VAE can be loaded ({first_line(error)}): {hint}") from None
 
 
@@ -62,7 +64,7 @@ def read_pipeline(location: Path | str, flag: str, trust_remote_code: bool = Fal
             location, trust_remote_code=is_folder or trust_remote_code, use_safetensors=True, local_files_only=is_folder
         )
     except Exception as error:  # a damaged or hostile folder can raise any type
-        hint = "give the --output-dir of a train_unet.py run, or a Hub id"
+        hint = "give the --output-dir of a train_unet.py run, or a Hub id" if is_folder else HUB_HINT
         raise UserError(f"{source} cannot be loaded ({first_line(error)}): {hint}") from None
 
 

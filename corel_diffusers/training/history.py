@@ -30,7 +30,7 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
         UserError: the minutes of the run are over before its first step. Nothing has been written then.
     """
     args, accelerator, state = run.args, run.accelerator, run.state
-    run.length.check_slow_start(state, accelerator)
+    run.length.allow_slow_start(state, accelerator)
     if accelerator.is_main_process:
         finish_model_save(args.run_dir)
     restore_history(run, repeats_exactly=args.resume == "latest" and not args.max_train_minutes)

@@ -8,11 +8,11 @@ from accelerate import Accelerator
 
 from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.data.batches import BatchPlan
-from corel_diffusers.files import UserError
 from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.training.state import RunState
 
-SLOW_START_FRACTION = 0.2  # if preparing the photos takes more than this fraction of the minutes, print a notice
+SLOW_START_FRACTION = 0.2  # if the start takes more than this fraction of the minutes, print a notice
+MIN_TRAINING_FRACTION = 0.5  # of the minutes; however long the start takes, the run trains for these
 SYNC_EVERY = 10  # steps between two exchanges of the time and of stop signals among the ranks
 
 
@@ -36,26 +36,21 @@ class RunLength:
             return cls(None, 60 * args.max_train_minutes, began - state.seconds)
         return cls(args.max_train_steps or args.epochs * plan.steps_per_epoch, None, began - state.seconds)
 
-    def check_slow_start(self, state: RunState, accelerator: Accelerator) -> None:
-        """Print a notice if preparing the photos took a large part of the time of the run.
+    def allow_slow_start(self, state: RunState, accelerator: Accelerator) -> None:
+        """Print a notice if the start took a large part of the time of the run, and leave at least half of it.
 
-        Raises:
-            UserError: the time of the run is over before its first step.
+        The start is all that comes before the first step: imports, decoding and encoding photos, and the plan. On a
+        slow machine it could take all of a few minutes.
         """
         if not self.seconds or state.step:
             return
-        spent, minutes = broadcast_from_main(accelerator, time.monotonic() - self.began), self.seconds / 60
-        duration = f"decoding and encoding the photos took {spent / 60:.1f} of the {minutes:g} minutes"
-        if spent >= self.seconds:
-            raise UserError(
-                f"--max-train-minutes {minutes:g}: {duration}, so there is no time left to train: give more minutes, "
-                "or start the same command again, which finds the decoded photos in its cache"
-            )
+        spent = broadcast_from_main(accelerator, time.monotonic() - self.began)
+        late = max(0.0, spent - (1 - MIN_TRAINING_FRACTION) * self.seconds)
+        self.began += late
         if spent > SLOW_START_FRACTION * self.seconds:
-            accelerator.print(
-                f"notice: {duration}; the result is cached: "
-                "a new run, in another --output-dir, has all its minutes for training"
-            )
+            line = f"the start (decoding photos, planning) took {spent / 60:.1f} of the {self.seconds / 60:.3g} minutes"
+            line += f", so the run takes {late / 60:.1f} more" if late else ""
+            accelerator.print(f"notice: {line}; the photos are cached: the start of another run is faster")
 
     def tick(self, state: RunState, accelerator: Accelerator) -> None:
         """Update the elapsed time in the state, after each step.

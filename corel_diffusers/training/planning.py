@@ -202,6 +202,7 @@ def largest_useful_preset(
         if is_larger and (too_slow or requested < preset.min_images_seen):
             break
         batch_size = flags.batch_size or preset.batch_size
+        accelerator.print(f"timing training steps with --config {flags.config or preset.config}")
         try:
             step = partial(trial_step, flags.config or preset.config, size_px or (preset.side_px,) * 2, batch_size)
             measured_rate, precision, attention = fastest_precision(flags, accelerator, step, batch_size)

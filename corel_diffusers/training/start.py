@@ -89,8 +89,8 @@ def start_run(flags: TrainingArguments) -> Accelerator:
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
     if is_launched and accelerator.device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
         accelerator.print(
-            "notice: accelerate launch gives this process one thread: "
-            f"set OMP_NUM_THREADS={os.cpu_count()} to use all cores"
+            "notice: this process has one thread (accelerate launch gives it one if OMP_NUM_THREADS is not set): "
+            f"set OMP_NUM_THREADS={os.cpu_count()} to use all cores, if no other program needs them"
         )
     launcher_steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launcher_steps not in ("1", "auto", str(flags.grad_accum)):

@@ -25,9 +25,6 @@ def open_run_dir(run: Run, photos: DatasetDict, models: Sequence[Path | str | No
     Args:
         models: the trained models that this run builds on. Their training photos are added to those of this run.
         more: more entries for run.json.
-
-    Raises:
-        UserError: the minutes of the run are over before its first step. Nothing has been written then.
     """
     args, accelerator, state = run.args, run.accelerator, run.state
     run.length.allow_slow_start(state, accelerator)

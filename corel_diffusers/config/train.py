@@ -85,7 +85,9 @@ class Train:
         Its weights must not change any more, so more minutes than before go to the UNet.
         """
         vae, pipeline = (folder / "run.json" for folder in self.folders())
-        return read_json(vae)["flags"].get("max_train_minutes") if vae.is_file() and pipeline.is_file() else None
+        if not (vae.is_file() and pipeline.is_file()):
+            return None
+        return read_json(vae).get("flags", {}).get("max_train_minutes")
 
     def commands(self) -> Iterator[list[str]]:
         """Yield the words of the commands: train-vae, unless a UNet trains on its latents, train-unet and evaluate."""

@@ -12,7 +12,7 @@ from corel_diffusers.runtime.processes import broadcast_from_main
 from corel_diffusers.training.state import RunState
 
 SLOW_START_FRACTION = 0.2  # if the start takes more than this fraction of the minutes, print a notice
-MIN_TRAINING_FRACTION = 0.5  # of the minutes; however long the start takes, the run trains for these
+MIN_TRAINING_FRACTION = 0.5  # of the minutes, in which the run trains, however long its start takes
 SYNC_EVERY = 10  # steps between two exchanges of the time and of stop signals among the ranks
 
 

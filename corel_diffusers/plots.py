@@ -87,11 +87,13 @@ def plot_history(
 ) -> None:
     """Plot the metrics of a run over its epochs, and save the figure at `path`. Without records, save nothing.
 
+    If an epoch has several validations, as in a short run that was continued, the plot is over steps.
+
     history: the records of metrics.jsonl.
     panels: {title: {name in metrics.jsonl: label of the curve}}, one panel per title.
     lines: {title: [(height, label)]}, dashed horizontal lines in a panel. The first one is always in view.
 
-    A dotted vertical line marks the epoch of the best model, which is the one in the run folder. A panel has a
+    A dotted vertical line marks the best model, which is the one in the run folder. A panel has a
     logarithmic axis if its values are positive and span more than a factor of 50.
     """
     if not history:
@@ -105,17 +107,18 @@ def plot_history(
         for title, curves in panels.items()
     }
     panels = {title: curves for title, curves in panels.items() if curves}
+    unit = "epoch" if len({record["epoch"] for record in history}) == len(history) else "step"
     figure = Figure(figsize=(4.2 * len(panels), 4.2), layout="constrained")
     FIGURES.add(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         plotted = []
         for name, label in curves.items():
-            points = [(record["epoch"], record[name]) for record in history if name in record]
+            points = [(record[unit], record[name]) for record in history if name in record]
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3, marker="." if len(points) < 20 else None)
             plotted += [value for _, value in points]
         panel_lines = (lines or {}).get(title, [])
-        axis.axvline(best_record(history)["epoch"], color="black", linestyle=":", linewidth=1, label="saved as best")
+        axis.axvline(best_record(history)[unit], color="black", linestyle=":", linewidth=1, label="saved as best")
         if min(plotted) > 0 and np.nanmax(plotted) / min(plotted) > 50:
             axis.set_yscale("log")
         bottom, top = axis.get_ylim()
@@ -126,7 +129,7 @@ def plot_history(
         if panel_lines:
             bottom, top = min(bottom, 0.98 * panel_lines[0][0]), max(top, 1.02 * panel_lines[0][0])
         axis.set_ylim(bottom, top)
-        axis.set(title=title, xlabel="epoch")
+        axis.set(title=title, xlabel=unit)
         axis.grid(alpha=0.3)
         # below the panel, so that it covers no curve
         axis.legend(fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))

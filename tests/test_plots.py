@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,18 +21,32 @@ def test_the_figures_of_earlier_plots_are_freed(tmp_path):
         gc.enable()
 
 
-def test_the_plot_shows_labelled_horizontal_lines(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """The figures that are saved."""
+    saved, save = [], Figure.savefig
+
+    def save_and_keep(figure: Figure, *args: object, **options: object) -> None:
+        saved.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save_and_keep)
+    return saved
+
+
+def test_several_validations_in_an_epoch_are_plotted_over_steps(tmp_path, figures):
+    history = [{"epoch": 1, "step": step, "loss": 1 / step, "published": step == 20} for step in (10, 20)]
+    plots.plot_history(history, {"Losses": {"loss": "training"}}, tmp_path / "plot.png")
+    (axis,) = figures[0].axes
+    assert axis.get_xlabel() == "step"
+    assert [list(line.get_xdata()) for line in axis.lines] == [[10, 20], [20, 20]]
+
+
+def test_the_plot_shows_labelled_horizontal_lines(tmp_path, figures):
     history = [
         {"epoch": e, "step": e, "gauge": g, "loss": 1 / e, "published": e < 3}
         for e, g in ((1, 1.0), (2, 1.1), (3, 1.3))
     ]
-    figures, save = [], Figure.savefig
-
-    def save_and_keep(figure: Figure, *args: object, **options: object) -> None:
-        figures.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", save_and_keep)
     panels = {"Losses": {"loss": "training"}, "Gauge": {"gauge": "held-out / training"}}
     plots.plot_history(history, panels, tmp_path / "plot.png", {"Gauge": [(1.5, "copies began"), (9.0, "far above")]})
     losses, gauge = figures[0].axes

@@ -25,6 +25,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE)
 	touch $@
+	@echo "installed in .venv: source .venv/bin/activate"
 
 demo: .venv/installed
 	$(if $(filter-out scenes $(DATA),$(PREPARED)),$(BIN)/corel-diffusers prepare --data-dir "$(DATA)" --output-dir "$(OUT)/training_data" --figs-dir "$(OUT)/figs")

@@ -94,7 +94,7 @@ def stop_signals_blocked() -> Iterator[None]:
 
 def exit_with_signal(number: int, frame: object) -> None:
     """Exit with the code of a signal."""
-    os.write(2, b"stopped\n")  # print could be what the signal has interrupted
+    os.write(2, b"stopped: to go on, run the same command again\n")  # print could be what the signal has interrupted
     sys.exit(128 + number)
 
 

@@ -91,7 +91,8 @@ def train(photos: str | Path, minutes: float = 60, *, output_dir: str | Path = "
     Args:
         photos: a folder of photos, "scenes" for photos that this package draws, or the id of a Hub dataset
             (user/name, or user/name:config).
-        minutes: minutes of training: a third for the VAE, two thirds for the UNet.
+        minutes: minutes of training: a third for the VAE, two thirds for the UNet. From 15 minutes on, the last two
+            tune the decoder for the samples.
         output_dir: the folder for vae_models/ and diffusion_models/.
         flags: more flags of `corel-diffusers train`, such as image_size="96x144" or aspect_buckets=True.
 

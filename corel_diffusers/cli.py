@@ -22,6 +22,7 @@ from corel_diffusers.config.training import TrainingArguments
 from corel_diffusers.config.unet import UNetArguments
 from corel_diffusers.config.vae import VAEArguments
 from corel_diffusers.files import UserError, explain_full_disk, one_line_errors
+from corel_diffusers.saved_models import decoder_tuning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,9 +77,11 @@ def run_train(args: Train, run: Callable[[list[str]], None] = run_in_own_process
     if args.finished_vae_minutes():
         print(f"{vae_dir} stays as it is, because the UNet trains on its latents: more minutes go to the UNet")
     for words in args.commands():
-        if words[0] == "evaluate" and not is_main_process():
+        if words[0] in ("tune-decoder", "evaluate") and not is_main_process():
             return
-        if words[0] == "evaluate" and not args.can_be_evaluated():
+        if words[0] == "tune-decoder" and decoder_tuning(pipeline_dir):
+            print(f"tuned before: the decoder of {pipeline_dir}")
+        elif words[0] == "evaluate" and not args.can_be_evaluated():
             print(f"notice: there are fewer than {MIN_PHOTOS} held-out photos: the pipeline is not evaluated")
         elif words[0] == "evaluate" and is_evaluated(args):
             print(f"evaluated before: {pipeline_dir / 'evaluation.html'}")

@@ -235,10 +235,13 @@ def test_weights_of_another_model_are_refused(trained_vae, trained_unet, vae_fla
 def test_train_divides_its_minutes_and_goes_on_with_the_same_command(tmp_path):
     """tests/test_api.py runs these commands."""
     args = Train(data_dir="scenes", minutes=60, output_dir=str(tmp_path), image_size="32", aspect_buckets=True)
-    vae, unet, evaluation = args.checked().commands()
+    vae, unet, tuning, evaluation = args.checked().commands()
     folders = [str(tmp_path / "vae_models"), str(tmp_path / "diffusion_models")]
-    assert [vae[0], unet[0], evaluation[0]] == ["train-vae", "train-unet", "evaluate"]
-    for words, minutes, folder in ((vae, "20", folders[0]), (unet, "40", folders[1])):
+    assert [words[0] for words in (vae, unet, tuning, evaluation)] == [
+        "train-vae", "train-unet", "tune-decoder", "evaluate",
+    ]  # fmt: skip
+    assert tuning[-2:] == ["--minutes", "2"]
+    for words, minutes, folder in ((vae, "19.3333", folders[0]), (unet, "38.6667", folders[1])):
         assert words[words.index("--max-train-minutes") + 1] == minutes
         assert words[words.index("--output-dir") + 1] == folder
         assert words[words.index("--resume") + 1] == "latest"
@@ -247,13 +250,27 @@ def test_train_divides_its_minutes_and_goes_on_with_the_same_command(tmp_path):
     assert evaluation[evaluation.index("--pipeline") + 1] == folders[1]
 
 
+def test_a_short_run_does_not_tune_the_decoder():
+    commands = [words[0] for words in Train(data_dir="scenes", minutes=14).commands()]
+    assert commands == ["train-vae", "train-unet", "evaluate"]
+
+
+def test_a_decoder_that_is_tuned_is_not_tuned_again(tmp_path, monkeypatch):
+    write_json(tmp_path / "diffusion_models" / "run.json", {"data": {"photos": {"validation": 9}}})
+    for tuning, expected in (({"steps": 9}, False), (None, True)):
+        monkeypatch.setattr("corel_diffusers.cli.decoder_tuning", lambda folder, tuning=tuning: tuning)
+        started = []
+        run_train(Train(data_dir="scenes", output_dir=str(tmp_path)), started.append)
+        assert ("tune-decoder" in [words[0] for words in started]) == expected
+
+
 def test_more_minutes_go_to_the_unet_once_it_trains_on_the_latents_of_the_vae(tmp_path):
     """A VAE that is trained further has other latents, and the UNet could not continue."""
     folders = Train(data_dir="scenes", output_dir=str(tmp_path)).folders()
     for folder, minutes in zip(folders, (2.0, 4.0), strict=True):
         write_json(folder / "run.json", {"flags": {"max_train_minutes": minutes}})
-    for minutes, expected in ((6, "4"), (20, "18"), (3, "2")):
-        unet, _ = Train(data_dir="scenes", minutes=minutes, output_dir=str(tmp_path)).commands()
+    for minutes, expected in ((6, "4"), (20, "16"), (3, "2")):
+        unet, *_ = Train(data_dir="scenes", minutes=minutes, output_dir=str(tmp_path)).commands()
         assert unet[0] == "train-unet"
         assert unet[unet.index("--max-train-minutes") + 1] == expected
 
@@ -263,7 +280,8 @@ def test_of_several_processes_only_the_main_one_evaluates(tmp_path, monkeypatch)
     (tmp_path / "diffusion_models").mkdir()
     write_json(tmp_path / "diffusion_models" / "run.json", {"data": {"photos": {"validation": 9}}})
     args = Train(data_dir="scenes", output_dir=str(tmp_path))
-    for rank, expected in (("0", ["train-vae", "train-unet", "evaluate"]), ("1", ["train-vae", "train-unet"])):
+    training = ["train-vae", "train-unet"]
+    for rank, expected in (("0", [*training, "tune-decoder", "evaluate"]), ("1", training)):
         monkeypatch.setenv("RANK", rank)
         started = []
         run_train(args, lambda words, started=started: started.append(words[0]))

@@ -21,6 +21,8 @@ from corel_diffusers.config.checks import (
 from corel_diffusers.files import UserError, read_json, require_writable
 
 VAE_FRACTION = 1 / 3  # of the minutes; the UNet has the rest (benchmarks/contest.py)
+# The last minutes tune the decoder, in runs that are long enough (benchmarks/results/drawn_latents.md).
+TUNING_MINUTES, MIN_MINUTES_WITH_TUNING = 2, 15
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -32,8 +34,8 @@ class Train:
     dataset_name: str | None = None
     """Id of a Hub dataset, user/name or user/name:config, instead of --data-dir."""
     minutes: float = 60
-    """Minutes of training: a third for the VAE, two thirds for the UNet. The evaluation comes on top: on a CPU, some
-    minutes."""
+    """Minutes of training: a third for the VAE, two thirds for the UNet. From 15 minutes on, the last two tune the
+    decoder for the samples. The evaluation comes on top: on a CPU, some minutes."""
     output_dir: str = "."
     """Folder for vae_models/ and diffusion_models/."""
     base_dir: str = "."
@@ -90,7 +92,10 @@ class Train:
         return read_json(vae).get("flags", {}).get("max_train_minutes")
 
     def commands(self) -> Iterator[list[str]]:
-        """Yield the words of the commands: train-vae, unless a UNet trains on its latents, train-unet and evaluate."""
+        """Yield the words of the commands: train-vae, train-unet, tune-decoder and evaluate.
+
+        There is no train-vae if a UNet trains on its latents already, and no tune-decoder in a short run.
+        """
         vae, pipeline = map(str, self.folders())
         vae_minutes = self.finished_vae_minutes()
         source = ["--dataset-name", self.dataset_name] if self.dataset_name else ["--data-dir", self.data_dir]
@@ -99,12 +104,17 @@ class Train:
         shared += ["--config", self.config] if self.config else []
         shared += ["--aspect-buckets"] if self.aspect_buckets else []
         size = ["--image-size", self.image_size] if self.image_size else []
-        unet_minutes = max((1 - VAE_FRACTION) * self.minutes, self.minutes - (vae_minutes or self.minutes))
+        tuning_minutes = TUNING_MINUTES if self.minutes >= MIN_MINUTES_WITH_TUNING else 0
+        minutes = self.minutes - tuning_minutes
+        unet_minutes = max((1 - VAE_FRACTION) * minutes, minutes - (vae_minutes or minutes))
         if not vae_minutes:
             yield ["train-vae", *shared, *size, "--output-dir", vae,
-                   "--max-train-minutes", f"{VAE_FRACTION * self.minutes:g}"]  # fmt: skip
+                   "--max-train-minutes", f"{VAE_FRACTION * minutes:g}"]  # fmt: skip
         yield ["train-unet", *shared, "--vae-checkpoint", vae, "--output-dir", pipeline,
                "--max-train-minutes", f"{unet_minutes:g}"]  # fmt: skip
+        if tuning_minutes:
+            yield ["tune-decoder", *photos, "--pipeline", pipeline, "--seed", str(self.seed),
+                   "--minutes", f"{tuning_minutes:g}"]  # fmt: skip
         yield ["evaluate", *photos, "--pipeline", pipeline, "--num-images", str(self.num_images)]
 
 
